@@ -1,0 +1,62 @@
+# Needs make and a Python of at least 3.10 with its venv module; all else comes from requirements-dev.lock.
+#   make PYTHON=python3.12 test      another interpreter for a new .venv
+#   make test ARGS="-k kernel -x"    further arguments for pytest, `llmserve demo` or `llmserve bench`
+
+PYTHON ?= python3
+ARGS ?=
+OUT ?= out/demo
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format bench lock clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## create .venv from the lock file, where it is missing or out of date
+
+# The stamp is written last: an interrupted set-up is taken up again by the next make.
+$(STAMP): requirements-dev.lock pyproject.toml llmserve_env/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing requirements-dev.lock"
+	@$(PY) $(PIP) install --require-hashes -r requirements-dev.lock
+	@$(PY) $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## serve a workload, with figures and pictures in out/demo
+	$(PY) -m llmserve_env demo --out $(OUT) $(ARGS)
+
+test: $(STAMP) ## run the tests
+	$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+lint: $(STAMP) ## ruff's checks, ruff's format, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## format the code and make the fixes that ruff calls safe
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## measure the simulator's speed
+	$(PY) -m llmserve_env bench $(ARGS)
+
+# Newest releases that pyproject.toml allows, for every Python and platform, with hashes and without index hosts.
+lock: ## write requirements-dev.lock anew
+	@test -x build/lock/bin/uv || { $(PYTHON) -m venv --clear build/lock && build/lock/bin/python $(PIP) install uv; }
+	build/lock/bin/uv pip compile pyproject.toml --group dev --universal --python-version 3.10 --upgrade \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --quiet \
+	    --custom-compile-command "make lock" --output-file requirements-dev.lock
+
+clean: ## remove what builds, tests and runs leave behind
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf $(VENV)

@@ -1,0 +1,245 @@
+"""The package as it is installed: light to import, one version, a command line that says what it knows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+
+import llmserve_env
+from llmserve_env import cli
+from llmserve_env.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LOCK = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8")
+HEAVY = {
+    "fastapi", "gymnasium", "matplotlib", "numba", "numpy", "openenv", "pandas", "pydantic", "scipy", "torch",
+    "tqdm", "tyro",
+}  # fmt: skip
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def llmserve(*args: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "llmserve_env", *args)
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after `code`."""
+    done = python("-c", f"{code}\nimport sys\nprint('\\n'.join(sys.modules))")
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+# Import
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import llmserve_env; llmserve_env.__version__; dir(llmserve_env)",
+        "import llmserve_env; llmserve_env.InputError",
+        "from llmserve_env.cli import main; main(['--help'])",
+    ],
+)
+def test_import_and_help_load_no_heavy_library(code):
+    loaded = modules_after(code)
+    assert "llmserve_env" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("name", llmserve_env.__all__)
+def test_public_name_resolves(name):
+    assert name in dir(llmserve_env)
+    value = getattr(llmserve_env, name)
+    if name != "__version__":
+        assert value is getattr(import_module(llmserve_env._HOMES[name]), name)
+        assert value.__doc__, f"{name} has no docstring"
+
+
+def test_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = llmserve_env.no_such_name
+
+
+# Metadata
+
+
+def test_version_has_one_source():
+    assert "version" in PYPROJECT["project"]["dynamic"]
+    assert metadata.version("llmserve-env") == llmserve_env.__version__
+    assert (
+        re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+        == llmserve_env.__version__
+    )
+
+
+def test_supported_pythons_are_declared():
+    prefix = "Programming Language :: Python :: "
+    versions = {c.removeprefix(prefix) for c in PYPROJECT["project"]["classifiers"] if c.startswith(prefix)}
+    assert {"3.10", "3.11", "3.12", "3.13"} <= versions
+    assert PYPROJECT["project"]["requires-python"] == ">=3.10"
+
+
+def test_package_is_typed():
+    assert (ROOT / "llmserve_env" / "py.typed").is_file()
+
+
+def test_lock_names_no_host():
+    assert not re.findall(
+        r"^.*(?:\w://|--index-url|--extra-index|--find-links|--trusted-host| @ ).*$", LOCK, re.M
+    )
+
+
+def test_lock_pins_and_hashes_everything_that_pyproject_asks_for():
+    blocks = re.split(r"\n(?=[a-z])", re.sub(r"^\s*#.*\n", "", LOCK, flags=re.M).strip())
+    for block in blocks:
+        assert re.match(r"[a-z0-9-]+==\S+", block), block.splitlines()[0]
+        assert "--hash=sha256:" in block, block.splitlines()[0]
+    pinned = {block.partition("==")[0] for block in blocks}
+    asked = [
+        *PYPROJECT["project"]["dependencies"],
+        *PYPROJECT["dependency-groups"]["dev"],
+        *PYPROJECT["build-system"]["requires"],
+    ]
+    assert {re.match(r"[A-Za-z0-9-]+", requirement)[0].lower() for requirement in asked} <= pinned
+
+
+# Command line
+
+
+def test_llmserve_is_installed():
+    (script,) = metadata.entry_points(group="console_scripts", name="llmserve")
+    assert script.load() is cli.main
+
+
+@pytest.mark.parametrize("args", [(), ("--help",), ("-h",)])
+def test_help_lists_every_command(args):
+    done = llmserve(*args)
+    assert done.returncode == 0
+    assert not done.stderr
+    for name, summary in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", done.stdout, re.M)
+
+
+def test_version_flag():
+    done = llmserve("--version")
+    assert (done.returncode, done.stdout) == (0, f"llmserve {llmserve_env.__version__}\n")
+
+
+def test_unknown_command_names_the_known_ones():
+    done = llmserve("simulat", "--window-s", "10")
+    assert done.returncode == 2
+    assert not done.stdout
+    assert "unknown command 'simulat'" in done.stderr
+    assert "Did you mean 'simulate'?" in done.stderr
+    assert all(name in done.stderr for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("args", [["calibrate"], ["calibrate", "--help"]])
+def test_group_lists_its_commands(args, capsys):
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    assert "  calibrate kernels " in out
+    assert "  simulate " not in out
+
+
+def test_unknown_command_of_a_group(capsys):
+    assert cli.main(["calibrate", "kernel"]) == 2
+    assert "Did you mean 'calibrate kernels'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_hyphenated_flags(name, capsys):
+    module = ROOT / "llmserve_env" / "commands" / f"{name.split(' ', maxsplit=1)[0]}.py"
+    assert module.is_file()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: llmserve {name}" in out
+    assert not re.findall(r"--[a-z]+_\w*", out)
+
+
+@pytest.fixture
+def give(monkeypatch):
+    """Puts a function in the table as the command `given`."""
+
+    def put(function):
+        module = types.ModuleType("llmserve_env.commands.given")
+        module.given = function
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(cli.COMMANDS, "given", "a command of this test")
+
+    return put
+
+
+def test_arguments_reach_the_function(give, capsys):
+    def given(path: str, /, max_num_seqs: int = 8) -> None:
+        print(path, max_num_seqs)
+
+    give(given)
+    assert cli.main(["given", "a.csv", "--max-num-seqs", "3"]) == 0
+    assert capsys.readouterr().out == "a.csv 3\n"
+
+
+def test_status_is_what_the_function_returns(give):
+    give(lambda: 3)
+    assert cli.main(["given"]) == 3
+
+
+def test_bad_argument_exits_2(give, capsys):
+    def given(max_num_seqs: int = 8) -> None:
+        pass
+
+    give(given)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["given", "--max-num-seqs", "many"])
+    assert stop.value.code == 2
+    assert "--max-num-seqs" in capsys.readouterr().err
+
+
+def test_input_error_is_told_without_a_traceback(give, capsys):
+    def given() -> None:
+        raise InputError("expected a number, found 'x'", file="trace.csv", line=3, field="prompt_tokens")
+
+    give(given)
+    assert cli.main(["given"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "llmserve: trace.csv:3: field 'prompt_tokens': expected a number, found 'x'\n"
+    )
+
+
+def test_interrupt_exits_130(give, capsys):
+    def given() -> None:
+        raise KeyboardInterrupt
+
+    give(given)
+    assert cli.main(["given"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_reader_that_goes_away_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "llmserve_env", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -92,7 +92,9 @@ class Workload:
         if self.tenant.min() < 0 or self.tenant.max() >= len(self.tenants):
             raise InputError(f"expected indices in 0..{len(self.tenants) - 1}", field="tenant")
         if self.prefix_block_tokens and len(self.prefix_offsets) != n + 1:
-            raise InputError(f"expected {n + 1} offsets, found {len(self.prefix_offsets)}", field="prefix_offsets")
+            raise InputError(
+                f"expected {n + 1} offsets, found {len(self.prefix_offsets)}", field="prefix_offsets"
+            )
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -105,6 +107,25 @@ class Workload:
     def request_id(self, index: int) -> str:
         """Name of a request: the source's own, or its index."""
         return self.request_ids[index] if self.request_ids else str(index)
+
+    def take(self, index: NDArray[np.int64]) -> Workload:
+        """The requests at `index` (int64[k]), which keeps the order of arrival; prefixes and names go along."""
+        offsets, ids = self.prefix_offsets, self.prefix_ids
+        if self.prefix_block_tokens:
+            counts = np.diff(offsets)[index]
+            starts = offsets[:-1][index]
+            offsets = np.concatenate(([0], np.cumsum(counts)))
+            ids = ids[np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)]
+        return replace(
+            self,
+            arrival_s=self.arrival_s[index],
+            prompt_tokens=self.prompt_tokens[index],
+            output_tokens=self.output_tokens[index],
+            tenant=self.tenant[index],
+            prefix_offsets=offsets,
+            prefix_ids=ids,
+            request_ids=tuple(self.request_ids[i] for i in index) if self.request_ids else (),
+        )
 
     def scaled(self, rate_factor: float) -> Workload:
         """The same requests arriving `rate_factor` times as fast."""

@@ -1,0 +1,48 @@
+"""A generator's requests for a duration or a number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmserve_env.errors import InputError
+from llmserve_env.workloads.generators.generator import Generator
+from llmserve_env.workloads.lengths import LengthLaw
+from llmserve_env.workloads.workload import Workload
+
+
+def generate(
+    generator: Generator,
+    lengths: LengthLaw,
+    *,
+    seed: int = 0,
+    duration_s: float | None = None,
+    requests: int | None = None,
+) -> Workload:
+    """Draw a workload.
+
+    Args:
+        generator: when requests arrive, and in sessions what they share.
+        lengths: their lengths.
+        seed: the same one gives the same requests, bit for bit.
+        duration_s: time to cover (s); None: the generator's own default.
+        requests: stop after this many; without `duration_s` cover as long as they take.
+
+    Raises:
+        InputError: nothing arrives in that time, or the generator ends before so many requests.
+    """
+    if requests is None or duration_s is not None:
+        duration_s = min(generator.DURATION_S, generator.longest_s) if duration_s is None else duration_s
+        workload = generator.sample(seed, duration_s, lengths)
+    else:
+        duration_s = min((1.2 * requests + 20) / generator.mean_rate_rps, generator.longest_s)
+        workload = generator.sample(seed, duration_s, lengths)
+        while len(workload) < requests:
+            if duration_s >= generator.longest_s:
+                raise InputError(
+                    f"expected at most {len(workload)}, which is all there are", field="requests"
+                )
+            duration_s = min(2 * duration_s, generator.longest_s)
+            workload = generator.sample(seed, duration_s, lengths)
+    if len(workload) == 0:
+        raise InputError(f"no request arrives in {duration_s:g} s", field="duration")
+    return workload if requests is None else workload.take(np.arange(min(requests, len(workload))))

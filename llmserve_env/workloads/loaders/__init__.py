@@ -1,0 +1,67 @@
+"""Trace files of the public formats, recognised by their content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from llmserve_env.errors import InputError
+from llmserve_env.workloads.lengths.empirical import EmpiricalLengths
+from llmserve_env.workloads.loaders.formats import FORMATS, LENGTH_FIELDS, Format, recognise
+from llmserve_env.workloads.loaders.parsed import to_workload
+from llmserve_env.workloads.loaders.records import read_records
+from llmserve_env.workloads.loaders.report import LoadReport
+from llmserve_env.workloads.workload import Workload
+
+__all__ = ["FORMATS", "Format", "LoadReport", "load", "load_lengths"]
+
+
+def load(
+    path: Path | str, *, skip_bad_rows: bool = False, jitter_s: float | None = None, seed: int = 0
+) -> tuple[Workload, LoadReport]:
+    """Read a trace file, gzip'ed or not.
+
+    Args:
+        path: the file; its format is recognised by its columns or keys, see `FORMATS`.
+        skip_bad_rows: skip and count rows that cannot be read; otherwise the first one refuses the file.
+        jitter_s: spread each arrival uniformly over this time (s); None: as the format's time resolution
+            needs (Mooncake 3 s, others 0).
+        seed: of the spread.
+
+    Returns:
+        The requests in order of arrival, and what became of the rows.
+
+    Raises:
+        InputError: names the file, line and field, and what was expected.
+    """
+    if jitter_s is not None and not (np.isfinite(jitter_s) and jitter_s >= 0):
+        raise InputError(f"expected seconds >= 0, found {jitter_s}", field="jitter")
+    records = read_records(str(path))
+    known = recognise(records)
+    return to_workload(
+        known.parse(records),
+        records,
+        LoadReport(format=known.name, rows=0, requests=0),
+        skip_bad_rows=skip_bad_rows,
+        jitter_s=known.jitter_s if jitter_s is None else jitter_s,
+        seed=seed,
+    )
+
+
+def load_lengths(path: Path | str, *, skip_bad_rows: bool = False) -> EmpiricalLengths:
+    """Read the pairs of lengths in a trace or in a table without arrival times.
+
+    Raises:
+        InputError: as `load`.
+    """
+    records = read_records(str(path))
+    for prompt, output in LENGTH_FIELDS:
+        if records.names.issuperset((prompt, output)) and "arrival_s" not in records.names:
+            prompt_tokens, output_tokens = records.tokens(prompt), records.tokens(output)
+            keep = records.usable(skip_bad_rows)
+            if not keep.any():
+                raise InputError("holds no usable row", file=records.file)
+            return EmpiricalLengths(prompt_tokens[keep], output_tokens[keep])
+    workload, _ = load(path, skip_bad_rows=skip_bad_rows)
+    return EmpiricalLengths(workload.prompt_tokens.astype(np.int64), workload.output_tokens.astype(np.int64))

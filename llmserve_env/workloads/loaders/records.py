@@ -1,0 +1,205 @@
+"""The rows of a CSV, TSV or JSON Lines file as checked columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmserve_env.errors import InputError
+from llmserve_env.workloads.loaders.reading import read_text
+
+MAX_TOKENS = 2**31 - 1
+"""A workload's token counts are int32."""
+
+_KEPT_FAULTS = 5
+
+
+@dataclass
+class Records:
+    """Rows of a file, column by column.
+
+    A row that cannot be used is marked, never dropped at once, so that all columns keep their length;
+    `usable` says in the end which rows are left, or refuses the file.
+
+    Attributes:
+        file: name for messages.
+        names: columns of the header, or keys of the first JSON object.
+        lines: int64[n], 1-based line of each row.
+        values: the raw column of a name: str for tables, decoded JSON otherwise, None where missing.
+        number_types: types that a raw number may have.
+        bad: bool[n], rows that cannot be used.
+        faults: (line, message) of the first fault of each check that failed.
+    """
+
+    file: str
+    names: frozenset[str]
+    lines: NDArray[np.int64]
+    values: Callable[[str], list[object]]
+    number_types: frozenset[type]
+    bad: NDArray[np.bool_]
+    faults: list[tuple[int, InputError]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def mark(
+        self, rows: NDArray[np.bool_], reason: str | Callable[[int], str], name: str | None = None
+    ) -> None:
+        """Mark rows (bool[n]) as unusable, for a reason that may depend on the row."""
+        fresh = np.flatnonzero(rows & ~self.bad)
+        for row in fresh[:_KEPT_FAULTS].tolist():
+            text = reason if isinstance(reason, str) else reason(row)
+            line = int(self.lines[row])
+            self.faults.append((line, InputError(text, file=self.file, line=line, field=name)))
+        self.bad |= rows
+
+    def usable(self, skip_bad_rows: bool) -> NDArray[np.bool_]:
+        """bool[n], the rows that passed every check.
+
+        Raises:
+            InputError: the first fault in the file, unless bad rows are to be skipped.
+        """
+        self.faults.sort(key=lambda fault: fault[0])
+        if self.faults and not skip_bad_rows:
+            raise self.faults[0][1]
+        return ~self.bad
+
+    def numbers(self, name: str, expected: str = "a number >= 0") -> NDArray[np.float64]:
+        """A column as float64[n]; rows without a finite number >= 0 are marked and hold 0."""
+        raw = self.values(name)
+        found, readable = _to_floats(raw, self.number_types)
+        missing = np.fromiter((value in (None, "") for value in raw), bool, len(raw)) & ~readable
+        self.mark(missing, "is missing", name)
+        wrong = ~readable | ~np.isfinite(found) | (found < 0)
+        self.mark(wrong, lambda row: f"expected {expected}, found {_shown(raw[row])}", name)
+        return np.where(wrong, 0.0, found)
+
+    def tokens(self, name: str, at_least: int = 1) -> NDArray[np.int64]:
+        """A column of token counts as int64[n]; rows without a whole number in range are marked and hold 1."""
+        expected = f"a whole number of tokens >= {at_least}"
+        found = self.numbers(name, expected)
+        wrong = (found != np.floor(found)) | (found < at_least) | (found > MAX_TOKENS)
+        raw = self.values(name)
+        self.mark(wrong, lambda row: f"expected {expected}, found {_shown(raw[row])}", name)
+        return np.where(wrong, 1, found).astype(np.int64)
+
+    def texts(self, name: str) -> list[str]:
+        """A column as text; rows without a text or whole number are marked and hold ""."""
+        raw = self.values(name)
+        texts = [str(value).strip() if type(value) in (str, int) else "" for value in raw]
+        empty = np.fromiter((not text for text in texts), bool, len(texts))
+        self.mark(empty, lambda row: f"expected a name, found {_shown(raw[row])}", name)
+        return texts
+
+
+def read_records(path: str) -> Records:
+    """Read a table with a header row, or one JSON object a line.
+
+    Raises:
+        InputError: the file cannot be read as text, or holds neither.
+    """
+    text = read_text(path)
+    return _read_json_lines(text, path) if text.lstrip().startswith("{") else _read_table(text, path)
+
+
+def _read_table(text: str, file: str) -> Records:
+    first = next(line for line in text.split("\n") if line.strip())
+    reader = csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",")
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    try:
+        if '"' in text:  # a quoted field may span lines
+            for row in reader:
+                rows.append(row)
+                lines.append(reader.line_num)
+        else:
+            rows = list(reader)
+            lines = list(range(1, len(rows) + 1))
+    except csv.Error as error:
+        raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error
+    filled = [i for i, row in enumerate(rows) if any(row)]
+    if len(filled) < len(rows):
+        rows = [rows[i] for i in filled]
+        lines = [lines[i] for i in filled]
+    names = [name.strip() for name in rows[0]]
+    rows, width = rows[1:], len(names)
+    widths = np.fromiter(map(len, rows), np.int64, len(rows))
+    if (widths != width).any():
+        rows = [row[:width] + [""] * (width - len(row)) for row in rows]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=False)) if rows else {}
+    records = Records(
+        file=file,
+        names=frozenset(names),
+        lines=np.array(lines[1:], np.int64),
+        values=lambda name: list(columns.get(name, ())),
+        number_types=frozenset({str}),
+        bad=np.zeros(len(rows), bool),
+    )
+    records.mark(widths > width, lambda row: f"has {widths[row]} fields, the header names {width}")
+    return records
+
+
+def _read_json_lines(text: str, file: str) -> Records:
+    lines: list[int] = []
+    rows: list[dict[str, object]] = []
+    broken: dict[int, str] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            fault = "" if isinstance(row, dict) else "expected a JSON object"
+        except json.JSONDecodeError as error:
+            row, fault = {}, f"not JSON: {error.msg} at column {error.colno}"
+        except (ValueError, RecursionError) as error:
+            row, fault = {}, f"not usable JSON: {error}"
+        if fault:
+            broken[len(rows)] = fault
+        rows.append(row if isinstance(row, dict) else {})
+        lines.append(number)
+    first = next((row for i, row in enumerate(rows) if i not in broken), {})
+    records = Records(
+        file=file,
+        names=frozenset(first),
+        lines=np.array(lines, np.int64),
+        values=lambda name: [row.get(name) for row in rows],
+        number_types=frozenset({int, float}),
+        bad=np.zeros(len(rows), bool),
+    )
+    if broken:
+        at = np.zeros(len(rows), bool)
+        at[list(broken)] = True
+        records.mark(at, broken.__getitem__)
+    return records
+
+
+def _to_floats(
+    raw: Sequence[object], number_types: frozenset[type]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """float64[n] and bool[n]: the values, and where one was readable."""
+    if set(map(type, raw)) <= number_types:
+        try:
+            return np.array(raw, dtype=np.float64), np.ones(len(raw), bool)
+        except (ValueError, OverflowError):
+            pass  # at least one value is unreadable: find out which
+    found = np.zeros(len(raw))
+    readable = np.zeros(len(raw), bool)
+    for row, value in enumerate(raw):
+        if type(value) in number_types:
+            try:
+                found[row] = float(value)  # type: ignore[arg-type]
+                readable[row] = True
+            except (ValueError, OverflowError):
+                continue
+    return found, readable
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

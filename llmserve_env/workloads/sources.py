@@ -1,0 +1,175 @@
+"""From a URI or a path to a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmserve_env.errors import InputError
+from llmserve_env.workloads import parameters
+from llmserve_env.workloads.generators import (
+    MMPP,
+    Clients,
+    Diurnal,
+    Gamma,
+    Generator,
+    OnOff,
+    Poisson,
+    ServeGenClients,
+    Sessions,
+    Weibull,
+    generate,
+)
+from llmserve_env.workloads.lengths import length_law
+from llmserve_env.workloads.loaders import LoadReport, load
+from llmserve_env.workloads.parameters import Parameters, parameter
+from llmserve_env.workloads.presets import preset, presets
+from llmserve_env.workloads.tenants import tenant_mix
+from llmserve_env.workloads.uri import WorkloadURI, parse_uri
+from llmserve_env.workloads.workload import Workload
+
+GENERATORS: dict[str, type[Generator]] = {
+    "poisson": Poisson,
+    "gamma": Gamma,
+    "weibull": Weibull,
+    "mmpp": MMPP,
+    "onoff": OnOff,
+    "diurnal": Diurnal,
+    "clients": Clients,
+    "sessions": Sessions,
+    "servegen": ServeGenClients,
+}
+
+DEFAULT_LENGTHS = "azure-conv"
+
+
+@dataclass(frozen=True)
+class GeneratorOptions(Parameters):
+    """What every generator's URI takes beside the generator's own parameters."""
+
+    duration_s: float | None = parameter(
+        "duration", None, "time to cover (s); without it 600, diurnal 86400", above=0
+    )
+    requests: int | None = parameter("requests", None, "stop after this many requests", at_least=1)
+    seed: int = parameter("seed", 0, "the same seed gives the same requests", at_least=0)
+    lengths: str | None = parameter("lengths", None, "length law: a preset, fixed:PROMPT,OUTPUT or a file")
+    tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
+    preset: str | None = parameter("preset", None, "published parameters; those in the URI go before them")
+
+
+@dataclass(frozen=True)
+class TraceOptions(Parameters):
+    """What a trace's URI takes."""
+
+    scale: float = parameter("scale", 1.0, "factor on the arrival rate", above=0)
+    limit: int | None = parameter("limit", None, "keep the first requests", at_least=1)
+    duration_s: float | None = parameter(
+        "duration", None, "keep what arrives before (s, after scaling)", above=0
+    )
+    jitter_s: float | None = parameter(
+        "jitter", None, "spread of each arrival (s); without it as the format needs", at_least=0
+    )
+    seed: int = parameter("seed", 0, "of the spread and of the tenants", at_least=0)
+    tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
+
+
+def open_workload(source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False) -> Workload:
+    """Open a workload by URI, or a trace by its path.
+
+    Args:
+        source: such as "gamma://?rate=8&shape=0.25", "trace://FILE?scale=1.5", or a path. Any generator works
+            without parameters, except servegen, which needs its table's path.
+        seed: goes before the URI's own seed.
+        skip_bad_rows: skip rows of a file that cannot be read, rather than refuse the file.
+
+    Returns:
+        The workload; its `source` opens it again.
+
+    Raises:
+        InputError: names the file and line, or the parameter, and what was expected.
+    """
+    return open_reported(source, seed=seed, skip_bad_rows=skip_bad_rows)[0]
+
+
+def open_reported(
+    source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False
+) -> tuple[Workload, LoadReport | None]:
+    """As `open_workload`; with what became of a trace's rows, None for a generator."""
+    uri = parse_uri(str(source))
+    if seed is not None:
+        uri = replace(uri, query={**uri.query, "seed": str(seed)})
+    if uri.scheme == "trace":
+        return _open_trace(uri, skip_bad_rows)
+    if uri.scheme not in GENERATORS:
+        raise InputError(f"unknown scheme {uri.scheme!r}: expected one of trace, {', '.join(GENERATORS)}")
+    return _open_generator(uri, skip_bad_rows), None
+
+
+def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadReport]:
+    if not uri.path:
+        raise InputError("trace:// needs a file: trace://FILE")
+    _refuse_unknown(uri, parameters.names(TraceOptions))
+    options = parameters.read(TraceOptions, uri.query)
+    mix = None if options.tenants is None else tenant_mix(options.tenants)
+    workload, report = load(
+        uri.path, skip_bad_rows=skip_bad_rows, jitter_s=options.jitter_s, seed=options.seed
+    )
+    workload = workload.scaled(options.scale)
+    if options.duration_s is not None:
+        workload = workload.take(np.flatnonzero(workload.arrival_s < options.duration_s))
+        if len(workload) == 0:
+            raise InputError(f"no request arrives in {options.duration_s:g} s", field="duration")
+    if options.limit is not None:
+        workload = workload.take(np.arange(min(options.limit, len(workload))))
+    if mix is not None:
+        workload = mix.assign(workload, seed=options.seed, own_lengths=False)
+    return replace(workload, source=str(uri)), report
+
+
+def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:
+    cls = GENERATORS[uri.scheme]
+    _refuse_unknown(uri, [*parameters.names(cls), *parameters.names(GeneratorOptions)])
+    given = {**_preset_values(uri), **uri.query}
+    options = parameters.read(GeneratorOptions, given)
+    extra: dict[str, Any] = {}
+    if cls is ServeGenClients:
+        if not uri.path:
+            raise InputError("servegen:// needs a client table: servegen://FILE")
+        extra = {"path": uri.path, "skip_bad_rows": skip_bad_rows}
+    elif uri.path:
+        raise InputError(f"{uri.scheme}:// takes no path, found {uri.path!r}: parameters follow a '?'")
+    if "lengths" in given and "quantiles" in given:
+        raise InputError("expected lengths or quantiles, not both", field="lengths")
+    generator = parameters.read(cls, given, **extra)
+    lengths = length_law(options.lengths or DEFAULT_LENGTHS, skip_bad_rows=skip_bad_rows)
+    mix = None if options.tenants is None else tenant_mix(options.tenants)
+    workload = generate(
+        generator, lengths, seed=options.seed, duration_s=options.duration_s, requests=options.requests
+    )
+    if mix is not None:
+        own_lengths = "lengths" not in uri.query and not isinstance(generator, Sessions)
+        workload = mix.assign(workload, seed=options.seed, own_lengths=own_lengths)
+    return replace(workload, source=str(replace(uri, query={**uri.query, "seed": str(options.seed)})))
+
+
+def _preset_values(uri: WorkloadURI) -> Mapping[str, str]:
+    if "preset" not in uri.query:
+        return {}
+    known = {name.split(".")[-1] for name in presets("generators").get(uri.scheme, {})}
+    if uri.query["preset"] not in known:
+        choice = f"expected one of {', '.join(sorted(known))}" if known else f"{uri.scheme}:// has none"
+        raise InputError(f"{choice}, found {uri.query['preset']!r}", field="preset")
+    entry = preset("generators", uri.scheme, field="preset")[uri.query["preset"]]
+    return {name: parameters.written(value) for name, value in entry.items() if name != "source"}
+
+
+def _refuse_unknown(uri: WorkloadURI, known: list[str]) -> None:
+    for name in uri.query:
+        if name not in known:
+            raise InputError(
+                f"unknown parameter of {uri.scheme}://: expected one of {', '.join(known)}", field=name
+            )

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmserve_env.workloads.describe import Description, describe
+    from llmserve_env.workloads.description import Description, describe
     from llmserve_env.workloads.lengths import length_law
     from llmserve_env.workloads.loaders import LoadReport, load, load_lengths
     from llmserve_env.workloads.sources import open_reported, open_workload
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Description": "describe",
+    "Description": "description",
     "LoadReport": "loaders",
     "Tenant": "workload",
     "TenantMix": "tenants",
     "Workload": "workload",
-    "describe": "describe",
+    "describe": "description",
     "length_law": "lengths",
     "load": "loaders",
     "load_lengths": "loaders",

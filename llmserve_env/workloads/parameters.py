@@ -38,9 +38,8 @@ class Bounds:
             for sign, limit in ((">", self.above), (">=", self.at_least), ("<=", self.at_most))
             if limit is not None
         ]
-        return " ".join([noun, " and ".join(limits)]).strip() + (
-            ", comma-separated" if noun == "numbers" else ""
-        )
+        text = f"{noun} {' and '.join(limits)}".strip()
+        return f"{text}, comma-separated" if noun == "numbers" else text
 
     def admits(self, value: float) -> bool:
         """Whether a number is finite and within the bounds."""
@@ -67,7 +66,7 @@ def parameter(
 
 @dataclass(frozen=True)
 class Parameters:
-    """Base of the parameter records. Its fields are float, int, str or tuple[float, ...], or one of them | None.
+    """Base of the parameter records: fields of float, int, str or tuple[float, ...], or one of them | None.
 
     Raises:
         InputError: a value is out of bounds; names the parameter and what was expected.

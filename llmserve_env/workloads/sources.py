@@ -127,7 +127,7 @@ def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadRe
         workload = workload.take(np.arange(min(options.limit, len(workload))))
     if mix is not None:
         workload = mix.assign(workload, seed=options.seed, own_lengths=False)
-    return replace(workload, source=str(uri)), report
+    return replace(workload, source=str(uri) if uri.query else uri.path), report
 
 
 def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:

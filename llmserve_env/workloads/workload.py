@@ -109,7 +109,7 @@ class Workload:
         return self.request_ids[index] if self.request_ids else str(index)
 
     def take(self, index: NDArray[np.int64]) -> Workload:
-        """The requests at `index` (int64[k]), which keeps the order of arrival; prefixes and names go along."""
+        """The requests at `index` (int64[k], in order of arrival), with their prefixes and names."""
         offsets, ids = self.prefix_offsets, self.prefix_ids
         if self.prefix_block_tokens:
             counts = np.diff(offsets)[index]

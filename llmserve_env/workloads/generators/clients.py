@@ -23,8 +23,8 @@ SHAPES = (0.1, 2.6)
 class Clients(ArrivalProcess):
     """Clients with Zipf rates; each 600 s a client is active or silent and has a new rate and gap shape.
 
-    The total rate varies with its clients': `rate` is its long-run mean. Shapes are lognormal between clients and,
-    around a client's own, between windows.
+    The total rate varies with its clients': `rate` is its long-run mean. Shapes are lognormal between clients
+    and, around a client's own, between windows.
     """
 
     rate_rps: float = parameter("rate", 8.0, "mean requests per second of all clients", above=0)

@@ -36,9 +36,9 @@ class MMPP(PhasedArrivals):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.rates_rps) != len(self.dwells_s):
+            states, found = len(self.rates_rps), len(self.dwells_s)
             raise InputError(
-                f"expected one dwell time for each of {len(self.rates_rps)} rates, found {len(self.dwells_s)}",
-                field="dwells",
+                f"expected one dwell time for each of {states} rates, found {found}", field="dwells"
             )
         if not max(self.rates_rps) > 0:
             raise InputError("expected at least one rate > 0", field="rates")

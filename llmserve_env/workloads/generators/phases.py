@@ -13,7 +13,6 @@ from llmserve_env.workloads.generators.generator import ArrivalProcess
 from llmserve_env.workloads.generators.renewal import running_sum
 from llmserve_env.workloads.lengths.law import streams
 
-
 PHASES_A_BLOCK = 256
 
 

@@ -1,7 +1,7 @@
 """Requests of real clients, generated from ServeGen's published client windows.
 
-Source: https://github.com/alibaba/ServeGen, data/**/chunk-*-trace.csv, joined into one table; Xiang et al., "ServeGen",
-arXiv 2505.09999.
+Source: https://github.com/alibaba/ServeGen, data/**/chunk-*-trace.csv, joined into one table; Xiang et al.,
+"ServeGen", arXiv 2505.09999.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ Values = TypeVar("Values", NDArray[np.int64], NDArray[np.float64])
 class Sessions(Generator):
     """Sessions start as a Poisson process; a session has a geometric number of turns.
 
-    A turn follows the one before it after that one's estimated service (its output tokens times `tpot`) and an
-    exponential think time: arrivals are fixed beforehand and do not wait for the server. A session ends when its
-    context would exceed `context`. It begins before time 0, so that the load is level from the start.
-    Prefix ids name full blocks: those within the system prompt are shared by all sessions, the others by the turns
-    of one. Output lengths come from the length law, prompts from the session.
+    A turn follows the one before it after that one's estimated service (its output tokens times `tpot`) and
+    an exponential think time: arrivals are fixed beforehand and do not wait for the server. A session ends
+    when its context would exceed `context`. Sessions begin before time 0, so that the load is level from the
+    start. Prefix ids name full blocks: those within the system prompt are shared by all sessions, the others
+    by the turns of one. Output lengths come from the length law, prompts from the session.
     """
 
     WARMUP_MEANS: ClassVar[float] = 5.0
@@ -105,4 +105,4 @@ def _running(values: Values, opening: NDArray[np.int64], session: NDArray[np.int
     """Cumulative sums that begin anew with each session."""
     total = values.cumsum()
     before = total[opening] - values[opening]
-    return total - before[session]  # type: ignore[no-any-return]
+    return total - before[session]

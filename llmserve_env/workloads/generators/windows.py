@@ -18,9 +18,9 @@ def fill_window(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Arrivals of clients in one window.
 
-    A client sends rate * 600 requests, rounded up or down at random so that the mean is kept. Its gaps, one more
-    than its requests, have its law's shape and are scaled to fill the window, as ServeGen scales them to a rate
-    (ServeGen draws no last gap, and so puts a client's last request at the window's end).
+    A client sends rate * 600 requests, rounded up or down at random so that the mean is kept. Its gaps, one
+    more than its requests, have its law's shape and are scaled to fill the window, as ServeGen scales them
+    to a rate (ServeGen draws no last gap, and so puts a client's last request at the window's end).
 
     Args:
         rng: draws the window.

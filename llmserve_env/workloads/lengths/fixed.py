@@ -17,5 +17,5 @@ class FixedLengths(LengthLaw):
     output_tokens: int
 
     def sample(self, seed: np.random.SeedSequence, n: int) -> TokenPairs:
-        """n equal pairs; the seed changes nothing."""
+        """Give n equal pairs; the seed changes nothing."""
         return np.full(n, self.prompt_tokens, np.int64), np.full(n, self.output_tokens, np.int64)

@@ -15,8 +15,8 @@ from llmserve_env.workloads.lengths.law import LengthLaw, TokenPairs, streams, w
 class QuantileCurve:
     """Laws that pass through given quantiles and are lognormal between them.
 
-    ln(tokens) is linear in the normal score of the probability from one quantile to the next, goes on below the
-    first one, and ends at the last one.
+    ln(tokens) is linear in the normal score of the probability from one quantile to the next, goes on below
+    the first one, and ends at the last one.
 
     Attributes:
         probability: float64[k], ascending, each inside 0..1.
@@ -27,7 +27,7 @@ class QuantileCurve:
     tokens: NDArray[np.float64]
 
     def at(self, score: NDArray[np.float64], law: NDArray[np.int64] | int = 0) -> NDArray[np.int64]:
-        """int64[n] tokens at normal scores float64[n], of the law with that row (int64[n], or one for all)."""
+        """int64[n] tokens at normal scores float64[n], of the law in row `law` (int64[n] or one for all)."""
         knots = np.array([NormalDist().inv_cdf(p) for p in self.probability])
         logs = np.log(self.tokens)
         score = np.minimum(score, knots[-1])

@@ -13,7 +13,7 @@ FIELDS = ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type")
 
 
 def parse(records: Records) -> Parsed:
-    """Seconds since the start and two lengths; the log type is the tenant; no response token: the request failed."""
+    """Whole seconds and two lengths; the log type is the tenant; no response token: the request failed."""
     prompt_tokens = records.tokens("Request tokens", at_least=0)
     output_tokens = records.tokens("Response tokens", at_least=0)
     failed = output_tokens == 0

@@ -36,10 +36,9 @@ def parse_sessions(records: Records) -> Parsed:
 
 
 def _refuse_sessions(records: Records) -> None:
-    chained = np.array([value is not None for value in records.values("sub_requests")], bool)
     records.mark(
-        chained[: len(records)] if len(chained) else np.zeros(len(records), bool),
-        "an agentic session: each call starts when the one before it ends, so its arrivals are not known before "
-        "it is served; only flat requests can be read",
+        np.array([value is not None for value in records.values("sub_requests")], bool),
+        "an agentic session: its calls start when earlier ones end, so their arrivals depend on the server; "
+        "expected flat requests",
         "sub_requests",
     )

@@ -18,7 +18,7 @@ JITTER_S = 3.0
 
 
 def parse(records: Records) -> Parsed:
-    """Milliseconds since the start, two lengths, and one hash id for each started block of 512 prompt tokens."""
+    """Milliseconds since the start, two lengths, one hash id for each started block of 512 prompt tokens."""
     prompt_tokens = records.tokens("input_length")
     return Parsed(
         arrival_s=records.numbers("timestamp", "milliseconds >= 0") / 1e3,

@@ -53,7 +53,7 @@ def hashed_blocks(
 
 
 def token_blocks(records: Records, name: str, prompt_tokens: NDArray[np.int64]) -> Prefixes | None:
-    """Blocks of 16 token ids, numbered by first appearance; like vLLM's cache without a last, partial block."""
+    """Blocks of 16 token ids, numbered by first appearance; no last, partial block, as in vLLM's cache."""
     lists = _integer_lists(records, name)
     if lists is None:
         return None

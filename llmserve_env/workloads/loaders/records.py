@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ MAX_TOKENS = 2**31 - 1
 """A workload's token counts are int32."""
 
 _KEPT_FAULTS = 5
+_CHUNK_ROWS = 16384
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Records:
         file: name for messages.
         names: columns of the header, or keys of the first JSON object.
         lines: int64[n], 1-based line of each row.
-        values: the raw column of a name: str for tables, decoded JSON otherwise, None where missing.
+        values: the raw column of a name: str in tables, decoded JSON otherwise; None where there is none.
         number_types: types that a raw number may have.
         bad: bool[n], rows that cannot be used.
         faults: (line, message) of the first fault of each check that failed.
@@ -74,14 +76,15 @@ class Records:
         """A column as float64[n]; rows without a finite number >= 0 are marked and hold 0."""
         raw = self.values(name)
         found, readable = _to_floats(raw, self.number_types)
-        missing = np.fromiter((value in (None, "") for value in raw), bool, len(raw)) & ~readable
-        self.mark(missing, "is missing", name)
+        if not readable.all():
+            missing = np.fromiter((value is None or value == "" for value in raw), bool, len(raw))
+            self.mark(missing, "is missing", name)
         wrong = ~readable | ~np.isfinite(found) | (found < 0)
         self.mark(wrong, lambda row: f"expected {expected}, found {_shown(raw[row])}", name)
         return np.where(wrong, 0.0, found)
 
     def tokens(self, name: str, at_least: int = 1) -> NDArray[np.int64]:
-        """A column of token counts as int64[n]; rows without a whole number in range are marked and hold 1."""
+        """A column of token counts as int64[n]; rows without one in range are marked and hold 1."""
         expected = f"a whole number of tokens >= {at_least}"
         found = self.numbers(name, expected)
         wrong = (found != np.floor(found)) | (found < at_least) | (found > MAX_TOKENS)
@@ -111,37 +114,39 @@ def read_records(path: str) -> Records:
 def _read_table(text: str, file: str) -> Records:
     first = next(line for line in text.split("\n") if line.strip())
     reader = csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",")
-    rows: list[list[str]] = []
+    names: list[str] = []
+    columns: list[list[object]] = []
     lines: list[int] = []
+    too_wide: dict[int, str] = {}
     try:
-        if '"' in text:  # a quoted field may span lines
-            for row in reader:
-                rows.append(row)
-                lines.append(reader.line_num)
-        else:
-            rows = list(reader)
-            lines = list(range(1, len(rows) + 1))
+        # In chunks: a million small lists alive at once would keep the garbage collector busy.
+        while rows := [(reader.line_num, row) for row in islice(reader, _CHUNK_ROWS)]:
+            rows = [(line, row) for line, row in rows if any(row)]
+            if rows and not names:
+                names = [name.strip() for name in rows.pop(0)[1]]
+                columns = [[] for _ in names]
+            width = len(names)
+            for at, (_, row) in enumerate(rows, start=len(lines)):
+                if len(row) > width:
+                    too_wide[at] = f"has {len(row)} fields, the header names {width}"
+                    del row[width:]
+                elif len(row) < width:
+                    row.extend([""] * (width - len(row)))
+            lines.extend(line for line, _ in rows)
+            for column, values in zip(columns, zip(*(row for _, row in rows), strict=True), strict=False):
+                column.extend(values)
     except csv.Error as error:
         raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error
-    filled = [i for i, row in enumerate(rows) if any(row)]
-    if len(filled) < len(rows):
-        rows = [rows[i] for i in filled]
-        lines = [lines[i] for i in filled]
-    names = [name.strip() for name in rows[0]]
-    rows, width = rows[1:], len(names)
-    widths = np.fromiter(map(len, rows), np.int64, len(rows))
-    if (widths != width).any():
-        rows = [row[:width] + [""] * (width - len(row)) for row in rows]
-    columns = dict(zip(names, zip(*rows, strict=True), strict=False)) if rows else {}
+    by_name = dict(zip(names, columns, strict=True))
     records = Records(
         file=file,
         names=frozenset(names),
-        lines=np.array(lines[1:], np.int64),
-        values=lambda name: list(columns.get(name, ())),
+        lines=np.array(lines, np.int64),
+        values=lambda name: by_name.get(name) or [None] * len(lines),
         number_types=frozenset({str}),
-        bad=np.zeros(len(rows), bool),
+        bad=np.zeros(len(lines), bool),
     )
-    records.mark(widths > width, lambda row: f"has {widths[row]} fields, the header names {width}")
+    _mark_each(records, too_wide)
     return records
 
 
@@ -172,11 +177,15 @@ def _read_json_lines(text: str, file: str) -> Records:
         number_types=frozenset({int, float}),
         bad=np.zeros(len(rows), bool),
     )
-    if broken:
-        at = np.zeros(len(rows), bool)
-        at[list(broken)] = True
-        records.mark(at, broken.__getitem__)
+    _mark_each(records, broken)
     return records
+
+
+def _mark_each(records: Records, faults: dict[int, str]) -> None:
+    """Mark rows, each with its own fault."""
+    rows = np.zeros(len(records), bool)
+    rows[list(faults)] = True
+    records.mark(rows, faults.__getitem__)
 
 
 def _to_floats(

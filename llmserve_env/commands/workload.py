@@ -1,0 +1,45 @@
+"""`llmserve workload`: a trace or a generator in numbers."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import asdict
+from pathlib import Path
+
+from llmserve_env.files import write_atomic
+from llmserve_env.workloads import describe, open_reported
+
+
+def workload(
+    source: str,
+    /,
+    *,
+    picture: Path | None = None,
+    json: Path | None = None,
+    skip_bad_rows: bool = False,
+    seed: int | None = None,
+) -> None:
+    """Describe a workload: rate, burstiness, lengths, prefix reuse.
+
+    Args:
+        source: a trace file, or a URI such as "gamma://?rate=8&shape=0.25".
+        picture: draw it to this file (png, svg or pdf).
+        json: write the numbers to this file.
+        skip_bad_rows: skip and count rows that cannot be read, rather than refuse the file.
+        seed: goes before the URI's own seed.
+
+    Raises:
+        InputError: the source cannot be used, or a file cannot be written.
+    """
+    requests, report = open_reported(source, seed=seed, skip_bad_rows=skip_bad_rows)
+    description = describe(requests)
+    print(description.as_table())
+    if report is not None:
+        print(report)
+    if json is not None:
+        content = {**description.as_dict(), "load": None if report is None else asdict(report)}
+        write_atomic(json, json_format.dumps(content, indent=2, allow_nan=False) + "\n")
+    if picture is not None:
+        from llmserve_env.workloads.picture import draw
+
+        draw(requests, description, picture)

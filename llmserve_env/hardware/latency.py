@@ -157,9 +157,7 @@ def compile_latency(profile: Profile) -> LatencyArrays:
         dense_s=_seconds([_dense(profile, tier) for tier in tiers]),
         head_s=_seconds([_head(latency) * tier.head_factor for tier in tiers]),
         decode_kv=np.array(latency.decode_kv_tokens, float),
-        decode_s=_seconds(
-            [_by_sequences(latency.decode_sequences, np.array(latency.decode_us))] * len(TIERS)
-        ),
+        decode_s=_seconds([decode] * len(TIERS)),
         prefill_chunk=prefill_chunk,
         prefill_kv=prefill_kv,
         prefill_s=_seconds([prefill] * len(TIERS)),

@@ -23,8 +23,8 @@ class WorkloadURI:
     query: dict[str, str]
 
     def __str__(self) -> str:
-        pairs = "&".join(f"{name}={quote(value, safe='/:,.')}" for name, value in self.query.items())
-        return f"{self.scheme}://{quote(self.path, safe='/:,. ')}" + (f"?{pairs}" if pairs else "")
+        pairs = "&".join(f"{_quoted(name)}={_quoted(value)}" for name, value in self.query.items())
+        return f"{self.scheme}://{_quoted(self.path)}" + (f"?{pairs}" if pairs else "")
 
 
 def parse_uri(text: str) -> WorkloadURI:
@@ -46,3 +46,7 @@ def parse_uri(text: str) -> WorkloadURI:
             raise InputError(f"is given twice in {text!r}", field=name)
         pairs[name] = value
     return WorkloadURI(scheme, unquote(path), pairs)
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="/:,. ")

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ MAX_TOKENS = 2**31 - 1
 """A workload's token counts are int32."""
 
 _KEPT_FAULTS = 5
-_CHUNK_ROWS = 16384
+_CELL = "\x1f"  # ASCII's own unit separator joins cells: a million small lists would be slow
 
 
 @dataclass
@@ -113,41 +112,49 @@ def read_records(path: str) -> Records:
 
 def _read_table(text: str, file: str) -> Records:
     first = next(line for line in text.split("\n") if line.strip())
-    reader = csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",")
-    names: list[str] = []
-    columns: list[list[object]] = []
-    lines: list[int] = []
+    delimiter = "\t" if "\t" in first else ","
+    rows = _quoted_rows(text, delimiter, file) if '"' in text else _plain_rows(text, delimiter)
+    if not rows:
+        raise InputError("holds no rows", file=file)
+    (_, header), *rows = rows
+    names, lines = [name.strip() for name in header.split(_CELL)], [line for line, _ in rows]
+    width = len(names)
+    texts = [row for _, row in rows]
     too_wide: dict[int, str] = {}
-    try:
-        # In chunks: a million small lists alive at once would keep the garbage collector busy.
-        while rows := [(reader.line_num, row) for row in islice(reader, _CHUNK_ROWS)]:
-            rows = [(line, row) for line, row in rows if any(row)]
-            if rows and not names:
-                names = [name.strip() for name in rows.pop(0)[1]]
-                columns = [[] for _ in names]
-            width = len(names)
-            for at, (_, row) in enumerate(rows, start=len(lines)):
-                if len(row) > width:
-                    too_wide[at] = f"has {len(row)} fields, the header names {width}"
-                    del row[width:]
-                elif len(row) < width:
-                    row.extend([""] * (width - len(row)))
-            lines.extend(line for line, _ in rows)
-            for column, values in zip(columns, zip(*(row for _, row in rows), strict=True), strict=False):
-                column.extend(values)
-    except csv.Error as error:
-        raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error
-    by_name = dict(zip(names, columns, strict=True))
+    for at, found in enumerate(text.count(_CELL) + 1 for text in texts):
+        if found < width:
+            texts[at] += _CELL * (width - found)
+        elif found > width:
+            too_wide[at] = f"has {found} fields, the header names {width}"
+            texts[at] = _CELL.join(texts[at].split(_CELL)[:width])
+    cells = _CELL.join(texts).split(_CELL) if texts else []
+    columns: dict[str, list[object]] = {name: list(cells[at::width]) for at, name in enumerate(names)}
     records = Records(
         file=file,
         names=frozenset(names),
         lines=np.array(lines, np.int64),
-        values=lambda name: by_name.get(name) or [None] * len(lines),
+        values=lambda name: columns.get(name) or [None] * len(lines),
         number_types=frozenset({str}),
         bad=np.zeros(len(lines), bool),
     )
     _mark_each(records, too_wide)
     return records
+
+
+def _plain_rows(text: str, delimiter: str) -> list[tuple[int, str]]:
+    """Line number and cells of each row that is not blank."""
+    blank = f"{delimiter} \t"
+    lines = text.replace(delimiter, _CELL).split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip(_CELL + blank)]
+
+
+def _quoted_rows(text: str, delimiter: str, file: str) -> list[tuple[int, str]]:
+    """The same for a table with quoted fields, which may hold delimiters and line ends."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    try:
+        return [(reader.line_num, _CELL.join(row)) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error
 
 
 def _read_json_lines(text: str, file: str) -> Records:

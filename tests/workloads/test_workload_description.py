@@ -1,0 +1,137 @@
+"""The statistics, on workloads whose values are known by hand; the picture and the command."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import trace_samples
+
+from llmserve_env.commands.workload import workload as command
+from llmserve_env.errors import InputError
+from llmserve_env.workloads import Workload, describe, open_workload
+from llmserve_env.workloads.description import window_counts
+
+
+def requests(arrival_s, prompt=None, output=None, **others) -> Workload:
+    n = len(arrival_s)
+    return Workload(
+        arrival_s=np.array(arrival_s, float),
+        prompt_tokens=np.ones(n, np.int32) if prompt is None else prompt,
+        output_tokens=np.ones(n, np.int32) if output is None else output,
+        tenant=np.zeros(n, np.int16),
+        **others,
+    )
+
+
+def test_regular_arrivals():
+    facts = describe(requests(np.arange(0, 130, 0.5)))
+    assert facts.rate_rps == pytest.approx(260 / 129.5)
+    assert facts.gap_cv == 0
+    assert [scale.dispersion for scale in facts.scales] == [0, 0, 0]
+    assert [scale.peak_to_mean for scale in facts.scales] == [1, 1, 1]
+    assert facts.traffic == "steady"
+
+
+def test_counts_leave_out_a_partial_window():
+    # Ten a second for 2 s, then 30 in the third, and one request after 3.5 s.
+    arrival_s = np.concatenate([np.arange(20) / 10, 2 + np.arange(30) / 30, [3.5]])
+    assert window_counts(arrival_s, 1.0).tolist() == [10, 10, 30]
+    scale = describe(requests(arrival_s)).scales[0]
+    counts = np.array([10, 10, 30])
+    assert scale.dispersion == pytest.approx(counts.var() / counts.mean())
+    assert scale.peak_to_mean == pytest.approx(1.8)
+
+
+def test_windows_begin_with_the_first_arrival():
+    assert window_counts(np.array([100.0, 100.5, 101.5, 103.0]), 1.0).tolist() == [2, 1, 0]
+
+
+def test_lengths():
+    tokens = np.arange(1, 102, dtype=np.int32)
+    facts = describe(requests(np.arange(101.0), prompt=tokens, output=tokens[::-1]))
+    assert (facts.prompt.mean, facts.prompt.p50, facts.prompt.p90, facts.prompt.p99) == (51, 51, 91, 100)
+    assert facts.prompt.max == 101
+    assert facts.length_correlation == pytest.approx(-1)
+
+
+def test_traffic_classes():
+    assert describe(open_workload("poisson://?rate=8")).traffic == "steady"
+    assert describe(open_workload("poisson://?rate=0.01&duration=100000")).traffic == "sparse"
+    assert describe(open_workload("gamma://?shape=0.2")).traffic == "bursty"
+    slow_waves = describe(open_workload("mmpp://?rates=6,15&dwells=200,200&duration=5000"))
+    assert slow_waves.gap_cv < 1.5
+    assert slow_waves.traffic == "bursty"
+
+
+@pytest.mark.parametrize("arrival_s", [[0.0], [3.0, 3.0, 3.0], [0.0, 1.0]])
+def test_too_little_to_tell(arrival_s):
+    facts = describe(requests(arrival_s))
+    assert facts.traffic == "undetermined"
+    assert facts.length_correlation is None
+    assert "undetermined" in facts.as_table()
+    with pytest.raises(InputError, match="no request"):
+        describe(requests([]))
+
+
+def test_prefix_reuse():
+    reuse = describe(
+        requests(
+            [0, 1, 2, 3],
+            prefix_block_tokens=16,
+            prefix_offsets=[0, 2, 5, 6, 6],
+            prefix_ids=[1, 2, 1, 2, 3, 2],
+        )
+    ).prefix_reuse
+    assert reuse.hit_share == pytest.approx(2 / 6), "id 2 at depth 0 is another block than id 2 at depth 1"
+    assert reuse.mostly_hit_share == pytest.approx(1 / 4)
+
+
+def test_a_block_twice_in_one_prompt_is_no_reuse():
+    reuse = describe(
+        requests([0], prefix_block_tokens=16, prefix_offsets=[0, 2], prefix_ids=[5, 5])
+    ).prefix_reuse
+    assert reuse.hit_share == 0
+
+
+def test_command_prints_and_writes(tmp_path, capsys):
+    picture, numbers = tmp_path / "w.png", tmp_path / "w.json"
+    command("gamma://?duration=120&tenants=premium-standard", picture=picture, json=numbers, seed=3)
+    printed = capsys.readouterr().out
+    assert "inter-arrival CV" in printed
+    assert "premium" in printed
+    content = json.loads(numbers.read_text())
+    facts = describe(open_workload("gamma://?duration=120&tenants=premium-standard&seed=3"))
+    assert content["gap_cv"] == facts.gap_cv
+    assert content["load"] is None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.json", "w.png"], (
+        "no temporary file is left"
+    )
+
+
+def test_command_reports_a_trace(tmp_path, capsys):
+    trace, numbers = tmp_path / "trace.csv", tmp_path / "w.json"
+    trace.write_text(trace_samples.BURSTGPT + "x,ChatGPT,1,1,2,API log\n")
+    command(str(trace), json=numbers, skip_bad_rows=True)
+    assert "1 failed requests dropped; 1 bad rows skipped" in capsys.readouterr().out
+    assert json.loads(numbers.read_text())["load"]["bad_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["poisson://?requests=1", "poisson://?requests=2", "gamma://?requests=400"]
+)
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_pictures_of_any_size_are_repeatable(tmp_path, source, suffix):
+    first, second = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    command(f"{source}&lengths=fixed:5,6", picture=first)
+    command(f"{source}&lengths=fixed:5,6", picture=second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_command_refuses_what_it_cannot_write(tmp_path):
+    with pytest.raises(InputError, match="ending in png, svg, pdf"):
+        command("poisson://?requests=5", picture=tmp_path / "w.txt")
+    with pytest.raises(InputError, match="cannot be written"):
+        command("poisson://?requests=5", json=tmp_path / "absent" / "w.json")

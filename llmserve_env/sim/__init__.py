@@ -1,0 +1,1 @@
+"""The simulator: one jitted kernel, its records, and the backend over it."""

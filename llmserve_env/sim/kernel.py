@@ -1,0 +1,1203 @@
+"""Everything that is jitted: one engine's scheduler in closed form, the cell around it, the batch of episodes.
+
+The scheduler is vLLM V1's with asynchronous scheduling. Batch k+1 is decided while batch k runs, as soon as
+batch k-1 has ended; a batch takes the running sequences first (one token each, or 1 + depth under
+speculation), then the one unfinished prefill, then waiting requests, under one token budget. In a batch all
+decoding sequences of a speculation class advance alike, so an engine keeps totals, not a loop over its batch:
+
+* a class's token clock says how many tokens each of its sequences has gained; a sequence finishes when the
+  clock reaches a key that was known when its prefill ended (a heap per class);
+* the contexts' sum grows by the batch size each iteration; with integer time the durations of a stretch of
+  iterations without an event are an arithmetic progression, summed exactly;
+* a sequence needs a block each time its class clock passes one residue modulo the block size, so the blocks
+  that an iteration takes are a count per residue.
+
+tests/alignment holds the same scheduler written plainly, and the two must agree request by request.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from llmserve_env.sim.state import (
+    ACCEPT_ONE,
+    BLOCK_TOKENS,
+    CANCELLED,
+    COLOCATED,
+    COMPLETED,
+    DECODE,
+    DRAINING,
+    FAILED,
+    HISTOGRAM_BINS,
+    NEVER_PS,
+    PREFILL,
+    RELOADING,
+    RUNNING,
+    TRANSFER,
+    UP,
+    WAITING,
+    Prefixes,
+    Transfers,
+)
+
+_SPLITMIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+
+@njit(cache=True, forceinline=True)
+def _bin(duration_ps):
+    """Histogram bin of a duration: eight per octave of seconds, see state.histogram_edges_s."""
+    if duration_ps <= 0:
+        return 0
+    mantissa, exponent = math.frexp(duration_ps * 1e-12)
+    index = (exponent + 13) * 8 + int(mantissa * 16.0 - 8.0)
+    return min(max(index, 0), HISTOGRAM_BINS - 1)
+
+
+@njit(cache=True, forceinline=True)
+def _segment(knots, x):
+    """Index of the segment of `knots` that holds x; the first or last one outside."""
+    k = 0
+    while k < len(knots) - 2 and x >= knots[k + 1]:
+        k += 1
+    return k
+
+
+@njit(cache=True)
+def _prefill_ps(cost, tier, chunk, kv):
+    """Attention of one prefill chunk over `kv` cached tokens (ps, all layers)."""
+    i = _segment(cost.prefill_chunk, chunk)
+    j = _segment(cost.prefill_kv, kv)
+    u = (chunk - cost.prefill_chunk[i]) / (cost.prefill_chunk[i + 1] - cost.prefill_chunk[i])
+    v = (kv - cost.prefill_kv[j]) / (cost.prefill_kv[j + 1] - cost.prefill_kv[j])
+    u = max(u, 0.0)
+    table = cost.prefill_ps
+    low = table[tier, i, j] + u * (table[tier, i + 1, j] - table[tier, i, j])
+    high = table[tier, i, j + 1] + u * (table[tier, i + 1, j + 1] - table[tier, i, j + 1])
+    return max(low + v * (high - low), 0.0)
+
+
+@njit(cache=True)
+def _mixed_ps(cost, tier, chunk, count, kv):
+    """Attention that `count` decodes at context `kv` add beside a prefill of `chunk` tokens (ps)."""
+    i = _segment(cost.mixed_chunk, chunk)
+    j = _segment(cost.mixed_kv, kv)
+    u = (chunk - cost.mixed_chunk[i]) / (cost.mixed_chunk[i + 1] - cost.mixed_chunk[i])
+    v = (kv - cost.mixed_kv[j]) / (cost.mixed_kv[j + 1] - cost.mixed_kv[j])
+    u = min(max(u, 0.0), 1.0)
+    table = cost.mixed_ps
+    low = table[tier, i, count, j] + u * (table[tier, i + 1, count, j] - table[tier, i, count, j])
+    high = table[tier, i, count, j + 1] + u * (table[tier, i + 1, count, j + 1] - table[tier, i, count, j + 1])
+    return max(low + v * (high - low), 0.0)
+
+
+@njit(cache=True, forceinline=True)
+def _blocks(tokens):
+    return (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+
+
+# ------------------------------------------------------------------------------------- heap of finishing times
+
+
+@njit(cache=True, forceinline=True)
+def _heap_place(e, c, position, key, slot):
+    e.heap_key[c, position] = key
+    e.heap_slot[c, position] = slot
+    e.slot_heap[slot] = position
+
+
+@njit(cache=True)
+def _heap_up(e, c, position, key, slot):
+    while position > 0:
+        parent = (position - 1) >> 1
+        if e.heap_key[c, parent] <= key:
+            break
+        _heap_place(e, c, position, e.heap_key[c, parent], e.heap_slot[c, parent])
+        position = parent
+    _heap_place(e, c, position, key, slot)
+
+
+@njit(cache=True)
+def _heap_remove(e, c, position):
+    size = e.heap_size[c] - 1
+    e.heap_size[c] = size
+    if position == size:
+        return
+    key = e.heap_key[c, size]
+    slot = e.heap_slot[c, size]
+    child = 2 * position + 1
+    start = position
+    while child < size:
+        if child + 1 < size and e.heap_key[c, child + 1] < e.heap_key[c, child]:
+            child += 1
+        if e.heap_key[c, child] >= key:
+            break
+        _heap_place(e, c, position, e.heap_key[c, child], e.heap_slot[c, child])
+        position = child
+        child = 2 * position + 1
+    if position == start:
+        _heap_up(e, c, position, key, slot)
+    else:
+        _heap_place(e, c, position, key, slot)
+
+
+# ------------------------------------------------------------------------------- free queue and prefix cache
+
+
+@njit(cache=True)
+def _table_find(pool, g, key):
+    """Position of a key in the hash table, or of the empty place where it belongs."""
+    mask = pool.table_key.shape[1] - 1
+    position = np.int64((np.uint64(key) * _SPLITMIX) >> np.uint64(20)) & mask
+    while pool.table_key[g, position] != -1 and pool.table_key[g, position] != key:
+        position = (position + 1) & mask
+    return position
+
+
+@njit(cache=True)
+def _table_delete(pool, g, key):
+    mask = pool.table_key.shape[1] - 1
+    hole = _table_find(pool, g, key)
+    probe = (hole + 1) & mask
+    while pool.table_key[g, probe] != -1:
+        home = np.int64((np.uint64(pool.table_key[g, probe]) * _SPLITMIX) >> np.uint64(20)) & mask
+        if ((probe - home) & mask) >= ((probe - hole) & mask):
+            pool.table_key[g, hole] = pool.table_key[g, probe]
+            pool.table_node[g, hole] = pool.table_node[g, probe]
+            hole = probe
+        probe = (probe + 1) & mask
+    pool.table_key[g, hole] = -1
+
+
+@njit(cache=True)
+def _queue_compact(e, g, out, pool):
+    """Close the gaps that touched segments left in the ring; neighbours without an owner become one."""
+    mask = pool.queue_owner.shape[1] - 1
+    write = e.queue_head
+    last_free = False
+    for read in range(e.queue_head, e.queue_tail):
+        length = pool.queue_length[g, read & mask]
+        if length == 0:
+            continue
+        owner = pool.queue_owner[g, read & mask]
+        if owner == -1 and last_free:
+            pool.queue_length[g, (write - 1) & mask] += length
+            continue
+        pool.queue_owner[g, write & mask] = owner
+        pool.queue_length[g, write & mask] = length
+        if owner >= 0:
+            out[owner].segment = write & mask
+        elif owner <= -2:
+            pool.node_segment[g, -2 - owner] = write & mask
+        last_free = owner == -1
+        write += 1
+    e.queue_tail = write
+
+
+@njit(cache=True)
+def _queue_push(e, g, out, pool, owner, length):
+    """Blocks become free; they are the last that an allocation will take."""
+    mask = pool.queue_owner.shape[1] - 1
+    if owner == -1 and e.queue_tail > e.queue_head:
+        last = (e.queue_tail - 1) & mask
+        if pool.queue_owner[g, last] == -1:
+            pool.queue_length[g, last] += length
+            return
+    if e.queue_tail - e.queue_head > mask:
+        _queue_compact(e, g, out, pool)
+    position = e.queue_tail & mask
+    pool.queue_owner[g, position] = owner
+    pool.queue_length[g, position] = length
+    if owner >= 0:
+        out[owner].segment = position
+    elif owner <= -2:
+        pool.node_segment[g, -2 - owner] = position
+    e.queue_tail += 1
+
+
+@njit(cache=True)
+def _queue_take(e, counters, g, out, pool, blocks):
+    """Allocate blocks, least recently used first; what they cached is gone."""
+    mask = pool.queue_owner.shape[1] - 1
+    e.held += blocks
+    while blocks > 0:
+        position = e.queue_head & mask
+        length = pool.queue_length[g, position]
+        taken = min(length, blocks)
+        owner = pool.queue_owner[g, position]
+        if owner != -1:
+            counters.evictions += taken
+            if owner <= -2 and taken > 0:
+                node = -2 - owner
+                _table_delete(pool, g, pool.node_key[g, node])
+                pool.node_free[g, e.nodes_free] = node
+                e.nodes_free += 1
+            elif owner >= 0 and taken == length:
+                out[owner].segment = -1
+        pool.queue_length[g, position] = length - taken
+        blocks -= taken
+        if taken == length:
+            e.queue_head += 1
+
+
+@njit(cache=True)
+def _share_blocks(e, counters, g, out, pool, pre, slot, request, full_blocks):
+    """Enter the prompt's blocks up to `full_blocks` into the prefix cache as they are computed."""
+    shared = e.slot_shared[slot]
+    first = pre.offsets[request]
+    count = (pre.offsets[request + 1] - first) * pre.per_id
+    limit = min(full_blocks, count)
+    while shared < limit:
+        key = pre.ids[first + shared // pre.per_id] * pre.per_id + shared % pre.per_id
+        position = _table_find(pool, g, key)
+        if pool.table_key[g, position] == key:
+            # computed twice at once: keep the first copy, give the second back
+            node = pool.table_node[g, position]
+            if pool.node_references[g, node] == 0:
+                pool.queue_length[g, pool.node_segment[g, node]] = 0
+                e.held += 1
+            pool.node_references[g, node] += 1
+            e.held -= 1
+            _queue_push(e, g, out, pool, -1, 1)
+        else:
+            e.nodes_free -= 1
+            node = pool.node_free[g, e.nodes_free]
+            pool.table_key[g, position] = key
+            pool.table_node[g, position] = node
+            pool.node_key[g, node] = key
+            pool.node_references[g, node] = 1
+        shared += 1
+    e.slot_shared[slot] = shared
+
+
+@njit(cache=True)
+def _free_blocks(e, g, out, pool, pre, slot, request, tokens, owner):
+    """Give back what a sequence with `tokens` tokens in the cache holds, its last block first."""
+    shared = e.slot_shared[slot]
+    private = _blocks(tokens) - shared
+    if private > 0:
+        e.held -= private
+        _queue_push(e, g, out, pool, owner, private)
+    first = pre.offsets[request] if shared > 0 else 0
+    for block in range(shared - 1, -1, -1):
+        key = pre.ids[first + block // pre.per_id] * pre.per_id + block % pre.per_id
+        node = pool.table_node[g, _table_find(pool, g, key)]
+        pool.node_references[g, node] -= 1
+        if pool.node_references[g, node] == 0:
+            e.held -= 1
+            _queue_push(e, g, out, pool, -2 - node, 1)
+
+
+# ------------------------------------------------------------------------------------------ running sequences
+
+
+@njit(cache=True)
+def _unlink(e, slot):
+    before = e.slot_prev[slot]
+    after = e.slot_next[slot]
+    if before >= 0:
+        e.slot_next[before] = after
+    else:
+        e.run_head = after
+    if after >= 0:
+        e.slot_prev[after] = before
+    else:
+        e.run_tail = before
+
+
+@njit(cache=True)
+def _deactivate(e, slot):
+    """Take a decoding sequence out of the totals; returns its context."""
+    c = e.slot_class[slot]
+    offset = e.slot_base[slot] - e.slot_start[slot]
+    context = offset + e.clock[c]
+    _heap_remove(e, c, e.slot_heap[slot])
+    e.active -= 1
+    e.class_active[c] -= 1
+    e.kv_sum -= context
+    e.crossing[c, (-offset) & (BLOCK_TOKENS - 1)] -= 1
+    if offset == e.longest[c]:
+        e.longest_known[c] = 0
+    return context
+
+
+@njit(cache=True)
+def _activate(e, slot, context, remaining):
+    """A sequence decodes from the next batch on; it finishes after `remaining` more tokens."""
+    c = e.slot_class[slot]
+    clock = e.clock[c]
+    offset = context - clock
+    e.slot_base[slot] = context
+    e.slot_start[slot] = clock
+    e.active += 1
+    e.class_active[c] += 1
+    e.kv_sum += context
+    e.crossing[c, (-offset) & (BLOCK_TOKENS - 1)] += 1
+    if e.class_active[c] == 1:
+        e.longest[c] = offset
+        e.longest_known[c] = 1
+    elif offset > e.longest[c]:
+        e.longest[c] = offset
+    position = e.heap_size[c]
+    e.heap_size[c] = position + 1
+    _heap_up(e, c, position, clock + remaining, slot)
+
+
+@njit(cache=True)
+def _longest_context(e, classes):
+    longest = np.int64(0)
+    for c in range(classes):
+        if e.class_active[c] == 0:
+            continue
+        if e.longest_known[c] == 0:
+            offset = -NEVER_PS
+            for i in range(e.heap_size[c]):
+                slot = e.heap_slot[c, i]
+                offset = max(offset, e.slot_base[slot] - e.slot_start[slot])
+            e.longest[c] = offset
+            e.longest_known[c] = 1
+        longest = max(longest, e.longest[c] + e.clock[c])
+    return longest
+
+
+@njit(cache=True)
+def _release(e, g, out, pool, pre):
+    """The batch that was in flight has ended: what finished in it frees its slots and blocks."""
+    slot = e.limbo_head
+    while slot >= 0:
+        after = e.slot_next[slot]
+        request = e.slot_request[slot]
+        _free_blocks(e, g, out, pool, pre, slot, request, e.slot_base[slot], -1)
+        e.free_slot[e.slots_free] = slot
+        e.slots_free += 1
+        slot = after
+    e.running -= e.limbo_count
+    e.unfinished -= e.limbo_count
+    e.limbo_count = 0
+    e.limbo_head = -1
+
+
+@njit(cache=True)
+def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
+    """Preempt the newest running sequence (under priority routing, of the worst rank); returns 1 if a decode."""
+    victim = e.run_tail
+    if e.priority:
+        slot = e.run_tail
+        while slot >= 0:
+            worst = ten.rank[req[e.slot_request[victim]].tenant]
+            if ten.rank[req[e.slot_request[slot]].tenant] > worst:
+                victim = slot
+            slot = e.slot_prev[slot]
+    request = e.slot_request[victim]
+    generated = e.slot_generated[victim]
+    if victim == e.partial:
+        tokens = e.partial_done
+        e.partial = -1
+    else:
+        tokens = _deactivate(e, victim)
+        generated += 1 + e.clock[e.slot_class[victim]] - e.slot_start[victim]
+    _unlink(e, victim)
+    owner = request if cell.prefix_cache else -1
+    out[request].segment = -1
+    _free_blocks(e, g, out, pool, pre, victim, request, tokens, owner)
+    out[request].generated = generated
+    if generated > 0:
+        out[request].finish_ps = e.busy_ps  # its last token so far
+    out[request].preemptions += 1
+    out[request].status = WAITING
+    out[request].next = e.resumed_head
+    e.resumed_head = request
+    e.waiting += 1
+    e.running -= 1
+    e.free_slot[e.slots_free] = victim
+    e.slots_free += 1
+    counters.preemptions += 1
+
+
+# ------------------------------------------------------------------------------------------- waiting requests
+
+
+@njit(cache=True, forceinline=True)
+def _transfer_ps(cell, prompt_tokens):
+    return cell.transfer_latency_ps + cell.transfer_ps_per_token * prompt_tokens
+
+
+@njit(cache=True, forceinline=True)
+def _queued_ps(cell, req, out, request):
+    """When a fresh request reached its engine's queue."""
+    if out[request].first_ps > 0:
+        return out[request].first_ps + _transfer_ps(cell, req[request].prompt_tokens)
+    return req[request].arrival_ps
+
+
+@njit(cache=True)
+def _enqueue(e, g, req, out, request, now_ps):
+    tenant = req[request].tenant
+    out[request].next = -1
+    if out[request].status != TRANSFER:
+        out[request].status = WAITING
+    out[request].engine = g
+    if e.fresh_head[tenant] < 0:
+        e.fresh_head[tenant] = request
+    else:
+        out[e.fresh_tail[tenant]].next = request
+    e.fresh_tail[tenant] = request
+    e.waiting += 1
+    e.unfinished += 1
+    if e.next_ps == NEVER_PS:
+        e.next_ps = max(now_ps, e.busy_ps)
+
+
+@njit(cache=True)
+def _expire(e, counters, cell, req, out, ten, now_ps):
+    """Fail the requests whose client has given up by now; returns the next time that one will."""
+    soonest = NEVER_PS
+    for tenant in range(cell.tenants):
+        patience = ten.patience_ps[tenant]
+        if patience >= NEVER_PS:
+            continue
+        request = e.fresh_head[tenant]
+        while request >= 0 and out[request].first_ps == 0:
+            deadline = req[request].arrival_ps + patience
+            if deadline > now_ps:
+                soonest = min(soonest, deadline)
+                break
+            out[request].status = FAILED
+            out[request].finish_ps = deadline
+            counters.failed += 1
+            counters.tenant_failed[tenant] += 1
+            e.waiting -= 1
+            e.unfinished -= 1
+            request = out[request].next
+            e.fresh_head[tenant] = request
+    return soonest
+
+
+@njit(cache=True)
+def _pick_fresh(e, cell, req, out):
+    """The fresh request that has waited longest, -1 for none; and -2, its place."""
+    best = np.int64(-1)
+    best_ps = NEVER_PS
+    for tenant in range(cell.tenants):
+        request = np.int64(e.fresh_head[tenant])
+        if request >= 0:
+            queued = _queued_ps(cell, req, out, request)
+            if queued < best_ps or (queued == best_ps and request < best):
+                best = request
+                best_ps = queued
+    return best, np.int64(-2)
+
+
+@njit(cache=True)
+def _pick(e, cell, req, out, ten, resumed_only):
+    """The waiting request that vLLM would look at next, -1 for none, and where it stands: after which one in the
+    stack of preempted requests, -1 for its top, -2 for a fresh request.
+
+    Preempted requests stand before fresh ones, the last preempted first. Under priority routing a lower rank
+    goes first, and a preempted one goes first within a rank.
+    """
+    if not e.priority:
+        if e.resumed_head >= 0:
+            return e.resumed_head, np.int64(-1)
+        if resumed_only:
+            return np.int64(-1), np.int64(-2)
+        return _pick_fresh(e, cell, req, out)
+    best = np.int64(-1)
+    best_before = np.int64(-2)
+    best_rank = NEVER_PS
+    before = np.int64(-1)
+    request = e.resumed_head
+    while request >= 0:
+        rank = ten.rank[req[request].tenant]
+        if rank < best_rank:
+            best = request
+            best_before = before
+            best_rank = rank
+        before = request
+        request = np.int64(out[request].next)
+    if resumed_only:
+        return best, best_before
+    best_ps = np.int64(-1)
+    for tenant in range(cell.tenants):
+        request = np.int64(e.fresh_head[tenant])
+        if request < 0:
+            continue
+        rank = ten.rank[tenant]
+        queued = _queued_ps(cell, req, out, request)
+        if rank < best_rank or (rank == best_rank and best_ps >= 0 and (queued, request) < (best_ps, best)):
+            best = request
+            best_before = np.int64(-2)
+            best_rank = rank
+            best_ps = queued
+    return best, best_before
+
+
+@njit(cache=True)
+def _dequeue(e, req, out, request, before):
+    if before >= 0:
+        out[before].next = out[request].next
+    elif before == -1:
+        e.resumed_head = out[request].next
+    else:
+        e.fresh_head[req[request].tenant] = out[request].next
+    e.waiting -= 1
+
+
+@njit(cache=True)
+def _cached_blocks(e, g, cell, out, pool, pre, request, total):
+    """Blocks of a waiting request that the prefix cache still holds: (shared, of those unreferenced, private)."""
+    shared = np.int64(0)
+    idle = np.int64(0)
+    private = np.int64(0)
+    if not cell.prefix_cache:
+        return shared, idle, private
+    limit = (total - 1) // BLOCK_TOKENS
+    count = np.int64(0)
+    if pre.per_id > 0:
+        first = pre.offsets[request]
+        count = (pre.offsets[request + 1] - first) * pre.per_id
+        stop = min(limit, count)
+        while shared < stop:
+            key = pre.ids[first + shared // pre.per_id] * pre.per_id + shared % pre.per_id
+            position = _table_find(pool, g, key)
+            if pool.table_key[g, position] != key:
+                break
+            if pool.node_references[g, pool.table_node[g, position]] == 0:
+                idle += 1
+            shared += 1
+    segment = out[request].segment
+    if segment >= 0 and shared == min(count, limit):
+        private = min(pool.queue_length[g, segment], limit - shared)
+    return shared, idle, private
+
+
+@njit(cache=True)
+def _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits):
+    """Give a waiting request a slot, its cached blocks and the blocks of its first chunk; returns the slot."""
+    shared, idle, private = hits
+    _dequeue(e, req, out, request, before)
+    e.slots_free -= 1
+    slot = e.free_slot[e.slots_free]
+    e.slot_request[slot] = request
+    e.slot_generated[slot] = out[request].generated
+    e.slot_class[slot] = ten.speculation_class[req[request].tenant]
+    e.slot_shared[slot] = shared
+    e.slot_prev[slot] = e.run_tail
+    e.slot_next[slot] = -1
+    if e.run_tail >= 0:
+        e.slot_next[e.run_tail] = slot
+    else:
+        e.run_head = slot
+    e.run_tail = slot
+    e.running += 1
+    out[request].status = RUNNING
+    first = pre.offsets[request] if shared > 0 else 0
+    for block in range(shared):
+        key = pre.ids[first + block // pre.per_id] * pre.per_id + block % pre.per_id
+        node = pool.table_node[g, _table_find(pool, g, key)]
+        if pool.node_references[g, node] == 0:
+            pool.queue_length[g, pool.node_segment[g, node]] = 0
+        pool.node_references[g, node] += 1
+    e.held += idle
+    segment = out[request].segment
+    if segment >= 0:
+        pool.queue_length[g, segment] -= private
+        pool.queue_owner[g, segment] = -1
+        out[request].segment = -1
+        e.held += private
+    cached = (shared + private) * BLOCK_TOKENS
+    counters.cached_tokens += cached
+    _queue_take(e, counters, g, out, pool, _blocks(cached + chunk) - shared - private)
+    return slot
+
+
+# --------------------------------------------------------------------------------------------- one decision
+
+
+@njit(cache=True)
+def _transfer_push(cell, tr, ready_ps, request):
+    position = cell.transfers
+    cell.transfers += 1
+    while position > 0:
+        parent = (position - 1) >> 1
+        if (tr.ready_ps[parent], tr.request[parent]) <= (ready_ps, request):
+            break
+        tr.ready_ps[position] = tr.ready_ps[parent]
+        tr.request[position] = tr.request[parent]
+        position = parent
+    tr.ready_ps[position] = ready_ps
+    tr.request[position] = request
+
+
+@njit(cache=True)
+def _transfer_pop(cell, tr):
+    request = tr.request[0]
+    size = cell.transfers - 1
+    cell.transfers = size
+    ready_ps = tr.ready_ps[size]
+    last = tr.request[size]
+    position = 0
+    child = 1
+    while child < size:
+        right = child + 1
+        if right < size and (tr.ready_ps[right], tr.request[right]) < (tr.ready_ps[child], tr.request[child]):
+            child = right
+        if (tr.ready_ps[child], tr.request[child]) >= (ready_ps, last):
+            break
+        tr.ready_ps[position] = tr.ready_ps[child]
+        tr.request[position] = tr.request[child]
+        position = child
+        child = 2 * position + 1
+    tr.ready_ps[position] = ready_ps
+    tr.request[position] = last
+    return request
+
+
+@njit(cache=True)
+def _finish(e, counters, g, cell, req, out, ten, tr, slot):
+    """The last token of a sequence (or, in a prefill pool, its first) is in the batch that is in flight."""
+    request = e.slot_request[slot]
+    c = e.slot_class[slot]
+    generated = e.slot_generated[slot] + 1 + e.clock[c] - e.slot_start[slot]
+    e.slot_base[slot] = _deactivate(e, slot)
+    _unlink(e, slot)
+    e.slot_next[slot] = e.limbo_head
+    e.limbo_head = slot
+    e.limbo_count += 1
+    e.limbo_ps = e.busy_ps
+    if generated < req[request].output_tokens:  # only a prefill pool stops here
+        out[request].generated = generated
+        out[request].status = TRANSFER
+        counters.transfers += 1
+        _transfer_push(cell, tr, e.busy_ps + _transfer_ps(cell, req[request].prompt_tokens), request)
+        return
+    tenant = req[request].tenant
+    counters.output_tokens -= generated - req[request].output_tokens  # speculation ran past the end
+    out[request].generated = req[request].output_tokens
+    out[request].status = COMPLETED
+    out[request].finish_ps = e.busy_ps
+    counters.completed += 1
+    counters.tenant_completed[tenant] += 1
+    counters.tenant_output_tokens[tenant] += req[request].output_tokens
+    first = out[request].first_ps
+    gaps = max(req[request].output_tokens - 1, 1)
+    in_ttft = first - req[request].arrival_ps <= ten.ttft_slo_ps[tenant]
+    if in_ttft and e.busy_ps - first <= ten.tpot_slo_ps[tenant] * gaps:
+        counters.tenant_in_slo[tenant] += 1
+
+
+@njit(cache=True)
+def _decode_stretch(e, cost, cell, limit_ps):
+    """How many further decode batches share the composition of the next one, and what they take.
+
+    Returns (batches, first duration, growth of the duration per batch), in ps. No batch of the stretch may be
+    decided at or after `limit_ps`, run past a finish, cross a knot of the latency table, or lack blocks.
+    """
+    n = e.active
+    tier = e.tier
+    most = NEVER_PS
+    for c in range(cell.classes):
+        if e.heap_size[c] > 0:
+            most = min(most, e.heap_key[c, 0] - e.clock[c])
+    knots = cost.decode_kv
+    kv = e.kv_sum + n
+    k = 0
+    while k < len(knots) - 2 and kv >= knots[k + 1] * n:
+        k += 1
+    slope = cost.decode_slope[tier, n, k]
+    base = cost.dense_ps[tier, n] + cost.head_ps[tier, n] + cost.decode_ps[tier, n, k]
+    first = base + (slope * (kv - knots[k] * n)) // n
+    if k < len(knots) - 2:
+        most = min(most, (knots[k + 1] * n - kv + n - 1) // n)
+    # batch m is decided at the end of batch m - 2; the second at the end of the batch in flight
+    start = max(e.next_ps, e.busy_ps)
+    if start >= limit_ps:
+        return np.int64(1), first, slope
+    if most > 2:
+        room = limit_ps - start
+        half = 0.5 * slope
+        b = first - half
+        m = np.int64(2.0 * room / (b + math.sqrt(b * b + 4.0 * half * room)))
+        m = max(min(m, most), 0)
+        while m > 0 and m * first + slope * (m * (m - 1) // 2) >= room:
+            m -= 1
+        while m < most and (m + 1) * first + slope * ((m + 1) * m // 2) < room:
+            m += 1
+        most = min(most, m + 2)
+    room = e.block_cap - e.held
+    if room < n * ((most >> 4) + 1):
+        cycles = room // n
+        batches = min(cycles * BLOCK_TOKENS, most)
+        room -= cycles * n
+        while batches < most:
+            for c in range(cell.classes):
+                room -= e.crossing[c, (e.clock[c] + batches) & (BLOCK_TOKENS - 1)]
+            if room < 0:
+                break
+            batches += 1
+        most = max(batches, 1)
+    return most, first, slope
+
+
+@njit(cache=True)
+def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
+    """Advance all decoding sequences by `batches` tokens."""
+    n = e.active
+    need = (batches >> 4) * n
+    rest = batches & (BLOCK_TOKENS - 1)
+    for c in range(cell.classes):
+        if e.class_active[c] > 0:
+            for i in range(rest):
+                need += e.crossing[c, (e.clock[c] + i) & (BLOCK_TOKENS - 1)]
+        e.clock[c] += batches
+    if need > 0:
+        _queue_take(e, counters, g, out, pool, need)
+    e.kv_sum += n * batches
+    duration = batches * first + slope * (batches * (batches - 1) // 2)
+    start = max(e.next_ps, e.busy_ps)
+    last = first + slope * (batches - 1)
+    e.busy_ps = start + duration
+    e.next_ps = start if batches == 1 else e.busy_ps - last
+    low = _bin(first)
+    high = _bin(last)
+    if low == high:
+        counters.gap_histogram[low] += n * batches
+    else:
+        for i in range(batches):
+            counters.gap_histogram[_bin(first + slope * i)] += n
+    counters.iterations += batches
+    counters.decisions += 1
+    counters.output_tokens += n * batches
+    counters.busy_ps += duration
+    counters.sequence_ps += e.running * duration
+    counters.block_ps += float(e.held) * float(duration)
+
+
+@njit(cache=True, forceinline=True)
+def _step_tokens(e, ten, c, depth):
+    """Tokens that each sequence of a class gains in the next batch."""
+    if depth == 0:
+        return np.int64(1)
+    return (e.accept[c] + ten.accept[c, depth]) >> 20
+
+
+@njit(cache=True)
+def _decode_need(e, cell, ten, depth):
+    """Blocks that the decodes of the next batch take."""
+    need = np.int64(0)
+    for c in range(cell.classes):
+        if e.class_active[c] > 0:
+            for i in range(_step_tokens(e, ten, c, depth)):
+                need += e.crossing[c, (e.clock[c] + i) & (BLOCK_TOKENS - 1)]
+    return need
+
+
+@njit(cache=True)
+def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
+    """Duration of one batch: decodes of the active sequences beside `prefill_tokens` of prefill (ps)."""
+    n = e.active
+    tier = e.tier
+    verified = n * (1 + depth)
+    duration = cost.dense_ps[tier, verified + prefill_tokens] + cost.head_ps[tier, verified + ending]
+    if prefill_tokens > 0:
+        attention = cost.prefill_ps[tier, 0, 0] + prefill_ps
+        if n > 0:
+            mean = (e.kv_sum + n) / n
+            spread = _longest_context(e, cell.classes) + 1 - mean
+            kv = mean + min(1.0, cost.mixed_skew / n) * spread
+            attention += _mixed_ps(cost, tier, float(prefill_tokens), n, kv)
+        duration += np.int64(np.rint(attention))
+    else:
+        knots = cost.decode_kv
+        kv = e.kv_sum + n
+        k = 0
+        while k < len(knots) - 2 and kv >= knots[k + 1] * n:
+            k += 1
+        duration += cost.decode_ps[tier, n, k] + (cost.decode_slope[tier, n, k] * (kv - knots[k] * n)) // n
+    if depth > 0 and n > 0:
+        draft = cell.draft_layers * cost.dense_ps[tier, n] + cell.draft_head * cost.head_ps[tier, n]
+        duration += np.int64(np.rint(depth * draft))
+    return duration
+
+
+@njit(cache=True)
+def _end_prefill(e, counters, cell, req, out, slot):
+    """The batch that was just scheduled ends this prefill and yields a token."""
+    request = e.slot_request[slot]
+    generated = e.slot_generated[slot]
+    tenant = req[request].tenant
+    if out[request].first_ps == 0:
+        out[request].first_ps = e.busy_ps
+        ttft = e.busy_ps - req[request].arrival_ps
+        counters.first_tokens += 1
+        counters.ttft_ps += ttft
+        counters.ttft_histogram[_bin(ttft)] += 1
+    else:
+        counters.gap_histogram[_bin(e.busy_ps - out[request].finish_ps)] += 1
+        out[request].finish_ps = 0
+    remaining = req[request].output_tokens - 1 - generated
+    if e.role == PREFILL:
+        remaining = 0
+    _activate(e, slot, req[request].prompt_tokens + generated, remaining)
+
+
+@njit(cache=True)
+def _rest(e, limit_ps):
+    """Nothing can be scheduled: wait for the batch in flight, a restart, or an event."""
+    if e.busy_ps > e.next_ps:
+        e.next_ps = e.busy_ps
+    elif e.condition == DRAINING and e.running == 0:
+        e.condition = RELOADING
+        e.next_ps = e.next_ps + e.reload_ps
+    elif e.waiting > 0 and limit_ps < NEVER_PS:
+        e.next_ps = max(limit_ps, e.next_ps + 1)
+    else:
+        e.next_ps = NEVER_PS
+
+
+@njit(cache=True)
+def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
+    """Build and start the next batch, or the next stretch of like batches; rests when there is nothing to do."""
+    if e.condition == RELOADING:
+        _restart(e, g, cost, pool)
+    if e.limbo_count > 0 and e.next_ps >= e.limbo_ps:
+        _release(e, g, out, pool, pre)
+    for c in range(cell.classes):
+        while e.heap_size[c] > 0 and e.heap_key[c, 0] <= e.clock[c]:
+            _finish(e, counters, g, cell, req, out, ten, tr, e.heap_slot[c, 0])
+    if e.waiting > 0:
+        limit_ps = min(limit_ps, _expire(e, counters, cell, req, out, ten, e.next_ps))
+
+    # running sequences first: one token each, 1 + depth under speculation
+    depth = e.depth
+    if depth > 0 and e.active > 0:
+        depth = min(depth, e.token_budget // e.active - 1)
+    preempted = False
+    need = np.int64(0)
+    while e.active > 0 or e.partial >= 0:
+        need = _decode_need(e, cell, ten, depth)
+        if need <= e.block_cap - e.held:
+            break
+        _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre)
+        need = 0
+        preempted = True
+    budget = e.token_budget - e.active * (1 + depth)
+    prefill_tokens = np.int64(0)
+    prefill_ps = 0.0
+    floor_ps = cost.prefill_ps[e.tier, 0, 0]
+    ending = 0
+
+    # then the one unfinished prefill
+    if e.partial >= 0 and budget > 0:
+        slot = e.partial
+        request = e.slot_request[slot]
+        total = req[request].prompt_tokens + e.slot_generated[slot]
+        chunk = min(total - e.partial_done, budget)
+        blocks = _blocks(e.partial_done + chunk) - _blocks(e.partial_done)
+        while e.partial >= 0 and blocks + need > e.block_cap - e.held:
+            _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre)
+            need = _decode_need(e, cell, ten, depth)
+            preempted = True
+        if e.partial >= 0:
+            _queue_take(e, counters, g, out, pool, need + blocks)
+            need = 0
+            if pre.per_id > 0 and cell.prefix_cache:
+                full = (e.partial_done + chunk) // BLOCK_TOKENS
+                _share_blocks(e, counters, g, out, pool, pre, slot, request, full)
+            prefill_ps += max(_prefill_ps(cost, e.tier, float(chunk), float(e.partial_done)) - floor_ps, 0.0)
+            prefill_tokens += chunk
+            budget -= chunk
+            e.partial_done += chunk
+            if e.partial_done == total:
+                e.batch_slot[ending] = slot
+                ending += 1
+                e.partial = -1
+
+    # then waiting requests, unless memory is so short that something was preempted
+    joined = False
+    while e.waiting > 0 and not preempted and budget > 0 and e.running < e.batch_cap and e.partial < 0:
+        request, before = _pick(e, cell, req, out, ten, e.condition == DRAINING)
+        if request < 0:
+            break
+        total = req[request].prompt_tokens + out[request].generated
+        transferred = out[request].status == TRANSFER
+        hits = (np.int64(0), np.int64(0), np.int64(0))
+        if not transferred:
+            hits = _cached_blocks(e, g, cell, out, pool, pre, request, total)
+        elif budget < 1 + depth:
+            break
+        if _blocks(total) - hits[0] + hits[1] > e.block_cap - e.held - need:
+            break
+        if need > 0:
+            _queue_take(e, counters, g, out, pool, need)
+            need = 0
+            if not transferred:
+                hits = _cached_blocks(e, g, cell, out, pool, pre, request, total)
+        if transferred:  # its KV cache has come from the prefill pool: it decodes at once
+            slot = _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, total, hits)
+            generated = out[request].generated
+            e.slot_generated[slot] = generated - 1
+            _activate(e, slot, total - 1, req[request].output_tokens - generated)
+            budget -= 1 + depth
+            joined = True
+            continue
+        cached = (hits[0] + hits[2]) * BLOCK_TOKENS
+        chunk = min(total - cached, budget)
+        slot = _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits)
+        if pre.per_id > 0 and cell.prefix_cache:
+            _share_blocks(e, counters, g, out, pool, pre, slot, request, (cached + chunk) // BLOCK_TOKENS)
+        prefill_ps += max(_prefill_ps(cost, e.tier, float(chunk), float(cached)) - floor_ps, 0.0)
+        prefill_tokens += chunk
+        budget -= chunk
+        if cached + chunk == total:
+            e.batch_slot[ending] = slot
+            ending += 1
+        else:
+            e.partial = slot
+            e.partial_done = cached + chunk
+
+    if e.active == 0 and prefill_tokens == 0:
+        _rest(e, limit_ps)
+        return
+    if prefill_tokens == 0 and depth == 0 and not joined:
+        batches, first, slope = _decode_stretch(e, cost, cell, limit_ps)
+        if preempted or (e.waiting > 0 and e.limbo_count > 0):
+            batches = np.int64(1)
+        _run_stretch(e, counters, g, cell, out, pool, batches, first, slope)
+        return
+
+    if need > 0:
+        _queue_take(e, counters, g, out, pool, need)
+    duration = _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth)
+    n = e.active
+    gained = np.int64(0)
+    for c in range(cell.classes):
+        tokens = _step_tokens(e, ten, c, depth)
+        if depth > 0:
+            e.accept[c] = (e.accept[c] + ten.accept[c, depth]) & (ACCEPT_ONE - 1)
+        e.clock[c] += tokens
+        gained += e.class_active[c] * tokens
+    e.kv_sum += gained
+    start = max(e.next_ps, e.busy_ps)
+    e.next_ps = start
+    e.busy_ps = start + duration
+    if n > 0:
+        counters.gap_histogram[_bin(duration)] += n
+    for i in range(ending):
+        _end_prefill(e, counters, cell, req, out, e.batch_slot[i])
+    counters.iterations += 1
+    counters.decisions += 1
+    counters.prefill_tokens += prefill_tokens
+    counters.output_tokens += gained + ending
+    counters.draft_steps += n * depth
+    counters.accepted_tokens += gained - n
+    counters.busy_ps += duration
+    counters.sequence_ps += e.running * duration
+    counters.block_ps += float(e.held) * float(duration)
+
+
+@njit(cache=True)
+def _advance(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
+    """Take every decision of an engine that falls before `until_ps`."""
+    while e.next_ps < until_ps:
+        _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
+
+
+# --------------------------------------------------------------------------------------------------- the cell
+
+
+@njit(cache=True)
+def _restart(e, g, cost, pool):
+    """A drained engine is up again with its new role and precision, its cache empty."""
+    e.condition = UP
+    e.role = e.next_role
+    e.tier = e.next_tier
+    _reset_blocks(e, g, cost, pool)
+
+
+@njit(cache=True)
+def _reset_blocks(e, g, cost, pool):
+    e.blocks = cost.blocks[e.tier]
+    e.block_cap = np.int64(e.kv_fraction * e.blocks)
+    e.held = 0
+    e.queue_head = 0
+    e.queue_tail = 1
+    pool.queue_owner[g, 0] = -1
+    pool.queue_length[g, 0] = e.blocks
+    nodes = pool.node_key.shape[1]
+    e.nodes_free = nodes
+    for i in range(nodes):
+        pool.node_free[g, i] = nodes - 1 - i
+        pool.node_references[g, i] = 0
+    for i in range(pool.table_key.shape[1]):
+        pool.table_key[g, i] = -1
+
+
+@njit(cache=True)
+def _route(engines, now_ps, transferred):
+    """Least-loaded engine that takes this kind of request; one that is up before one that is not."""
+    other = DECODE if not transferred else PREFILL
+    best = -1
+    best_load = NEVER_PS
+    for i in range(len(engines)):
+        e = engines[i]
+        load = e.unfinished
+        if e.limbo_count > 0 and e.limbo_ps <= now_ps:
+            load -= e.limbo_count
+        role = e.role if e.condition == UP else e.next_role
+        if role == other:
+            load += 1 << 50
+        if e.condition != UP:
+            load += 1 << 40
+        if load < best_load:
+            best = i
+            best_load = load
+    return best
+
+
+@njit(cache=True)
+def _begin_switch(engines, cell, first_g, req, out, ten, now_ps):
+    """Start to drain the next engine whose role or precision is not the wanted one, one engine at a time."""
+    for i in range(len(engines)):
+        if engines[i].condition != UP:
+            return
+    for i in range(len(engines)):
+        e = engines[i]
+        role = COLOCATED
+        if cell.split:
+            role = PREFILL if i < cell.prefill_engines else DECODE
+        if e.role == role and e.tier == cell.tier:
+            continue
+        e.condition = DRAINING
+        e.next_role = role
+        e.next_tier = cell.tier
+        e.reload_ps = cell.restart_ps + (cell.load_ps[cell.tier] if e.tier != cell.tier else 0)
+        if e.next_ps == NEVER_PS:
+            e.next_ps = max(now_ps, e.busy_ps)
+        if len(engines) > 1:
+            while True:
+                request, before = _pick_fresh(e, cell, req, out)
+                if request < 0:
+                    break
+                _dequeue(e, req, out, request, before)
+                e.unfinished -= 1
+                target = _route(engines, now_ps, out[request].status == TRANSFER)
+                _enqueue(engines[target], first_g + target, req, out, request, now_ps)
+        return
+
+
+@njit(cache=True)
+def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
+    """Advance every engine to `until_ps`, prefill pool first, handing over what it has transferred by then."""
+    pools = False
+    for i in range(len(engines)):
+        if engines[i].role == PREFILL:
+            pools = True
+            _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps)
+    if pools or cell.transfers > 0:
+        while cell.transfers > 0 and tr.ready_ps[0] < until_ps:
+            ready_ps = tr.ready_ps[0]
+            request = _transfer_pop(cell, tr)
+            for i in range(len(engines)):
+                if engines[i].role != PREFILL:
+                    _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, ready_ps)
+            target = _route(engines, ready_ps, True)
+            _enqueue(engines[target], first_g + target, req, out, request, ready_ps)
+    for i in range(len(engines)):
+        if engines[i].role != PREFILL:
+            _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps)
+
+
+@njit(cache=True)
+def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
+    """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all decisions before the end."""
+    _begin_switch(engines, cell, first_g, req, out, ten, start_ps)
+    for i in range(len(engines)):
+        if engines[i].next_ps == NEVER_PS and engines[i].waiting > 0:
+            engines[i].next_ps = max(start_ps, engines[i].busy_ps)
+    most = cost.blocks.min()
+    while cell.next_request < len(req):
+        request = cell.next_request
+        now_ps = req[request].arrival_ps
+        if now_ps >= until_ps:
+            break
+        cell.next_request = request + 1
+        tenant = req[request].tenant
+        counters.arrived += 1
+        counters.tenant_arrived[tenant] += 1
+        if _blocks(req[request].prompt_tokens + req[request].output_tokens) > most:
+            out[request].status = CANCELLED
+            out[request].finish_ps = now_ps
+            counters.cancelled += 1
+            continue
+        if len(engines) == 1:
+            if engines[0].next_ps < now_ps:
+                _advance(engines[0], counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
+            _enqueue(engines[0], first_g, req, out, request, now_ps)
+        else:
+            _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
+            target = _route(engines, now_ps, False)
+            _enqueue(engines[target], first_g + target, req, out, request, now_ps)
+    _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
+    for i in range(len(engines)):
+        if engines[i].waiting > 0:
+            _expire(engines[i], counters, cell, req, out, ten, min(until_ps - 1, NEVER_PS - 1))
+
+
+# ----------------------------------------------------------------------------------------------- entry points
+
+
+@njit(cache=True)
+def _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
+    low = first[i]
+    high = first[i + 1]
+    offsets = pre.offsets[low + i : high + i + 1] if pre.per_id > 0 else pre.offsets
+    own = Prefixes(offsets, pre.ids, pre.per_id)
+    transfers = Transfers(tr.ready_ps[low:high], tr.request[low:high])
+    _serve_window(
+        engines[i], counters[i], i * engines.shape[1], cells[i], req[low:high], out[low:high],
+        ten, pool, own, cost, transfers, start_ps[i], until_ps[i],
+    )  # fmt: skip
+
+
+@njit(cache=True)
+def serve(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
+    """Serve one window of every episode in turn.
+
+    Args:
+        engines: ENGINE[episode, engine], changed in place, as are `counters`, `cells`, `out`, `pool`, `tr`.
+        counters: COUNTERS[episode], added to.
+        cells: CELL[episode].
+        first: int64[episode + 1], episode i owns req[first[i]:first[i + 1]] and the same part of out and tr.
+        req: REQUEST[n], in order of arrival within an episode.
+        out: OUTCOME[n].
+        ten: Tenants.
+        pool: Pool, first axis episode * engines + engine.
+        pre: Prefixes; offsets of episode i start at first[i] + i.
+        cost: Cost.
+        tr: Transfers.
+        start_ps: int64[episode], start of the window.
+        until_ps: int64[episode], its end; every decision before it is taken.
+    """
+    for i in range(len(engines)):
+        _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps)
+
+
+@njit(cache=True, parallel=True)
+def serve_parallel(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
+    """`serve` with the episodes spread over threads; the results are the same bit for bit."""
+    for i in prange(len(engines)):
+        _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps)
+
+
+@njit(cache=True)
+def reset_blocks(engines, pool, cost):
+    """Empty the KV cache of every engine: all blocks free, nothing cached."""
+    for i in range(engines.shape[0]):
+        for j in range(engines.shape[1]):
+            _reset_blocks(engines[i, j], i * engines.shape[1] + j, cost, pool)

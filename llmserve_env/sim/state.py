@@ -1,0 +1,259 @@
+"""Records that the kernel works on, and the limits that size them.
+
+Time is an integer number of picoseconds: sums over stretches of iterations are then exact, so that the
+kernel's closed forms equal a loop over iterations bit for bit on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PS_PER_S = 1_000_000_000_000
+NEVER_PS = np.iinfo(np.int64).max // 2
+
+MAX_RUNNING = 512
+"""Sequences that one engine can run at once (upper end of ServeAction.batch_cap)."""
+MAX_TENANTS = 32
+MAX_CLASSES = 4
+"""Speculation classes in one workload."""
+MAX_DEPTH = 8
+"""Draft tokens per step (upper end of ServeAction.speculation_depth)."""
+BLOCK_TOKENS = 16
+"""Tokens in one KV block, vLLM's default."""
+ACCEPT_ONE = 1 << 20
+"""Fixed-point one of the accepted-token accumulators."""
+
+# Request.status
+PENDING, WAITING, RUNNING, TRANSFER, COMPLETED, FAILED, CANCELLED = range(7)
+STATUS_NAMES = ("pending", "waiting", "running", "transfer", "completed", "failed", "cancelled")
+
+# Engine.role and Engine.condition
+COLOCATED, PREFILL, DECODE = range(3)
+UP, DRAINING, RELOADING = range(3)
+
+REQUEST = np.dtype(
+    [
+        ("arrival_ps", np.int64),
+        ("prompt_tokens", np.int32),
+        ("output_tokens", np.int32),
+        ("tenant", np.int32),
+    ],
+    align=True,
+)
+
+OUTCOME = np.dtype(
+    [
+        ("first_ps", np.int64),  # first token, 0 before it
+        ("finish_ps", np.int64),  # last token, or the time it failed; 0 before
+        ("generated", np.int32),  # tokens that survive a preemption or a transfer
+        ("next", np.int32),  # next request in the same queue, -1 at its end
+        ("segment", np.int32),  # where its freed blocks wait in the free queue, -1 when nowhere
+        ("preemptions", np.uint16),
+        ("status", np.int8),
+        ("engine", np.int8),
+    ],
+    align=True,
+)
+
+ENGINE = np.dtype(
+    [
+        # clock of the two-deep batch queue
+        ("next_ps", np.int64),  # when the scheduler decides next, NEVER_PS when idle
+        ("busy_ps", np.int64),  # end of the last batch that was scheduled
+        # what the current action allows
+        ("batch_cap", np.int64),
+        ("block_cap", np.int64),
+        ("depth", np.int64),
+        ("priority", np.int64),
+        ("token_budget", np.int64),
+        ("role", np.int64),
+        ("tier", np.int64),
+        ("condition", np.int64),
+        ("reload_ps", np.int64),  # length of the reload that follows the drain
+        ("next_role", np.int64),
+        ("next_tier", np.int64),
+        # blocks
+        ("blocks", np.int64),
+        ("kv_fraction", np.float64),
+        ("held", np.int64),
+        ("queue_head", np.int64),
+        ("queue_tail", np.int64),
+        ("nodes_free", np.int64),
+        # running sequences
+        ("running", np.int64),  # holds a slot: decoding, in prefill, or finishing in flight
+        ("active", np.int64),  # decodes in the next batch
+        ("kv_sum", np.int64),  # tokens in the KV cache of the active ones
+        ("slots_free", np.int64),
+        ("run_head", np.int64),
+        ("run_tail", np.int64),
+        ("partial", np.int64),  # slot whose prefill is unfinished, -1: none
+        ("partial_done", np.int64),
+        ("limbo_head", np.int64),  # finished in the batch in flight: resources not free yet
+        ("limbo_count", np.int64),
+        ("limbo_ps", np.int64),
+        # waiting requests
+        ("waiting", np.int64),
+        ("resumed_head", np.int64),
+        ("unfinished", np.int64),
+        ("clock", np.int64, (MAX_CLASSES,)),  # tokens that a sequence of the class has gained so far
+        ("accept", np.int64, (MAX_CLASSES,)),
+        ("class_active", np.int64, (MAX_CLASSES,)),
+        ("longest", np.int64, (MAX_CLASSES,)),  # largest (context - clock) of the class
+        ("longest_known", np.int64, (MAX_CLASSES,)),
+        ("crossing", np.int64, (MAX_CLASSES, BLOCK_TOKENS)),  # sequences by the clock at which they need a block
+        ("heap_size", np.int64, (MAX_CLASSES,)),
+        ("heap_key", np.int64, (MAX_CLASSES, MAX_RUNNING)),
+        ("heap_slot", np.int32, (MAX_CLASSES, MAX_RUNNING)),
+        ("free_slot", np.int32, (MAX_RUNNING,)),
+        ("slot_request", np.int32, (MAX_RUNNING,)),
+        ("slot_base", np.int64, (MAX_RUNNING,)),  # context when decoding began
+        ("slot_start", np.int64, (MAX_RUNNING,)),  # class clock when decoding began
+        ("slot_generated", np.int32, (MAX_RUNNING,)),  # tokens generated before this admission
+        ("slot_shared", np.int32, (MAX_RUNNING,)),  # leading blocks held as shared prefix nodes
+        ("slot_class", np.int32, (MAX_RUNNING,)),
+        ("slot_heap", np.int32, (MAX_RUNNING,)),
+        ("slot_prev", np.int32, (MAX_RUNNING,)),
+        ("slot_next", np.int32, (MAX_RUNNING,)),
+        ("batch_slot", np.int32, (MAX_RUNNING,)),  # prefills that end in the batch being built
+        ("fresh_head", np.int32, (MAX_TENANTS,)),
+        ("fresh_tail", np.int32, (MAX_TENANTS,)),
+    ],
+    align=True,
+)
+
+HISTOGRAM_BINS = 192
+"""Bins of the window histograms: see `histogram_edges_s`."""
+
+COUNTERS = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "arrived",
+            "completed",
+            "failed",
+            "cancelled",
+            "preemptions",
+            "iterations",
+            "decisions",
+            "prefill_tokens",
+            "cached_tokens",
+            "output_tokens",
+            "draft_steps",
+            "accepted_tokens",
+            "evictions",
+            "busy_ps",
+            "sequence_ps",
+            "transfers",
+            "ttft_ps",
+            "first_tokens",
+        )
+    ]
+    + [
+        ("block_ps", np.float64),
+        ("ttft_histogram", np.int64, (HISTOGRAM_BINS,)),
+        ("gap_histogram", np.int64, (HISTOGRAM_BINS,)),
+        ("tenant_arrived", np.int64, (MAX_TENANTS,)),
+        ("tenant_completed", np.int64, (MAX_TENANTS,)),
+        ("tenant_failed", np.int64, (MAX_TENANTS,)),
+        ("tenant_in_slo", np.int64, (MAX_TENANTS,)),
+        ("tenant_output_tokens", np.int64, (MAX_TENANTS,)),
+    ],
+    align=True,
+)
+
+CELL = np.dtype(
+    [
+        ("next_request", np.int64),
+        ("transfers", np.int64),  # KV transfers under way
+        ("classes", np.int64),
+        ("tenants", np.int64),
+        ("prefix_cache", np.int64),
+        ("transfer_latency_ps", np.int64),
+        ("transfer_ps_per_token", np.int64),
+        ("draft_layers", np.float64),  # share of the dense time that one draft token takes
+        ("draft_head", np.float64),  # LM heads that one draft token takes
+        # what the fleet is wanted to be, and what a change costs
+        ("split", np.int64),
+        ("prefill_engines", np.int64),
+        ("tier", np.int64),
+        ("restart_ps", np.int64),
+        ("load_ps", np.int64, (3,)),
+    ],
+    align=True,
+)
+
+
+class Cost(NamedTuple):
+    """Latency tables in picoseconds; first axis is the precision tier (FP16, INT8, INT4)."""
+
+    dense_ps: NDArray[np.int64]  # [tier, tokens]
+    head_ps: NDArray[np.int64]  # [tier, sequences]
+    decode_kv: NDArray[np.int64]  # [knot] mean context
+    decode_ps: NDArray[np.int64]  # [tier, sequences, knot]
+    decode_slope: NDArray[np.int64]  # [tier, sequences, knot] ps per token of mean context
+    prefill_chunk: NDArray[np.float64]
+    prefill_kv: NDArray[np.float64]
+    prefill_ps: NDArray[np.float64]  # [tier, chunk, kv]
+    mixed_chunk: NDArray[np.float64]
+    mixed_kv: NDArray[np.float64]
+    mixed_ps: NDArray[np.float64]  # [tier, chunk, sequences, kv]
+    mixed_skew: float
+    blocks: NDArray[np.int64]  # [tier] KV blocks of one engine
+
+
+class Tenants(NamedTuple):
+    """What the scheduler knows of each tenant, [tenant]."""
+
+    patience_ps: NDArray[np.int64]
+    rank: NDArray[np.int64]  # lower is served first under priority routing
+    speculation_class: NDArray[np.int64]
+    ttft_slo_ps: NDArray[np.int64]
+    tpot_slo_ps: NDArray[np.int64]
+    accept: NDArray[np.int64]  # [class, depth] tokens per step, ACCEPT_ONE = 1
+
+
+class Prefixes(NamedTuple):
+    """Hashed prefix blocks of the prompts, `per_id` KV blocks each."""
+
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    per_id: int
+
+
+class Pool(NamedTuple):
+    """Free queue and prefix cache, first axis engine.
+
+    The free queue runs from the least to the most recently used block in segments: a run of blocks freed
+    together, owned by nobody (-1), by a preempted request that may come back (its index), or by one
+    cached prefix node (-2 - node).
+    """
+
+    queue_owner: NDArray[np.int64]
+    queue_length: NDArray[np.int64]
+    node_key: NDArray[np.int64]
+    node_references: NDArray[np.int32]
+    node_segment: NDArray[np.int64]
+    node_free: NDArray[np.int32]
+    table_key: NDArray[np.int64]  # open addressing, -1 empty
+    table_node: NDArray[np.int32]
+
+
+class Transfers(NamedTuple):
+    """Binary heap of KV transfers under way, by arrival at the decode pool."""
+
+    ready_ps: NDArray[np.int64]
+    request: NDArray[np.int32]
+
+
+def histogram_edges_s() -> NDArray[np.float64]:
+    """Lower edges of the histogram bins (s), float64[HISTOGRAM_BINS + 1].
+
+    Eight equal bins in every octave from 2**-14 s (61 us): 7 to 12% wide; the last bin is open.
+    """
+    octave, part = np.divmod(np.arange(HISTOGRAM_BINS + 1), 8)
+    return 2.0 ** (octave - 14.0) * (1 + part / 8)

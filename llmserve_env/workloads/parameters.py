@@ -34,7 +34,7 @@ class Bounds:
         """What to give, such as "a number > 0"."""
         noun = {"float": "a number", "int": "a whole number", "str": "a text"}.get(kind, "numbers")
         limits = [
-            f"{sign} {limit:g}"
+            f"{sign} {limit:,.15g}"
             for sign, limit in ((">", self.above), (">=", self.at_least), ("<=", self.at_most))
             if limit is not None
         ]

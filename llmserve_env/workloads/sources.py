@@ -24,6 +24,7 @@ from llmserve_env.workloads.generators import (
     Weibull,
     generate,
 )
+from llmserve_env.workloads.generators.generate import MAX_REQUESTS
 from llmserve_env.workloads.lengths import length_law
 from llmserve_env.workloads.loaders import LoadReport, load
 from llmserve_env.workloads.parameters import Parameters, parameter
@@ -54,7 +55,9 @@ class GeneratorOptions(Parameters):
     duration_s: float | None = parameter(
         "duration", None, "time to cover (s); without it 600, diurnal 86400", above=0
     )
-    requests: int | None = parameter("requests", None, "stop after this many requests", at_least=1)
+    requests: int | None = parameter(
+        "requests", None, "stop after this many requests", at_least=1, at_most=MAX_REQUESTS
+    )
     seed: int = parameter("seed", 0, "the same seed gives the same requests", at_least=0)
     lengths: str | None = parameter("lengths", None, "length law: a preset, fixed:PROMPT,OUTPUT or a file")
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")

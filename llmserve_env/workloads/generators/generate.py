@@ -9,6 +9,9 @@ from llmserve_env.workloads.generators.generator import Generator
 from llmserve_env.workloads.lengths import LengthLaw
 from llmserve_env.workloads.workload import Workload
 
+MAX_REQUESTS = 100_000_000
+"""A larger workload would not fit into memory."""
+
 
 def generate(
     generator: Generator,
@@ -28,10 +31,15 @@ def generate(
         requests: stop after this many; without `duration_s` cover as long as they take.
 
     Raises:
-        InputError: nothing arrives in that time, or the generator ends before so many requests.
+        InputError: nothing arrives in that time, or too much, or the generator ends before so many requests.
     """
     if requests is None or duration_s is not None:
         duration_s = min(generator.DURATION_S, generator.longest_s) if duration_s is None else duration_s
+        expected = generator.mean_rate_rps * duration_s
+        if expected > MAX_REQUESTS:
+            raise InputError(
+                f"some {expected:.3g} requests; at most {MAX_REQUESTS:,} are drawn", field="duration"
+            )
         workload = generator.sample(seed, duration_s, lengths)
     else:
         duration_s = min((1.2 * requests + 20) / generator.mean_rate_rps, generator.longest_s)

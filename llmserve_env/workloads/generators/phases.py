@@ -51,4 +51,5 @@ class PhasedArrivals(ArrivalProcess):
         # In a silent phase operational time stands still: go on from its end, not from its start.
         phase = np.searchsorted(operational, gaps, side="right") - 1
         rate_rps = np.concatenate(rates)[phase]
-        return np.asarray(real[phase] + (gaps - operational[phase]) / rate_rps)
+        times: NDArray[np.float64] = real[phase] + (gaps - operational[phase]) / rate_rps
+        return times[times < duration_s]

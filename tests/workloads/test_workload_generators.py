@@ -285,7 +285,12 @@ def test_servegen_ends_with_its_table(address, query, field):
 
 @pytest.mark.parametrize(
     ("row", "field"),
-    [("0,0,-1,1,Gamma,1,1", "rate_rps"), ("0,0,1,1,Pareto,1,1", "pattern"), ("0,0,1,1,Gamma,0,1", "shape")],
+    [
+        ("1e30,0,1,1,Gamma,1,1", "client"),
+        ("0,0,-1,1,Gamma,1,1", "rate_rps"),
+        ("0,0,1,1,Pareto,1,1", "pattern"),
+        ("0,0,1,1,Gamma,0,1", "shape"),
+    ],
 )
 def test_a_bad_client_row_is_named(tmp_path, row, field):
     path = tmp_path / "clients.csv"
@@ -294,3 +299,25 @@ def test_a_bad_client_row_is_named(tmp_path, row, field):
         open_workload(f"servegen://{path}")
     assert (caught.value.line, caught.value.field) == (5, field)
     assert len(open_workload(f"servegen://{path}", skip_bad_rows=True)) == 1800
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ("m,2,1,input_tokens,1,5,4,6,7,8", "p10"),
+        ("m,2,1,input_tokens,1,5,5,6,7,1e12", "max"),
+        ("m,2,1,input_tokens,1,x,5,6,7,8", "p10"),
+        ("n,0,1,input_tokens,1,5,5,6,7,8", "model"),
+    ],
+)
+def test_a_bad_table_of_lengths_is_named(address, tmp_path, row, field):
+    path = tmp_path / "quantiles.csv"
+    path.write_text(f"{trace_samples.QUANTILES}{row}\n")
+    with pytest.raises(InputError) as caught:
+        open_workload(f"{address('servegen')}quantiles={path}")
+    assert caught.value.field == field
+
+
+def test_lengths_and_quantiles_exclude_each_other(address, tmp_path):
+    with pytest.raises(InputError, match="not both"):
+        open_workload(f"{address('servegen')}quantiles=any.csv&lengths=azure-conv")

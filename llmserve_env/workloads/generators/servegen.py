@@ -19,7 +19,7 @@ from llmserve_env.workloads.lengths import LengthLaw
 from llmserve_env.workloads.lengths.law import TokenPairs, streams
 from llmserve_env.workloads.lengths.quantiles import QuantileCurve
 from llmserve_env.workloads.loaders.formats import SERVEGEN_FIELDS
-from llmserve_env.workloads.loaders.records import Records, read_records
+from llmserve_env.workloads.loaders.records import MAX_TOKENS, Records, read_records
 from llmserve_env.workloads.parameters import parameter
 from llmserve_env.workloads.workload import Workload
 
@@ -129,7 +129,7 @@ def read_windows(path: str, skip_bad_rows: bool = False) -> ClientWindows:
         InputError: names file, line and field.
     """
     records = _read_with(path, SERVEGEN_FIELDS)
-    client = records.numbers("client", "a client number >= 0")
+    client = records.whole("client", "a client number >= 0")
     start_s = records.numbers("window_start_s", "seconds >= 0")
     rate_rps = records.numbers("rate_rps", "requests/s >= 0")
     shape = records.numbers("shape", "a number > 0")
@@ -141,9 +141,7 @@ def read_windows(path: str, skip_bad_rows: bool = False) -> ClientWindows:
     keep = records.usable(skip_bad_rows)
     if not keep.any():
         raise InputError("holds no usable row", file=path)
-    return ClientWindows(
-        client[keep].astype(np.int64), start_s[keep], rate_rps[keep], (law == "Weibull")[keep], shape[keep]
-    )
+    return ClientWindows(client[keep], start_s[keep], rate_rps[keep], (law == "Weibull")[keep], shape[keep])
 
 
 @dataclass(frozen=True)
@@ -184,9 +182,10 @@ def read_client_lengths(path: str, model: str | None) -> ClientLengths:
     records = _read_with(path, _QUANTILE_FIELDS)
     models = np.array(records.texts("model"), dtype=object)
     fields = np.array(records.texts("field"), dtype=object)
-    client = records.numbers("client", "a client number >= 0").astype(np.int64)
+    client = records.whole("client", "a client number >= 0")
     tokens = np.stack([records.numbers(name, "tokens >= 0") for name in _QUANTILE_FIELDS[3:]], axis=1)
     records.mark(np.diff(tokens, axis=1).min(axis=1) < 0, "expected quantiles in ascending order", "p10")
+    records.mark(tokens[:, -1] > MAX_TOKENS, f"expected at most {MAX_TOKENS} tokens", "max")
     records.usable(skip_bad_rows=False)
     known = sorted(set(models[np.isin(fields, ("input_tokens", "output_tokens"))]))
     if model is None and len(known) == 1:

@@ -84,7 +84,10 @@ class Records:
 
     def tokens(self, name: str, at_least: int = 1) -> NDArray[np.int64]:
         """A column of token counts as int64[n]; rows without one in range are marked and hold 1."""
-        expected = f"a whole number of tokens >= {at_least}"
+        return self.whole(name, f"a whole number of tokens >= {at_least}", at_least)
+
+    def whole(self, name: str, expected: str, at_least: int = 0) -> NDArray[np.int64]:
+        """A column of whole numbers below 2**31 as int64[n]; rows without one are marked and hold 1."""
         found = self.numbers(name, expected)
         wrong = (found != np.floor(found)) | (found < at_least) | (found > MAX_TOKENS)
         raw = self.values(name)

@@ -25,6 +25,7 @@ COMMANDS = {
     "validate": "compare the simulator with measurements of real engines",
     "bench": "measure the simulator's speed",
     "calibrate kernels": "fit a profile's latency model to measured kernel times",
+    "calibrate predictions": "fit a profile's latency model to a predictor's iterations",
 }
 """What `llmserve --help` says of each command, in the order in which it lists them."""
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from llmserve_env.commands.calibrate_predictions import predictions
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
     from llmserve_env.hardware.calibrate import Regime
     from llmserve_env.hardware.profile import Link
+
+__all__ = ["kernels", "predictions"]
 
 
 def kernels(

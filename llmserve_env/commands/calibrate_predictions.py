@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -21,8 +21,7 @@ _RESERVED_SMALL = 1237000000
 
 
 def predictions(
-    grid: tyro.conf.Positional[Path],
-    /,
+    grid: Annotated[Path, tyro.conf.Positional],
     *,
     system: str,
     model_config: Path,
@@ -118,7 +117,7 @@ def predictions(
         model=model,
         engine=_engine(facts, tp),
         link=link,
-        tiers=tiers_for(gpu, model),
+        tiers=tiers_for(gpu, model, "bf16, as predicted" if tp == 1 else "bf16, derived"),
         latency=latency,
     )
     save_profile(profile, out)

@@ -9,7 +9,8 @@ from typing import Any
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.calibrate import Calibration
 from llmserve_env.hardware.gpus import gpu_facts
-from llmserve_env.hardware.profile import Engine, Gpu, Link, Model, Profile, Tier, Tiers
+from llmserve_env.hardware.profile import Engine, Gpu, Link, Model, Profile
+from llmserve_env.hardware.tiers import tiers_for
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,7 +53,7 @@ def assemble(
         model=model,
         engine=default_engine(kv_blocks),
         link=link,
-        tiers=Tiers(FP16=Tier(weight_bytes=model.weight_bytes, source="bf16, as measured")),
+        tiers=tiers_for(gpu.name, model, "bf16, as measured"),
         latency=calibration.latency,
     )
 

@@ -51,20 +51,17 @@ def tier_factors() -> tuple[Factors, ...]:
     return tuple(Factors.model_validate(table) for table in tables)
 
 
-def tiers_for(gpu: str, model: Model) -> Tiers:
+def tiers_for(gpu: str, model: Model, bf16_source: str) -> Tiers:
     """The precisions of a model on a GPU: bf16, and those that factors are known for.
 
     Args:
         gpu: as the driver names it.
         model: whose decoder matrices are stored in fewer bits; embedding and LM head stay as they are.
+        bf16_source: where the profile's bf16 times come from.
     """
     quality = constants().quality
     linear = linear_parameters(model)
-    tiers = {
-        "FP16": Tier(
-            weight_bytes=model.weight_bytes, quality=quality["FP16"].score, source=f"bf16: {model.source}"
-        )
-    }
+    tiers = {"FP16": Tier(weight_bytes=model.weight_bytes, quality=quality["FP16"].score, source=bf16_source)}
     for factors in tier_factors():
         if gpu in factors.gpus:
             score = quality[factors.name]
@@ -81,7 +78,8 @@ def tiers_for(gpu: str, model: Model) -> Tiers:
 
 def with_tiers(profile: Profile) -> Profile:
     """The profile with all precisions that factors are known for on its GPU."""
-    return profile.model_copy(update={"tiers": tiers_for(profile.gpu.name, profile.model)})
+    tiers = tiers_for(profile.gpu.name, profile.model, profile.tiers.FP16.source)
+    return profile.model_copy(update={"tiers": tiers})
 
 
 def linear_parameters(model: Model) -> int:

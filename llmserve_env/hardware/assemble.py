@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.calibrate import Calibration
 from llmserve_env.hardware.gpus import gpu_facts
-from llmserve_env.hardware.profile import Engine, Gpu, Link, Model, Profile
+from llmserve_env.hardware.profile import Engine, Gpu, Link, Model, Profile, refusal
 from llmserve_env.hardware.tiers import tiers_for
 
 if sys.version_info >= (3, 11):
@@ -64,7 +66,10 @@ def default_engine(kv_blocks: int | None = None) -> Engine:
     settings: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     if kv_blocks is not None:
         settings["source"] += "; kv_blocks: num_gpu_blocks of a real engine"
-    return Engine(**settings, kv_blocks=kv_blocks)
+    try:
+        return Engine(**settings, kv_blocks=kv_blocks)
+    except ValidationError as error:
+        raise refusal(error) from error
 
 
 def gpus_named(name: str | None, count: int, memory_gb: float | None) -> Gpu:
@@ -79,12 +84,11 @@ def gpus_named(name: str | None, count: int, memory_gb: float | None) -> Gpu:
         InputError: neither the memory nor a known name is given.
     """
     if memory_gb is not None:
-        return Gpu(
-            name=name or "unknown",
-            count=count,
-            memory_bytes=round(memory_gb * 1e9),
-            source="memory: as given",
-        )
+        memory = round(memory_gb * 1e9)
+        try:
+            return Gpu(name=name or "unknown", count=count, memory_bytes=memory, source="as given")
+        except ValidationError as error:
+            raise refusal(error) from error
     if name is None:
         raise InputError("meta.yaml names no gpu: give the memory of one GPU", field="gpu-memory-gb")
     try:

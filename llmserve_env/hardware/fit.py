@@ -1,7 +1,7 @@
 """Least-squares fit of a table of knots to scattered measurements, in any number of dimensions.
 
 The table is read by linear interpolation along every axis; the fit finds the knot values for which that
-reading is closest to the measurements. Knots that no measurement touches go on smoothly from those around them.
+reading is closest to the measurements. Knots that no measurement touches go on smoothly from the others.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def rising(table: Array, axes: Sequence[int]) -> Array:
 def spread_knots(values: Array, limit: int) -> Array:
     """At most `limit` of the values, the smallest and largest among them, spread over orders of magnitude."""
     values = np.unique(values)
+    if len(values) <= limit:
+        return values
     place = np.log2(_TILE + values)
     kept = [0, len(values) - 1]
-    while len(kept) < min(limit, len(values)):
+    while len(kept) < limit:
         distance = np.abs(place[:, None] - place[kept]).min(axis=1)
         kept.append(int(distance.argmax()))
     return values[sorted(kept)]

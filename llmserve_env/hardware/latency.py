@@ -239,7 +239,7 @@ def _prefill_table(latency: Latency) -> tuple[Array, Array, Array]:
 
     def time(tokens: float, kv: float) -> float:
         if tokens > longest:
-            return time(longest, kv) + max(0.0, time(tokens - longest, kv + longest) - floor)
+            return float(time(longest, kv) + max(0.0, time(tokens - longest, kv + longest) - floor))
         i, u = _segment(chunks, max(tokens, chunks[0]))
         j, v = _segment(kvs, kv)
         low, high = _between(measured[i], j, v), _between(measured[i + 1], j, v)

@@ -40,7 +40,7 @@ def assemble(
         kv_blocks: `num_gpu_blocks` that a real engine reported.
 
     Raises:
-        InputError: the GPUs need a link.
+        InputError: the GPUs need a link, or a figure cannot be.
     """
     if gpu.count > 1 and link is None:
         raise InputError(
@@ -48,16 +48,19 @@ def assemble(
             "bandwidth (GB/s) of their link",
             field="link",
         )
-    return Profile(
-        name=name,
-        notes=calibration.notes,
-        gpu=gpu,
-        model=model,
-        engine=default_engine(kv_blocks),
-        link=link,
-        tiers=tiers_for(gpu.name, model, "bf16, as measured"),
-        latency=calibration.latency,
-    )
+    try:
+        return Profile(
+            name=name,
+            notes=calibration.notes,
+            gpu=gpu,
+            model=model,
+            engine=default_engine(kv_blocks),
+            link=link,
+            tiers=tiers_for(gpu.name, model, "bf16, as measured"),
+            latency=calibration.latency,
+        )
+    except ValidationError as error:
+        raise refusal(error) from error
 
 
 def default_engine(kv_blocks: int | None = None) -> Engine:

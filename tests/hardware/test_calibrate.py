@@ -194,7 +194,12 @@ def test_without_a_known_gpu_its_memory_is_asked_for(folder, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "value", "field"),
-    [("--kv-blocks", "0", "kv_blocks"), ("--gpu-memory-gb", "-3", "memory_bytes"), ("--tp", "0", "tp")],
+    [
+        ("--kv-blocks", "0", "kv_blocks"),
+        ("--gpu-memory-gb", "-3", "memory_bytes"),
+        ("--tp", "0", "tp"),
+        ("--name", "", "name"),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused_by_name(folder, capsys, flag, value, field):
     assert command(folder, flag, value)[0] == 2

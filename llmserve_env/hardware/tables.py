@@ -6,7 +6,8 @@
     skew.csv          unequal contexts       regime, n, pc, kvs, t_mean_us, t_max_us, t_skew_us
     meta.yaml         where and how          gpu, model, vllm_version, profiler_version, profiled_at
 
-The last two are optional. Times are of one layer on one rank; further columns are ignored.
+The last two are optional; meta.yaml may lie a folder up, where it serves several tp degrees. Times are of one
+layer on one rank; further columns are ignored.
 """
 
 from __future__ import annotations
@@ -76,7 +77,12 @@ class KernelTables:
         """One line on where the times come from."""
         told = [
             f"{label} {self.meta[key]}"
-            for key, label in (("profiler_version", "profiler"), ("vllm_version", "vLLM"), ("gpu", "on"))
+            for key, label in (
+                ("model", "of"),
+                ("gpu", "on"),
+                ("profiler_version", "profiler"),
+                ("vllm_version", "vLLM"),
+            )
             if key in self.meta
         ]
         day = [f"measured {self.meta['profiled_at'][:10]}"] if "profiled_at" in self.meta else []
@@ -107,7 +113,7 @@ def read_tables(folder: Path | str) -> KernelTables:
         attention=np.stack([numbers[axis] for axis in axes], axis=1),
         attention_us=numbers["time_us"],
         skew=_skew(folder / "skew.csv"),
-        meta=_meta(folder / "meta.yaml"),
+        meta=_meta(folder / "meta.yaml") or _meta(folder.parent / "meta.yaml"),
     )
 
 

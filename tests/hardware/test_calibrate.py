@@ -183,6 +183,11 @@ def test_without_skew_the_assumption_is_noted(folder):
     assert any("assumption" in note for note in result.notes)
 
 
+def test_meta_yaml_may_lie_a_folder_up(folder):
+    (folder / "meta.yaml").rename(folder.parent / "meta.yaml")
+    assert read_tables(folder).meta["gpu"] == "NVIDIA L40S"
+
+
 def test_without_a_known_gpu_its_memory_is_asked_for(folder, capsys):
     (folder / "meta.yaml").write_text("gpu: Abacus 1\n")
     assert command(folder)[0] == 2

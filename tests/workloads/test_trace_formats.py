@@ -135,9 +135,9 @@ def test_measured_runs_keep_their_request_ids(tmp_path):
 
 
 def test_unsorted_arrivals_are_sorted_stably(tmp_path):
-    text = "arrival_s,prompt_tokens,output_tokens\n2,1,1\n1,2,2\n2,3,3\n1,4,4\n"
-    workload, report = load(write(tmp_path, text))
-    assert workload.prompt_tokens.tolist() == [2, 4, 1, 3]
+    rows = [f"{2 - n % 2},{n},1" for n in range(1, 101)]
+    workload, report = load(write(tmp_path, "\n".join(["arrival_s,prompt_tokens,output_tokens", *rows])))
+    assert workload.prompt_tokens.tolist() == [*range(1, 101, 2), *range(2, 101, 2)]
     assert report.notes == ("arrivals were out of order and have been sorted",)
 
 

@@ -46,10 +46,6 @@ class PhasedArrivals(ArrivalProcess):
         real = np.concatenate(([0.0], np.cumsum(length_s)))
         operational = np.concatenate(([0.0], np.cumsum(length_s * np.concatenate(rates))))
         end = float(np.interp(duration_s, real, operational))
-        gaps = running_sum(lambda n: gap_rng.standard_gamma(self.gap_shape, n) / self.gap_shape, end)
-        gaps = gaps[gaps < end]
-        # In a silent phase operational time stands still: go on from its end, not from its start.
-        phase = np.searchsorted(operational, gaps, side="right") - 1
-        rate_rps = np.concatenate(rates)[phase]
-        times: NDArray[np.float64] = real[phase] + (gaps - operational[phase]) / rate_rps
+        count = running_sum(lambda n: gap_rng.standard_gamma(self.gap_shape, n) / self.gap_shape, end)
+        times = np.interp(count[count < end], operational, real)
         return times[times < duration_s]

@@ -93,7 +93,7 @@ class Sessions(Generator):
         offsets = np.concatenate(([0], np.cumsum(counts)))
         depth = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
         deepest = self.context_tokens // self.block_tokens + 1
-        own = (1 + np.repeat(session, counts)) * deepest + depth
+        own = np.repeat(session, counts) * deepest + depth
         return offsets, np.where(depth < self.system_tokens // self.block_tokens, depth, own)
 
 

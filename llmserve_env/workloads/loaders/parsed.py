@@ -105,7 +105,9 @@ def _tenant_index(
     """int64[k] and the tenants, in the order of their names."""
     if names is None:
         return np.zeros(len(rows), np.int64), (Tenant(),)
-    known, index = np.unique([names[row] for row in rows], return_inverse=True)
+    used = [names[row] for row in rows.tolist()]
+    known = {name: index for index, name in enumerate(sorted(set(used)))}
+    index = np.fromiter(map(known.__getitem__, used), np.int64, len(used))
     if len(known) > _MAX_TENANTS:
         raise InputError(f"{len(known)} tenants, at most {_MAX_TENANTS} are possible", file=file)
-    return index, tuple(Tenant(name=str(name)) for name in known)
+    return index, tuple(Tenant(name=name) for name in known)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from llmserve_env.cli import main
 from llmserve_env.errors import InputError
 from llmserve_env.hardware import list_profiles, load_profile
 from llmserve_env.hardware.profile import TIERS, parse_profile, profile_toml, save_profile
@@ -82,3 +84,23 @@ def test_the_package_imports_no_heavy_library():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_command_lists_the_shipped_profiles(capsys, tmp_path):
+    assert main(["profiles", "--json", str(tmp_path / "all.json")]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "all.json").read_text())
+    assert [row["name"] for row in figures] == list_profiles()
+    for row in figures:
+        assert row["name"] in printed
+        assert 0 < row["decode_ms_batch_1"] < row["decode_ms_batch_32"] < row["decode_ms_batch_128"]
+        assert row["kv_tokens"] > 0
+
+
+def test_the_command_shows_one_with_its_sources(capsys):
+    assert main(["profiles", NAME]) == 0
+    printed = capsys.readouterr().out
+    profile = load_profile(NAME)
+    for table in (profile.gpu, profile.model, profile.engine, profile.tiers.FP16, profile.latency):
+        assert table.source in printed
+    assert main(["profiles", "h900"]) == 2

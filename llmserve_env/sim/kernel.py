@@ -43,13 +43,18 @@ from llmserve_env.sim.state import (
     Transfers,
 )
 
+# The arrays belong to the caller for the length of a call, so their references need no counting; with it a
+# decision costs ten times as much. Division by zero does not occur; error_model "numpy" leaves out the checks.
+_compiled = njit(cache=True, error_model="numpy", _nrt=False)
+_inlined = njit(cache=True, error_model="numpy", _nrt=False, forceinline=True)
+
 _SPLITMIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 # ------------------------------------------------------------------------------------------------ small parts
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _bin(duration_ps):
     """Histogram bin of a duration: eight per octave of seconds, see state.histogram_edges_s."""
     if duration_ps <= 0:
@@ -59,7 +64,7 @@ def _bin(duration_ps):
     return min(max(index, 0), HISTOGRAM_BINS - 1)
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _segment(knots, x):
     """Index of the segment of `knots` that holds x; the first or last one outside."""
     k = 0
@@ -68,7 +73,7 @@ def _segment(knots, x):
     return k
 
 
-@njit(cache=True)
+@_inlined
 def _prefill_ps(cost, tier, chunk, kv):
     """Attention of one prefill chunk over `kv` cached tokens (ps, all layers)."""
     i = _segment(cost.prefill_chunk, chunk)
@@ -82,7 +87,7 @@ def _prefill_ps(cost, tier, chunk, kv):
     return max(low + v * (high - low), 0.0)
 
 
-@njit(cache=True)
+@_inlined
 def _mixed_ps(cost, tier, chunk, count, kv):
     """Attention that `count` decodes at context `kv` add beside a prefill of `chunk` tokens (ps)."""
     i = _segment(cost.mixed_chunk, chunk)
@@ -96,7 +101,7 @@ def _mixed_ps(cost, tier, chunk, count, kv):
     return max(low + v * (high - low), 0.0)
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _blocks(tokens):
     return (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
 
@@ -104,14 +109,14 @@ def _blocks(tokens):
 # ------------------------------------------------------------------------------------- heap of finishing times
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _heap_place(e, c, position, key, slot):
     e.heap_key[c, position] = key
     e.heap_slot[c, position] = slot
     e.slot_heap[slot] = position
 
 
-@njit(cache=True)
+@_inlined
 def _heap_up(e, c, position, key, slot):
     while position > 0:
         parent = (position - 1) >> 1
@@ -122,7 +127,7 @@ def _heap_up(e, c, position, key, slot):
     _heap_place(e, c, position, key, slot)
 
 
-@njit(cache=True)
+@_inlined
 def _heap_remove(e, c, position):
     size = e.heap_size[c] - 1
     e.heap_size[c] = size
@@ -149,7 +154,7 @@ def _heap_remove(e, c, position):
 # ------------------------------------------------------------------------------- free queue and prefix cache
 
 
-@njit(cache=True)
+@_compiled
 def _table_find(pool, g, key):
     """Position of a key in the hash table, or of the empty place where it belongs."""
     mask = pool.table_key.shape[1] - 1
@@ -159,7 +164,7 @@ def _table_find(pool, g, key):
     return position
 
 
-@njit(cache=True)
+@_compiled
 def _table_delete(pool, g, key):
     mask = pool.table_key.shape[1] - 1
     hole = _table_find(pool, g, key)
@@ -174,7 +179,7 @@ def _table_delete(pool, g, key):
     pool.table_key[g, hole] = -1
 
 
-@njit(cache=True)
+@_compiled
 def _queue_compact(e, g, out, pool):
     """Close the gaps that touched segments left in the ring; neighbours without an owner become one."""
     mask = pool.queue_owner.shape[1] - 1
@@ -199,7 +204,7 @@ def _queue_compact(e, g, out, pool):
     e.queue_tail = write
 
 
-@njit(cache=True)
+@_inlined
 def _queue_push(e, g, out, pool, owner, length):
     """Blocks become free; they are the last that an allocation will take."""
     mask = pool.queue_owner.shape[1] - 1
@@ -220,7 +225,7 @@ def _queue_push(e, g, out, pool, owner, length):
     e.queue_tail += 1
 
 
-@njit(cache=True)
+@_inlined
 def _queue_take(e, counters, g, out, pool, blocks):
     """Allocate blocks, least recently used first; what they cached is gone."""
     mask = pool.queue_owner.shape[1] - 1
@@ -245,7 +250,7 @@ def _queue_take(e, counters, g, out, pool, blocks):
             e.queue_head += 1
 
 
-@njit(cache=True)
+@_compiled
 def _share_blocks(e, counters, g, out, pool, pre, slot, request, full_blocks):
     """Enter the prompt's blocks up to `full_blocks` into the prefix cache as they are computed."""
     shared = e.slot_shared[slot]
@@ -275,7 +280,7 @@ def _share_blocks(e, counters, g, out, pool, pre, slot, request, full_blocks):
     e.slot_shared[slot] = shared
 
 
-@njit(cache=True)
+@_inlined
 def _free_blocks(e, g, out, pool, pre, slot, request, tokens, owner):
     """Give back what a sequence with `tokens` tokens in the cache holds, its last block first."""
     shared = e.slot_shared[slot]
@@ -296,7 +301,7 @@ def _free_blocks(e, g, out, pool, pre, slot, request, tokens, owner):
 # ------------------------------------------------------------------------------------------ running sequences
 
 
-@njit(cache=True)
+@_inlined
 def _unlink(e, slot):
     before = e.slot_prev[slot]
     after = e.slot_next[slot]
@@ -310,7 +315,7 @@ def _unlink(e, slot):
         e.run_tail = before
 
 
-@njit(cache=True)
+@_inlined
 def _deactivate(e, slot):
     """Take a decoding sequence out of the totals; returns its context."""
     c = e.slot_class[slot]
@@ -326,7 +331,7 @@ def _deactivate(e, slot):
     return context
 
 
-@njit(cache=True)
+@_inlined
 def _activate(e, slot, context, remaining):
     """A sequence decodes from the next batch on; it finishes after `remaining` more tokens."""
     c = e.slot_class[slot]
@@ -348,7 +353,7 @@ def _activate(e, slot, context, remaining):
     _heap_up(e, c, position, clock + remaining, slot)
 
 
-@njit(cache=True)
+@_inlined
 def _longest_context(e, classes):
     longest = np.int64(0)
     for c in range(classes):
@@ -365,7 +370,7 @@ def _longest_context(e, classes):
     return longest
 
 
-@njit(cache=True)
+@_inlined
 def _release(e, g, out, pool, pre):
     """The batch that was in flight has ended: what finished in it frees its slots and blocks."""
     slot = e.limbo_head
@@ -382,7 +387,7 @@ def _release(e, g, out, pool, pre):
     e.limbo_head = -1
 
 
-@njit(cache=True)
+@_compiled
 def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
     """Preempt the newest running sequence (under priority routing, of the worst rank); returns 1 if a decode."""
     victim = e.run_tail
@@ -422,12 +427,12 @@ def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
 # ------------------------------------------------------------------------------------------- waiting requests
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _transfer_ps(cell, prompt_tokens):
     return cell.transfer_latency_ps + cell.transfer_ps_per_token * prompt_tokens
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _queued_ps(cell, req, out, request):
     """When a fresh request reached its engine's queue."""
     if out[request].first_ps > 0:
@@ -435,7 +440,7 @@ def _queued_ps(cell, req, out, request):
     return req[request].arrival_ps
 
 
-@njit(cache=True)
+@_inlined
 def _enqueue(e, g, req, out, request, now_ps):
     tenant = req[request].tenant
     out[request].next = -1
@@ -453,7 +458,7 @@ def _enqueue(e, g, req, out, request, now_ps):
         e.next_ps = max(now_ps, e.busy_ps)
 
 
-@njit(cache=True)
+@_inlined
 def _expire(e, counters, cell, req, out, ten, now_ps):
     """Fail the requests whose client has given up by now; returns the next time that one will."""
     soonest = NEVER_PS
@@ -478,7 +483,7 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
     return soonest
 
 
-@njit(cache=True)
+@_inlined
 def _pick_fresh(e, cell, req, out):
     """The fresh request that has waited longest, -1 for none; and -2, its place."""
     best = np.int64(-1)
@@ -493,7 +498,7 @@ def _pick_fresh(e, cell, req, out):
     return best, np.int64(-2)
 
 
-@njit(cache=True)
+@_inlined
 def _pick(e, cell, req, out, ten, resumed_only):
     """The waiting request that vLLM would look at next, -1 for none, and where it stands: after which one in the
     stack of preempted requests, -1 for its top, -2 for a fresh request.
@@ -537,7 +542,7 @@ def _pick(e, cell, req, out, ten, resumed_only):
     return best, best_before
 
 
-@njit(cache=True)
+@_inlined
 def _dequeue(e, req, out, request, before):
     if before >= 0:
         out[before].next = out[request].next
@@ -548,7 +553,7 @@ def _dequeue(e, req, out, request, before):
     e.waiting -= 1
 
 
-@njit(cache=True)
+@_inlined
 def _cached_blocks(e, g, cell, out, pool, pre, request, total):
     """Blocks of a waiting request that the prefix cache still holds: (shared, of those unreferenced, private)."""
     shared = np.int64(0)
@@ -576,7 +581,7 @@ def _cached_blocks(e, g, cell, out, pool, pre, request, total):
     return shared, idle, private
 
 
-@njit(cache=True)
+@_inlined
 def _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits):
     """Give a waiting request a slot, its cached blocks and the blocks of its first chunk; returns the slot."""
     shared, idle, private = hits
@@ -584,6 +589,8 @@ def _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chun
     e.slots_free -= 1
     slot = e.free_slot[e.slots_free]
     e.slot_request[slot] = request
+    e.slot_order[slot] = e.admitted
+    e.admitted += 1
     e.slot_generated[slot] = out[request].generated
     e.slot_class[slot] = ten.speculation_class[req[request].tenant]
     e.slot_shared[slot] = shared
@@ -619,7 +626,7 @@ def _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chun
 # --------------------------------------------------------------------------------------------- one decision
 
 
-@njit(cache=True)
+@_compiled
 def _transfer_push(cell, tr, ready_ps, request):
     position = cell.transfers
     cell.transfers += 1
@@ -634,7 +641,7 @@ def _transfer_push(cell, tr, ready_ps, request):
     tr.request[position] = request
 
 
-@njit(cache=True)
+@_compiled
 def _transfer_pop(cell, tr):
     request = tr.request[0]
     size = cell.transfers - 1
@@ -658,7 +665,7 @@ def _transfer_pop(cell, tr):
     return request
 
 
-@njit(cache=True)
+@_inlined
 def _finish(e, counters, g, cell, req, out, ten, tr, slot):
     """The last token of a sequence (or, in a prefill pool, its first) is in the batch that is in flight."""
     request = e.slot_request[slot]
@@ -666,8 +673,16 @@ def _finish(e, counters, g, cell, req, out, ten, tr, slot):
     generated = e.slot_generated[slot] + 1 + e.clock[c] - e.slot_start[slot]
     e.slot_base[slot] = _deactivate(e, slot)
     _unlink(e, slot)
-    e.slot_next[slot] = e.limbo_head
-    e.limbo_head = slot
+    before = np.int64(-1)
+    after = e.limbo_head
+    while after >= 0 and e.slot_order[after] < e.slot_order[slot]:
+        before = np.int64(after)
+        after = np.int64(e.slot_next[after])
+    e.slot_next[slot] = after
+    if before >= 0:
+        e.slot_next[before] = slot
+    else:
+        e.limbo_head = slot
     e.limbo_count += 1
     e.limbo_ps = e.busy_ps
     if generated < req[request].output_tokens:  # only a prefill pool stops here
@@ -691,7 +706,7 @@ def _finish(e, counters, g, cell, req, out, ten, tr, slot):
         counters.tenant_in_slo[tenant] += 1
 
 
-@njit(cache=True)
+@_inlined
 def _decode_stretch(e, cost, cell, limit_ps):
     """How many further decode batches share the composition of the next one, and what they take.
 
@@ -744,7 +759,7 @@ def _decode_stretch(e, cost, cell, limit_ps):
     return most, first, slope
 
 
-@njit(cache=True)
+@_inlined
 def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     """Advance all decoding sequences by `batches` tokens."""
     n = e.active
@@ -778,7 +793,7 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     counters.block_ps += float(e.held) * float(duration)
 
 
-@njit(cache=True, forceinline=True)
+@_inlined
 def _step_tokens(e, ten, c, depth):
     """Tokens that each sequence of a class gains in the next batch."""
     if depth == 0:
@@ -786,7 +801,7 @@ def _step_tokens(e, ten, c, depth):
     return (e.accept[c] + ten.accept[c, depth]) >> 20
 
 
-@njit(cache=True)
+@_inlined
 def _decode_need(e, cell, ten, depth):
     """Blocks that the decodes of the next batch take."""
     need = np.int64(0)
@@ -797,7 +812,7 @@ def _decode_need(e, cell, ten, depth):
     return need
 
 
-@njit(cache=True)
+@_inlined
 def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
     """Duration of one batch: decodes of the active sequences beside `prefill_tokens` of prefill (ps)."""
     n = e.active
@@ -825,7 +840,7 @@ def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
     return duration
 
 
-@njit(cache=True)
+@_inlined
 def _end_prefill(e, counters, cell, req, out, slot):
     """The batch that was just scheduled ends this prefill and yields a token."""
     request = e.slot_request[slot]
@@ -846,7 +861,7 @@ def _end_prefill(e, counters, cell, req, out, slot):
     _activate(e, slot, req[request].prompt_tokens + generated, remaining)
 
 
-@njit(cache=True)
+@_inlined
 def _rest(e, limit_ps):
     """Nothing can be scheduled: wait for the batch in flight, a restart, or an event."""
     if e.busy_ps > e.next_ps:
@@ -860,7 +875,7 @@ def _rest(e, limit_ps):
         e.next_ps = NEVER_PS
 
 
-@njit(cache=True)
+@_inlined
 def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     """Build and start the next batch, or the next stretch of like batches; rests when there is nothing to do."""
     if e.condition == RELOADING:
@@ -1001,7 +1016,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     counters.block_ps += float(e.held) * float(duration)
 
 
-@njit(cache=True)
+@_compiled
 def _advance(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
     """Take every decision of an engine that falls before `until_ps`."""
     while e.next_ps < until_ps:
@@ -1011,7 +1026,7 @@ def _advance(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
 # --------------------------------------------------------------------------------------------------- the cell
 
 
-@njit(cache=True)
+@_compiled
 def _restart(e, g, cost, pool):
     """A drained engine is up again with its new role and precision, its cache empty."""
     e.condition = UP
@@ -1020,7 +1035,7 @@ def _restart(e, g, cost, pool):
     _reset_blocks(e, g, cost, pool)
 
 
-@njit(cache=True)
+@_compiled
 def _reset_blocks(e, g, cost, pool):
     e.blocks = cost.blocks[e.tier]
     e.block_cap = np.int64(e.kv_fraction * e.blocks)
@@ -1038,7 +1053,7 @@ def _reset_blocks(e, g, cost, pool):
         pool.table_key[g, i] = -1
 
 
-@njit(cache=True)
+@_compiled
 def _route(engines, now_ps, transferred):
     """Least-loaded engine that takes this kind of request; one that is up before one that is not."""
     other = DECODE if not transferred else PREFILL
@@ -1060,7 +1075,7 @@ def _route(engines, now_ps, transferred):
     return best
 
 
-@njit(cache=True)
+@_compiled
 def _begin_switch(engines, cell, first_g, req, out, ten, now_ps):
     """Start to drain the next engine whose role or precision is not the wanted one, one engine at a time."""
     for i in range(len(engines)):
@@ -1091,7 +1106,7 @@ def _begin_switch(engines, cell, first_g, req, out, ten, now_ps):
         return
 
 
-@njit(cache=True)
+@_compiled
 def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
     """Advance every engine to `until_ps`, prefill pool first, handing over what it has transferred by then."""
     pools = False
@@ -1113,14 +1128,13 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps)
 
 
-@njit(cache=True)
+@_compiled
 def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all decisions before the end."""
     _begin_switch(engines, cell, first_g, req, out, ten, start_ps)
     for i in range(len(engines)):
         if engines[i].next_ps == NEVER_PS and engines[i].waiting > 0:
             engines[i].next_ps = max(start_ps, engines[i].busy_ps)
-    most = cost.blocks.min()
     while cell.next_request < len(req):
         request = cell.next_request
         now_ps = req[request].arrival_ps
@@ -1130,7 +1144,7 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
         tenant = req[request].tenant
         counters.arrived += 1
         counters.tenant_arrived[tenant] += 1
-        if _blocks(req[request].prompt_tokens + req[request].output_tokens) > most:
+        if _blocks(req[request].prompt_tokens + req[request].output_tokens) > cell.most_blocks:
             out[request].status = CANCELLED
             out[request].finish_ps = now_ps
             counters.cancelled += 1
@@ -1152,7 +1166,7 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
 # ----------------------------------------------------------------------------------------------- entry points
 
 
-@njit(cache=True)
+@_compiled
 def _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     low = first[i]
     high = first[i + 1]
@@ -1165,7 +1179,7 @@ def _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre,
     )  # fmt: skip
 
 
-@njit(cache=True)
+@_compiled
 def serve(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     """Serve one window of every episode in turn.
 
@@ -1188,14 +1202,14 @@ def serve(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, s
         _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, error_model="numpy", _nrt=False, parallel=True)
 def serve_parallel(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     """`serve` with the episodes spread over threads; the results are the same bit for bit."""
     for i in prange(len(engines)):
         _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps)
 
 
-@njit(cache=True)
+@_compiled
 def reset_blocks(engines, pool, cost):
     """Empty the KV cache of every engine: all blocks free, nothing cached."""
     for i in range(engines.shape[0]):

@@ -132,6 +132,7 @@ class SimulatorBatch:
         self.cells["classes"] = self._tenant_arrays.speculation_class.max() + 1
         self.cells["tenants"] = len(self._tenants)
         self.cells["prefix_cache"] = prefix_cache
+        self.cells["most_blocks"] = self._cost.blocks.min()
         self.cells["prefill_engines"] = engines // 2 if prefill_engines is None else prefill_engines
         self.cells["draft_layers"] = drafting[0] / profile.model.layers
         self.cells["draft_head"] = drafting[1]

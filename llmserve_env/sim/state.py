@@ -85,6 +85,7 @@ ENGINE = np.dtype(
         ("queue_tail", np.int64),
         ("nodes_free", np.int64),
         # running sequences
+        ("admitted", np.int64),  # admissions so far
         ("running", np.int64),  # holds a slot: decoding, in prefill, or finishing in flight
         ("active", np.int64),  # decodes in the next batch
         ("kv_sum", np.int64),  # tokens in the KV cache of the active ones
@@ -113,6 +114,7 @@ ENGINE = np.dtype(
         ("slot_request", np.int32, (MAX_RUNNING,)),
         ("slot_base", np.int64, (MAX_RUNNING,)),  # context when decoding began
         ("slot_start", np.int64, (MAX_RUNNING,)),  # class clock when decoding began
+        ("slot_order", np.int64, (MAX_RUNNING,)),  # admissions before it
         ("slot_generated", np.int32, (MAX_RUNNING,)),  # tokens generated before this admission
         ("slot_shared", np.int32, (MAX_RUNNING,)),  # leading blocks held as shared prefix nodes
         ("slot_class", np.int32, (MAX_RUNNING,)),
@@ -173,6 +175,7 @@ CELL = np.dtype(
         ("classes", np.int64),
         ("tenants", np.int64),
         ("prefix_cache", np.int64),
+        ("most_blocks", np.int64),  # a longer request is refused on arrival
         ("transfer_latency_ps", np.int64),
         ("transfer_ps_per_token", np.int64),
         ("draft_layers", np.float64),  # share of the dense time that one draft token takes

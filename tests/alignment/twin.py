@@ -1,0 +1,532 @@
+"""The scheduler written plainly: lists, loops over requests and over iterations, one object per KV block.
+
+It shares nothing with the kernel but the tables of latency and the constants of the records. Where the kernel
+keeps totals, this steps every request through every batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from llmserve_env.sim.state import ACCEPT_ONE, NEVER_PS, Cost, Tenants
+
+BLOCK = 16
+
+
+def blocks_of(tokens):
+    return -(-tokens // BLOCK)
+
+
+@dataclass
+class Block:
+    content: object = None  # ("own", request, index) or ("node", key)
+    references: int = 0
+
+
+@dataclass(eq=False)
+class Request:
+    index: int
+    arrival_ps: int
+    prompt: int
+    output: int
+    tenant: int
+    keys: list = field(default_factory=list)  # prefix cache key of each full block of the prompt
+    generated: int = 0  # output tokens scheduled so far
+    computed: int = 0  # tokens in the KV cache once the batches in flight have ended
+    blocks: list = field(default_factory=list)
+    shared: int = 0  # how many of them are prefix nodes
+    first_ps: int = 0
+    finish_ps: int = 0
+    last_ps: int = 0
+    preemptions: int = 0
+    status: str = "pending"
+    queued_ps: int = 0
+    transferred: bool = False
+
+    @property
+    def decoding(self):
+        return self.computed >= self.prompt + self.resume_from
+
+    resume_from: int = 0  # output tokens that the current prefill recomputes
+
+
+class Engine:
+    def __init__(self, cell, blocks, role, tier):
+        self.cell = cell
+        self.role, self.tier = role, tier
+        self.reset(blocks)
+        self.running, self.resumed, self.fresh = [], [], []
+        self.in_flight = []  # (end_ps, requests that end in it)
+        self.accept = [0] * 4
+        self.next_ps, self.busy_ps = NEVER_PS, 0
+        self.condition = "up"
+        self.assigned = []
+        self.batch_cap, self.fraction, self.depth, self.priority = 256, 1.0, 0, False
+
+    def reset(self, blocks):
+        self.blocks = [Block() for _ in range(blocks)]
+        self.free = deque(range(blocks))
+        self.nodes = {}  # key -> block
+
+    @property
+    def held(self):
+        return len(self.blocks) - len(self.free)
+
+    @property
+    def block_cap(self):
+        return int(self.fraction * len(self.blocks))
+
+    def room(self, blocks):
+        return self.held + blocks <= self.block_cap
+
+    # blocks
+
+    def take(self, count):
+        taken = []
+        for _ in range(count):
+            b = self.free.popleft()
+            content = self.blocks[b].content
+            if content is not None:
+                self.cell.count["evictions"] += 1
+                if content[0] == "node":
+                    del self.nodes[content[1]]
+            self.blocks[b].content = None
+            self.blocks[b].references = 1
+            taken.append(b)
+        return taken
+
+    def give_back(self, request, keep):
+        for position in range(len(request.blocks) - 1, -1, -1):
+            b = request.blocks[position]
+            block = self.blocks[b]
+            block.references -= 1
+            if block.references == 0:
+                if position >= request.shared:
+                    block.content = ("own", request.index, position) if keep else None
+                self.free.append(b)
+        request.blocks, request.shared = [], 0
+
+    def share(self, request):
+        if not self.cell.prefix_cache:
+            return
+        for position in range(request.shared, min(request.computed // BLOCK, len(request.keys))):
+            key = request.keys[position]
+            mine = request.blocks[position]
+            if key in self.nodes:
+                b = self.nodes[key]
+                if self.blocks[b].references == 0:
+                    self.free.remove(b)
+                self.blocks[b].references += 1
+                request.blocks[position] = b
+                self.blocks[mine].references = 0
+                self.free.append(mine)
+            else:
+                self.nodes[key] = mine
+                self.blocks[mine].content = ("node", key)
+            request.shared = position + 1
+
+    def cached(self, request, total):
+        """Blocks that a waiting request would find again: (shared, private), as block ids."""
+        if not self.cell.prefix_cache:
+            return [], []
+        limit = (total - 1) // BLOCK
+        shared = []
+        for key in request.keys[:limit]:
+            if key not in self.nodes:
+                break
+            shared.append(self.nodes[key])
+        private = []
+        if len(shared) == min(len(request.keys), limit):
+            own = {
+                self.blocks[b].content[2]: b
+                for b in self.free
+                if self.blocks[b].content and self.blocks[b].content[:2] == ("own", request.index)
+            }
+            position = len(shared)
+            while position in own and position < limit:
+                private.append(own[position])
+                position += 1
+        return shared, private
+
+    def disown(self, request):
+        for block in self.blocks:
+            if block.content and block.content[:2] == ("own", request.index):
+                block.content = None
+
+    # scheduling
+
+    def preempt(self):
+        victims = [r for r in self.running if not self.over(r)]
+        if self.priority:
+            rank = self.cell.tenants.rank
+            worst = max(rank[r.tenant] for r in victims)
+            victims = [r for r in victims if rank[r.tenant] == worst]
+        victim = victims[-1]
+        self.running.remove(victim)
+        self.disown(victim)
+        self.give_back(victim, keep=self.cell.prefix_cache)
+        victim.computed, victim.resume_from = 0, victim.generated
+        victim.transferred = False
+        victim.preemptions += 1
+        victim.status = "waiting"
+        victim.last_ps = self.busy_ps
+        self.resumed.insert(0, victim)
+        self.cell.count["preemptions"] += 1
+        return victim
+
+    def over(self, request):
+        return request.generated >= request.output or (self.role == "prefill" and request.decoding)
+
+    def expire(self, now_ps):
+        for r in list(self.fresh):
+            deadline = r.arrival_ps + int(self.cell.tenants.patience_ps[r.tenant])
+            if r.first_ps == 0 and deadline < NEVER_PS and deadline <= now_ps:
+                self.fresh.remove(r)
+                self.assigned.remove(r)
+                r.status, r.finish_ps = "failed", deadline
+                self.cell.count["failed"] += 1
+
+    def waiting_order(self):
+        fresh = sorted(self.fresh, key=lambda r: (r.queued_ps, r.index))
+        if self.condition == "draining":
+            fresh = []
+        order = self.resumed + fresh
+        if self.priority:
+            order.sort(key=lambda r: self.cell.tenants.rank[r.tenant])
+        return order
+
+    def tokens_of_step(self, tenant, depth):
+        if depth == 0:
+            return 1
+        c = self.cell.tenants.speculation_class[tenant]
+        return (self.accept[c] + int(self.cell.tenants.accept[c, depth])) >> 20
+
+    def decide(self, until_ps):
+        now = self.next_ps
+        if self.condition == "reloading":
+            self.condition = "up"
+            self.role, self.tier = self.next_role, self.next_tier
+            self.reset(int(self.cell.cost.blocks[self.tier]))
+        for batch in [b for b in self.in_flight if b[0] <= now]:
+            self.in_flight.remove(batch)
+            for r in [r for r in self.running if r in batch[1]]:
+                self.running.remove(r)
+                self.give_back(r, keep=False)
+                self.assigned.remove(r)
+        if self.fresh or self.resumed:
+            self.expire(now)
+
+        active = [r for r in self.running if r.decoding and not self.over(r)]
+        depth = self.depth
+        if depth and active:
+            depth = min(depth, self.cell.budget // len(active) - 1)
+        budget = self.cell.budget
+        preempted = False
+
+        decodes, chunks = [], []
+        for r in active:  # in order of admission
+            if r not in self.running:
+                continue
+            step = self.tokens_of_step(r.tenant, depth)
+            need = blocks_of(r.computed + step) - len(r.blocks)
+            while r in self.running and not self.room(need):
+                self.preempt()
+                preempted = True
+            if r in self.running:
+                r.blocks += self.take(need)
+                decodes.append((r, step))
+        decodes = [d for d in decodes if d[0] in self.running]
+        budget -= len(decodes) * (1 + depth)
+
+        for r in [r for r in self.running if not r.decoding]:
+            total = r.prompt + r.resume_from
+            chunk = min(total - r.computed, budget)
+            if chunk <= 0:
+                continue
+            need = blocks_of(r.computed + chunk) - len(r.blocks)
+            while r in self.running and not self.room(need):
+                self.preempt()
+                preempted = True
+            if r in self.running:
+                chunks.append((r, chunk, r.computed))
+                r.blocks += self.take(need)
+                r.computed += chunk
+                self.share(r)
+                budget -= chunk
+        decodes = [d for d in decodes if d[0] in self.running]
+
+        unfinished_prefill = any(not r.decoding for r in self.running)
+        joined = False
+        while (
+            not preempted and not unfinished_prefill and budget > 0 and len(self.running) < self.batch_cap
+            and self.waiting_order()
+        ):  # fmt: skip
+            r = self.waiting_order()[0]
+            total = r.prompt + r.generated
+            if r.transferred:
+                if budget < 1 + depth or not self.room(blocks_of(total)):
+                    break
+                self.fresh.remove(r)
+                self.running.append(r)
+                r.status, r.transferred = "running", False
+                r.blocks = self.take(blocks_of(total))
+                r.computed, r.resume_from = total - 1, 0
+                budget -= 1 + depth
+                joined = True
+                decodes.append((r, self.tokens_of_step(r.tenant, depth)))
+                # its first step may need more than the one block that it has room for under speculation
+                more = blocks_of(r.computed + decodes[-1][1]) - len(r.blocks)
+                assert more <= 0 or depth
+                r.blocks += self.take(max(more, 0))
+                continue
+            shared, private = self.cached(r, total)
+            idle = sum(self.blocks[b].references == 0 for b in shared)
+            if not self.room(blocks_of(total) - len(shared) + idle):
+                break
+            (self.resumed if r in self.resumed else self.fresh).remove(r)
+            self.running.append(r)
+            r.status = "running"
+            for b in shared + private:
+                if self.blocks[b].references == 0:
+                    self.free.remove(b)
+                self.blocks[b].references += 1
+            for b in private:
+                self.blocks[b].content = None
+            self.disown(r)
+            r.blocks, r.shared = shared + private, len(shared)
+            cached = len(r.blocks) * BLOCK
+            self.cell.count["cached_tokens"] += cached
+            r.resume_from = r.generated
+            chunk = min(total - cached, budget)
+            chunks.append((r, chunk, cached))
+            r.blocks += self.take(blocks_of(cached + chunk) - len(r.blocks))
+            r.computed = cached + chunk
+            self.share(r)
+            budget -= chunk
+            unfinished_prefill = not r.decoding
+
+        if not decodes and not chunks:
+            self.rest(until_ps)
+            return
+        self.run(decodes, chunks, depth, joined)
+
+    def rest(self, until_ps):
+        deadlines = [
+            r.arrival_ps + int(self.cell.tenants.patience_ps[r.tenant])
+            for r in self.fresh
+            if r.first_ps == 0 and self.cell.tenants.patience_ps[r.tenant] < NEVER_PS
+        ]
+        limit = min([until_ps, *deadlines])
+        if self.busy_ps > self.next_ps:
+            self.next_ps = self.busy_ps
+        elif self.condition == "draining" and not self.running:
+            self.condition = "reloading"
+            self.next_ps += self.reload_ps
+        elif (self.fresh or self.resumed) and limit < NEVER_PS:
+            self.next_ps = max(limit, self.next_ps + 1)
+        else:
+            self.next_ps = NEVER_PS
+
+    def run(self, decodes, chunks, depth, joined):
+        count = self.cell.count
+        ending = [r for r, _, _ in chunks if r.decoding]
+        contexts = [r.computed for r, _ in decodes]
+        duration = duration_ps(self.cell.cost, self.tier, contexts, [c[1:] for c in chunks], len(ending), depth,
+                               self.cell.draft)  # fmt: skip
+        start = max(self.next_ps, self.busy_ps)
+        end = start + duration
+        over = []
+        for r, step in decodes:
+            r.computed += step
+            r.generated += step
+            count["output_tokens"] += min(step, r.output - (r.generated - step))
+            count["gaps"] += 1
+            if r.generated >= r.output:
+                over.append(r)
+        for r in ending:
+            r.generated += 1
+            count["output_tokens"] += 1
+            if r.first_ps == 0:
+                r.first_ps = end
+            if self.over(r):
+                over.append(r)
+        for r in over:
+            if r.generated >= r.output:
+                r.status, r.finish_ps = "completed", end
+                count["completed"] += 1
+            else:
+                r.status = "transfer"
+                self.cell.transfers.append((end + self.cell.transfer_ps(r), r))
+        if depth:
+            for c in range(len(self.cell.tenants.accept)):
+                self.accept[c] = (self.accept[c] + int(self.cell.tenants.accept[c, depth])) % ACCEPT_ONE
+        self.in_flight.append((end, over))
+        self.next_ps, self.busy_ps = start, end
+        count["iterations"] += 1
+        count["prefill_tokens"] += sum(c for _, c, _ in chunks)
+        count["busy_ps"] += duration
+
+    def advance(self, until_ps):
+        while self.next_ps < until_ps:
+            self.decide(until_ps)
+
+    def enqueue(self, request, now_ps):
+        request.queued_ps = now_ps
+        request.transferred = request.status == "transfer"
+        request.status = "waiting"
+        self.fresh.append(request)
+        self.assigned.append(request)
+        if self.next_ps == NEVER_PS:
+            self.next_ps = max(now_ps, self.busy_ps)
+
+    def load(self, now_ps):
+        gone = {r for end, over in self.in_flight if end <= now_ps for r in over}
+        return sum(r not in gone for r in self.assigned)
+
+
+class Cell:
+    """Engines behind a router; `windows` is a list of (action, seconds as ps)."""
+
+    def __init__(self, requests, tenants: Tenants, cost: Cost, *, engines, prefill_engines, budget, prefix_cache,
+                 action, transfer, draft, restart_ps, load_ps):  # fmt: skip
+        self.requests, self.tenants, self.cost = requests, tenants, cost
+        self.budget, self.prefix_cache, self.prefill_engines = budget, prefix_cache, prefill_engines
+        self.transfer, self.draft, self.restart_ps, self.load_ps = transfer, draft, restart_ps, load_ps
+        self.count = dict.fromkeys(
+            ("arrived", "completed", "failed", "cancelled", "preemptions", "iterations", "prefill_tokens",
+             "cached_tokens", "output_tokens", "evictions", "busy_ps", "gaps"), 0
+        )  # fmt: skip
+        self.transfers, self.next_request = [], 0
+        self.engines = [
+            Engine(self, int(cost.blocks[action["tier"]]), self.role_of(i, action["split"]), action["tier"])
+            for i in range(engines)
+        ]
+
+    def role_of(self, index, split):
+        if not split:
+            return "colocated"
+        return "prefill" if index < self.prefill_engines else "decode"
+
+    def transfer_ps(self, request):
+        return self.transfer[0] + self.transfer[1] * request.prompt
+
+    def route(self, now_ps, transferred):
+        def badness(e):
+            role = e.role if e.condition == "up" else e.next_role
+            wrong = role == ("prefill" if transferred else "decode")
+            return wrong, e.condition != "up", e.load(now_ps)
+
+        return min(self.engines, key=badness)
+
+    def switch(self, action, now_ps):
+        if any(e.condition != "up" for e in self.engines):
+            return
+        for i, e in enumerate(self.engines):
+            role = self.role_of(i, action["split"])
+            if (e.role, e.tier) == (role, action["tier"]):
+                continue
+            e.condition = "draining"
+            e.next_role, e.next_tier = role, action["tier"]
+            e.reload_ps = self.restart_ps + (int(self.load_ps[action["tier"]]) if e.tier != action["tier"] else 0)
+            if e.next_ps == NEVER_PS:
+                e.next_ps = max(now_ps, e.busy_ps)
+            if len(self.engines) > 1:
+                for r in sorted(e.fresh, key=lambda r: (r.queued_ps, r.index)):
+                    e.fresh.remove(r)
+                    e.assigned.remove(r)
+                    queued_ps = r.queued_ps
+                    if r.transferred:
+                        r.status = "transfer"
+                    self.route(now_ps, r.transferred).enqueue(r, now_ps)
+                    r.queued_ps = queued_ps
+            return
+
+    def advance(self, until_ps):
+        for e in self.engines:
+            if e.role == "prefill":
+                e.advance(until_ps)
+        while True:
+            due = sorted(((t, r.index, r) for t, r in self.transfers if t < until_ps), key=lambda x: x[:2])
+            if not due:
+                break
+            ready_ps, _, r = due[0]
+            self.transfers.remove((ready_ps, r))
+            for e in self.engines:
+                if e.role != "prefill":
+                    e.advance(ready_ps)
+            self.route(ready_ps, True).enqueue(r, ready_ps)
+        for e in self.engines:
+            if e.role != "prefill":
+                e.advance(until_ps)
+
+    def serve(self, action, start_ps, until_ps):
+        for e in self.engines:
+            e.batch_cap, e.fraction = action["batch_cap"], action["fraction"]
+            e.depth, e.priority = action["depth"], action["priority"]
+        self.switch(action, start_ps)
+        for e in self.engines:
+            if e.next_ps == NEVER_PS and (e.fresh or e.resumed):
+                e.next_ps = max(start_ps, e.busy_ps)
+        while self.next_request < len(self.requests):
+            r = self.requests[self.next_request]
+            if r.arrival_ps >= until_ps:
+                break
+            self.next_request += 1
+            self.count["arrived"] += 1
+            if blocks_of(r.prompt + r.output) > int(min(self.cost.blocks)):
+                r.status, r.finish_ps = "cancelled", r.arrival_ps
+                self.count["cancelled"] += 1
+                continue
+            self.advance(r.arrival_ps)
+            self.route(r.arrival_ps, False).enqueue(r, r.arrival_ps)
+        self.advance(until_ps)
+        for e in self.engines:
+            e.expire(until_ps - 1)
+
+
+def segment(knots, x):
+    k = 0
+    while k < len(knots) - 2 and x >= knots[k + 1]:
+        k += 1
+    return k
+
+
+def duration_ps(cost: Cost, tier, contexts, chunks, ending, depth, draft):
+    """Duration of one batch from the latency tables, decodes given by their contexts before it."""
+    n = len(contexts)
+    prefill = sum(chunk for chunk, _ in chunks)
+    time = int(cost.dense_ps[tier, n * (1 + depth) + prefill]) + int(cost.head_ps[tier, n * (1 + depth) + ending])
+    kv = sum(contexts) + n
+    if chunks:
+        floor = float(cost.prefill_ps[tier, 0, 0])
+        total = 0.0
+        for chunk, cached in chunks:
+            i, j = segment(cost.prefill_chunk, float(chunk)), segment(cost.prefill_kv, float(cached))
+            u = (chunk - cost.prefill_chunk[i]) / (cost.prefill_chunk[i + 1] - cost.prefill_chunk[i])
+            v = (cached - cost.prefill_kv[j]) / (cost.prefill_kv[j + 1] - cost.prefill_kv[j])
+            table = cost.prefill_ps[tier]
+            u = max(u, 0.0)
+            low = table[i, j] + u * (table[i + 1, j] - table[i, j])
+            high = table[i, j + 1] + u * (table[i + 1, j + 1] - table[i, j + 1])
+            total += max(max(low + v * (high - low), 0.0) - floor, 0.0)
+        attention = floor + total
+        if n:
+            mean = kv / n
+            context = mean + min(1.0, cost.mixed_skew / n) * (max(contexts) + 1 - mean)
+            i, j = segment(cost.mixed_chunk, float(prefill)), segment(cost.mixed_kv, context)
+            u = (prefill - cost.mixed_chunk[i]) / (cost.mixed_chunk[i + 1] - cost.mixed_chunk[i])
+            v = (context - cost.mixed_kv[j]) / (cost.mixed_kv[j + 1] - cost.mixed_kv[j])
+            u = min(max(u, 0.0), 1.0)
+            table = cost.mixed_ps[tier]
+            low = table[i, n, j] + u * (table[i + 1, n, j] - table[i, n, j])
+            high = table[i, n, j + 1] + u * (table[i + 1, n, j + 1] - table[i, n, j + 1])
+            attention += max(low + v * (high - low), 0.0)
+        time += round(float(attention))
+    else:
+        k = segment(cost.decode_kv, kv / n)
+        slope = int(cost.decode_slope[tier, n, k])
+        time += int(cost.decode_ps[tier, n, k]) + slope * (kv - int(cost.decode_kv[k]) * n) // n
+    if depth and n:
+        time += round(depth * (draft[0] * int(cost.dense_ps[tier, n]) + draft[1] * int(cost.head_ps[tier, n])))
+    return time

@@ -215,6 +215,12 @@ def _queue_push(e, g, out, pool, owner, length):
             return
     if e.queue_tail - e.queue_head > mask:
         _queue_compact(e, g, out, pool)
+        if e.queue_tail - e.queue_head > mask:  # thousands of preempted requests: the newest loses its cache
+            last = (e.queue_tail - 1) & mask
+            out[pool.queue_owner[g, last]].segment = -1
+            pool.queue_owner[g, last] = -1
+            pool.queue_length[g, last] += length
+            return
     position = e.queue_tail & mask
     pool.queue_owner[g, position] = owner
     pool.queue_length[g, position] = length
@@ -250,13 +256,19 @@ def _queue_take(e, counters, g, out, pool, blocks):
             e.queue_head += 1
 
 
+@_inlined
+def _prefix_blocks(req, pre, request):
+    """Full KV blocks of a prompt that have a hash."""
+    hashed = (pre.offsets[request + 1] - pre.offsets[request]) * pre.per_id
+    return min(hashed, np.int64(req[request].prompt_tokens // BLOCK_TOKENS))
+
+
 @_compiled
-def _share_blocks(e, counters, g, out, pool, pre, slot, request, full_blocks):
+def _share_blocks(e, g, req, out, pool, pre, slot, request, full_blocks):
     """Enter the prompt's blocks up to `full_blocks` into the prefix cache as they are computed."""
     shared = e.slot_shared[slot]
     first = pre.offsets[request]
-    count = (pre.offsets[request + 1] - first) * pre.per_id
-    limit = min(full_blocks, count)
+    limit = min(full_blocks, _prefix_blocks(req, pre, request))
     while shared < limit:
         key = pre.ids[first + shared // pre.per_id] * pre.per_id + shared % pre.per_id
         position = _table_find(pool, g, key)
@@ -441,12 +453,11 @@ def _queued_ps(cell, req, out, request):
 
 
 @_inlined
-def _enqueue(e, g, req, out, request, now_ps):
+def _enqueue(e, req, out, request, now_ps):
     tenant = req[request].tenant
     out[request].next = -1
     if out[request].status != TRANSFER:
         out[request].status = WAITING
-    out[request].engine = g
     if e.fresh_head[tenant] < 0:
         e.fresh_head[tenant] = request
     else:
@@ -554,7 +565,7 @@ def _dequeue(e, req, out, request, before):
 
 
 @_inlined
-def _cached_blocks(e, g, cell, out, pool, pre, request, total):
+def _cached_blocks(g, cell, req, out, pool, pre, request, total):
     """Blocks of a waiting request that the prefix cache still holds: (shared, of those unreferenced, private)."""
     shared = np.int64(0)
     idle = np.int64(0)
@@ -565,7 +576,7 @@ def _cached_blocks(e, g, cell, out, pool, pre, request, total):
     count = np.int64(0)
     if pre.per_id > 0:
         first = pre.offsets[request]
-        count = (pre.offsets[request + 1] - first) * pre.per_id
+        count = _prefix_blocks(req, pre, request)
         stop = min(limit, count)
         while shared < stop:
             key = pre.ids[first + shared // pre.per_id] * pre.per_id + shared % pre.per_id
@@ -788,8 +799,8 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     counters.iterations += batches
     counters.decisions += 1
     counters.output_tokens += n * batches
-    counters.busy_ps += duration
-    counters.sequence_ps += e.running * duration
+    counters.busy_ps += float(duration)
+    counters.sequence_ps += float(e.running) * float(duration)
     counters.block_ps += float(e.held) * float(duration)
 
 
@@ -850,7 +861,7 @@ def _end_prefill(e, counters, cell, req, out, slot):
         out[request].first_ps = e.busy_ps
         ttft = e.busy_ps - req[request].arrival_ps
         counters.first_tokens += 1
-        counters.ttft_ps += ttft
+        counters.ttft_ps += float(ttft)
         counters.ttft_histogram[_bin(ttft)] += 1
     else:
         counters.gap_histogram[_bin(e.busy_ps - out[request].finish_ps)] += 1
@@ -923,7 +934,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             need = 0
             if pre.per_id > 0 and cell.prefix_cache:
                 full = (e.partial_done + chunk) // BLOCK_TOKENS
-                _share_blocks(e, counters, g, out, pool, pre, slot, request, full)
+                _share_blocks(e, g, req, out, pool, pre, slot, request, full)
             prefill_ps += max(_prefill_ps(cost, e.tier, float(chunk), float(e.partial_done)) - floor_ps, 0.0)
             prefill_tokens += chunk
             budget -= chunk
@@ -943,7 +954,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         transferred = out[request].status == TRANSFER
         hits = (np.int64(0), np.int64(0), np.int64(0))
         if not transferred:
-            hits = _cached_blocks(e, g, cell, out, pool, pre, request, total)
+            hits = _cached_blocks(g, cell, req, out, pool, pre, request, total)
         elif budget < 1 + depth:
             break
         if _blocks(total) - hits[0] + hits[1] > e.block_cap - e.held - need:
@@ -952,7 +963,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             _queue_take(e, counters, g, out, pool, need)
             need = 0
             if not transferred:
-                hits = _cached_blocks(e, g, cell, out, pool, pre, request, total)
+                hits = _cached_blocks(g, cell, req, out, pool, pre, request, total)
         if transferred:  # its KV cache has come from the prefill pool: it decodes at once
             slot = _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, total, hits)
             generated = out[request].generated
@@ -965,7 +976,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         chunk = min(total - cached, budget)
         slot = _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits)
         if pre.per_id > 0 and cell.prefix_cache:
-            _share_blocks(e, counters, g, out, pool, pre, slot, request, (cached + chunk) // BLOCK_TOKENS)
+            _share_blocks(e, g, req, out, pool, pre, slot, request, (cached + chunk) // BLOCK_TOKENS)
         prefill_ps += max(_prefill_ps(cost, e.tier, float(chunk), float(cached)) - floor_ps, 0.0)
         prefill_tokens += chunk
         budget -= chunk
@@ -1011,8 +1022,8 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     counters.output_tokens += gained + ending
     counters.draft_steps += n * depth
     counters.accepted_tokens += gained - n
-    counters.busy_ps += duration
-    counters.sequence_ps += e.running * duration
+    counters.busy_ps += float(duration)
+    counters.sequence_ps += float(e.running) * float(duration)
     counters.block_ps += float(e.held) * float(duration)
 
 
@@ -1076,7 +1087,7 @@ def _route(engines, now_ps, transferred):
 
 
 @_compiled
-def _begin_switch(engines, cell, first_g, req, out, ten, now_ps):
+def _begin_switch(engines, cell, req, out, ten, now_ps):
     """Start to drain the next engine whose role or precision is not the wanted one, one engine at a time."""
     for i in range(len(engines)):
         if engines[i].condition != UP:
@@ -1102,7 +1113,7 @@ def _begin_switch(engines, cell, first_g, req, out, ten, now_ps):
                 _dequeue(e, req, out, request, before)
                 e.unfinished -= 1
                 target = _route(engines, now_ps, out[request].status == TRANSFER)
-                _enqueue(engines[target], first_g + target, req, out, request, now_ps)
+                _enqueue(engines[target], req, out, request, now_ps)
         return
 
 
@@ -1122,7 +1133,7 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
                 if engines[i].role != PREFILL:
                     _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, ready_ps)
             target = _route(engines, ready_ps, True)
-            _enqueue(engines[target], first_g + target, req, out, request, ready_ps)
+            _enqueue(engines[target], req, out, request, ready_ps)
     for i in range(len(engines)):
         if engines[i].role != PREFILL:
             _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps)
@@ -1131,7 +1142,7 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
 @_compiled
 def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all decisions before the end."""
-    _begin_switch(engines, cell, first_g, req, out, ten, start_ps)
+    _begin_switch(engines, cell, req, out, ten, start_ps)
     for i in range(len(engines)):
         if engines[i].next_ps == NEVER_PS and engines[i].waiting > 0:
             engines[i].next_ps = max(start_ps, engines[i].busy_ps)
@@ -1152,11 +1163,11 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
         if len(engines) == 1:
             if engines[0].next_ps < now_ps:
                 _advance(engines[0], counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
-            _enqueue(engines[0], first_g, req, out, request, now_ps)
+            _enqueue(engines[0], req, out, request, now_ps)
         else:
             _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
             target = _route(engines, now_ps, False)
-            _enqueue(engines[target], first_g + target, req, out, request, now_ps)
+            _enqueue(engines[target], req, out, request, now_ps)
     _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
     for i in range(len(engines)):
         if engines[i].waiting > 0:

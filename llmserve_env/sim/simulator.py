@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from llmserve_env.workloads.workload import Workload
 
 
+_LONGEST_S = 4e6
+"""Last arrival that leaves room to serve out before NEVER_PS."""
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What became of every request, in order of arrival.
@@ -61,8 +65,8 @@ class Outcomes:
         tpot_s: float64[n], mean time between output tokens (s; nan with fewer than two).
         e2e_s: float64[n], from arrival to last token (s; nan if not completed).
         finish_s: float64[n], time of the last token, or of failing (s; nan while in flight).
-        preemptions: int64[n].
-        status: str[n], one of sim.state.STATUS_NAMES.
+        preemptions: uint16[n].
+        status_code: int8[n], index into sim.state.STATUS_NAMES.
     """
 
     arrival_s: NDArray[np.float64]
@@ -70,8 +74,13 @@ class Outcomes:
     tpot_s: NDArray[np.float64]
     e2e_s: NDArray[np.float64]
     finish_s: NDArray[np.float64]
-    preemptions: NDArray[np.int64]
-    status: NDArray[np.str_]
+    preemptions: NDArray[np.uint16]
+    status_code: NDArray[np.int8]
+
+    @property
+    def status(self) -> NDArray[np.str_]:
+        """str[n], one of sim.state.STATUS_NAMES."""
+        return np.array(STATUS_NAMES)[self.status_code]
 
 
 class SimulatorBatch:
@@ -216,7 +225,7 @@ class SimulatorBatch:
         running = int((engines["running"] - over).sum())
         transfers = int(self.cells[episode]["transfers"])
         waiting = int(engines["waiting"].sum()) + transfers
-        busy_ps = max(int(counters["busy_ps"]), 1)
+        busy_ps = max(float(counters["busy_ps"]), 1.0)
         blocks = int(engines["blocks"].sum())
         first_tokens = int(counters["first_tokens"])
         tenant_counts = {
@@ -304,6 +313,8 @@ def _requests(workloads: Sequence[Workload]) -> NDArray[np.void]:
     requests = np.zeros(sum(len(workload) for workload in workloads), REQUEST)
     low = 0
     for workload in workloads:
+        if workload.duration_s > _LONGEST_S:
+            raise InputError(f"expected at most {_LONGEST_S:,.0f} s, found {workload.duration_s}", field="arrival_s")
         part = requests[low : low + len(workload)]
         part["arrival_ps"] = np.rint(workload.arrival_s * PS_PER_S)
         part["prompt_tokens"] = workload.prompt_tokens
@@ -393,7 +404,6 @@ def _prefixes(workloads: Sequence[Workload]) -> Prefixes:
         raise InputError(f"expected a multiple of {BLOCK_TOKENS}", field="prefix_block_tokens")
     offsets, low = [], 0
     for workload in workloads:
-        # the hashes may reach past the prompt's last full KV block: cut them there
         offsets.append(workload.prefix_offsets + low)
         low += len(workload.prefix_ids)
     return Prefixes(np.concatenate(offsets), np.concatenate([w.prefix_ids for w in workloads]), per_id)
@@ -434,6 +444,6 @@ def _outcomes(requests: NDArray[np.void], outcomes: NDArray[np.void]) -> Outcome
         tpot_s=tpot_s,
         e2e_s=np.where(completed, (finish_ps - arrival_ps) / PS_PER_S, np.nan),
         finish_s=np.where(over, finish_ps / PS_PER_S, np.nan),
-        preemptions=outcomes["preemptions"].astype(np.int64),
-        status=np.array(STATUS_NAMES)[status],
+        preemptions=outcomes["preemptions"].copy(),
+        status_code=status.copy(),
     )

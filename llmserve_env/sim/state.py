@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PS_PER_S = 1_000_000_000_000
 NEVER_PS = np.iinfo(np.int64).max // 2
+"""Later than any time that is simulated (53 days)."""
 
 MAX_RUNNING = 512
 """Sequences that one engine can run at once (upper end of ServeAction.batch_cap)."""
@@ -55,7 +56,6 @@ OUTCOME = np.dtype(
         ("segment", np.int32),  # where its freed blocks wait in the free queue, -1 when nowhere
         ("preemptions", np.uint16),
         ("status", np.int8),
-        ("engine", np.int8),
     ],
     align=True,
 )
@@ -148,15 +148,15 @@ COUNTERS = np.dtype(
             "draft_steps",
             "accepted_tokens",
             "evictions",
-            "busy_ps",
-            "sequence_ps",
             "transfers",
-            "ttft_ps",
             "first_tokens",
         )
     ]
     + [
-        ("block_ps", np.float64),
+        ("busy_ps", np.float64),
+        ("sequence_ps", np.float64),  # running sequences integrated over busy time
+        ("block_ps", np.float64),  # held blocks integrated over busy time
+        ("ttft_ps", np.float64),
         ("ttft_histogram", np.int64, (HISTOGRAM_BINS,)),
         ("gap_histogram", np.int64, (HISTOGRAM_BINS,)),
         ("tenant_arrived", np.int64, (MAX_TENANTS,)),

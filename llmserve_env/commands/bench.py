@@ -1,0 +1,164 @@
+"""`llmserve bench`: how fast the simulator is, and what it needs."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llmserve_env.files import write_atomic
+
+_GENERATED = "mmpp://?preset=azure-conv&requests=20000"
+_SIZES = (10_000, 1_000_000, 10_000_000)
+
+
+def bench(
+    *,
+    trace: str = _GENERATED,
+    profile: str = "h100-llama-3.1-8b",
+    requests: tuple[int, ...] = _SIZES,
+    runs: int = 5,
+    json: Path | None = None,
+) -> None:
+    """Measure the simulator: requests and iterations per second, start-up, memory.
+
+    Each figure is the median over runs; each size has a process of its own and one serial kernel call, every
+    request recorded. The project's published figures replay the public Azure conversation trace
+    (AzureLLMInferenceTrace_conv.csv of Azure/AzurePublicDataset); without a trace, arrivals and lengths are
+    generated with its statistics.
+
+    Args:
+        trace: a trace file or workload URI, repeated end to end to each number of requests.
+        profile: hardware and model.
+        requests: numbers of requests to serve.
+        runs: repetitions of each measurement.
+        json: also write the figures to this file.
+    """
+    report: dict[str, Any] = {
+        "command": f"llmserve bench --trace {Path(trace).name} --profile {profile} --runs {runs}",
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+    }
+    worker = [sys.executable, "-m", "llmserve_env.commands.bench"]
+    with tqdm(total=3 + len(requests), unit="measurement", leave=False) as progress:
+        report["import_s"] = _median(runs, [sys.executable, "-c", "import llmserve_env"], less=_interpreter(runs))
+        progress.update()
+        with tempfile.TemporaryDirectory() as empty:
+            report["first_result_cold_s"] = _elapsed([*worker, "first", profile], NUMBA_CACHE_DIR=empty)
+        progress.update()
+        _elapsed([*worker, "first", profile])
+        report["first_result_warm_s"] = _median(runs, [*worker, "first", profile])
+        progress.update()
+        report["replay"] = []
+        for count in requests:
+            output = subprocess.run(
+                [*worker, "replay", profile, trace, str(count), str(runs)], check=True, stdout=subprocess.PIPE
+            ).stdout
+            report["replay"].append(json_format.loads(output))
+            progress.update()
+    print(_table(report))
+    if json is not None:
+        write_atomic(json, json_format.dumps(report, indent=2) + "\n")
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"{'requests':>12}{'requests/s':>14}{'iterations/s':>14}{'ns/request':>12}{'peak memory':>13}"]
+    for row in report["replay"]:
+        rates = f"{row['requests_per_s']:14,.0f}{row['iterations_per_s']:14,.0f}{row['ns_per_request']:12.0f}"
+        lines.append(f"{row['requests']:12,}{rates}{row['peak_memory_mb']:10,.0f} MB")
+    lines += [
+        "",
+        f"import llmserve_env       {report['import_s']:7.3f} s",
+        f"first result, cold cache  {report['first_result_cold_s']:7.2f} s",
+        f"first result, warm cache  {report['first_result_warm_s']:7.2f} s",
+        f"\n{report['cpu']}, Python {report['python']}, one core",
+    ]
+    return "\n".join(lines)
+
+
+def _elapsed(command: list[str], **environment: str) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    return time.perf_counter() - start
+
+
+def _median(runs: int, command: list[str], less: float = 0.0) -> float:
+    return statistics.median(_elapsed(command) for _ in range(runs)) - less
+
+
+def _interpreter(runs: int) -> float:
+    """Seconds that Python takes to start and import nothing."""
+    return _median(runs, [sys.executable, "-c", "pass"])
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], check=False, cwd=here, capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    named = {key.strip(): value.strip() for key, value in facts.items()}
+    return f"{named.get('model name', platform.machine())} ({named.get('cpu MHz', '?')} MHz)"
+
+
+def _first(profile: str) -> None:
+    """The shortest way from a cold process to a simulated result."""
+    from llmserve_env import Simulator, load_profile, open_workload
+
+    Simulator(load_profile(profile), open_workload("poisson://?rate=4&requests=100&seed=0")).serve_out()
+
+
+def _replay(profile: str, trace: str, requests: int, runs: int) -> dict[str, float]:
+    """Serve a workload of `requests` requests `runs` times; time covers the kernel call alone."""
+    import resource
+
+    from llmserve_env import ServeAction, Simulator, load_profile, open_workload
+
+    hardware = load_profile(profile)
+    workload = open_workload(trace).tiled(requests)
+    Simulator(hardware, workload.tiled(100)).serve_out()  # compiles, or loads what is compiled
+    seconds = []
+    record = None
+    for _ in range(runs):
+        simulator = Simulator(hardware, workload)
+        start = time.perf_counter()
+        record = simulator.serve(ServeAction(), float("inf"))
+        seconds.append(time.perf_counter() - start)
+        simulator.outcomes()
+        del simulator
+    assert record is not None
+    median = statistics.median(seconds)
+    return {
+        "requests": requests,
+        "iterations": record.iterations,
+        "seconds": median,
+        "requests_per_s": requests / median,
+        "iterations_per_s": record.iterations / median,
+        "ns_per_request": median / requests * 1e9,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "first":
+        _first(sys.argv[2])
+    else:
+        print(json_format.dumps(_replay(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))

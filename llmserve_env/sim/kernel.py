@@ -56,11 +56,8 @@ _SPLITMIX = np.uint64(0x9E3779B97F4A7C15)
 
 @_inlined
 def _bin(duration_ps):
-    """Histogram bin of a duration: eight per octave of seconds, see state.histogram_edges_s."""
-    if duration_ps <= 0:
-        return 0
-    mantissa, exponent = math.frexp(duration_ps * 1e-12)
-    index = (exponent + 13) * 8 + int(mantissa * 16.0 - 8.0)
+    """Histogram bin of a duration, see state.histogram_edges_s: the exponent and three bits of the mantissa."""
+    index = (np.float64(duration_ps * 1e-12).view(np.int64) >> 49) - 8 * (1023 - 14)
     return min(max(index, 0), HISTOGRAM_BINS - 1)
 
 

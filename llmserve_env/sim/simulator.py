@@ -26,6 +26,7 @@ from llmserve_env.sim.state import (
     ENGINE,
     FAILED,
     MAX_CLASSES,
+    MAX_BLOCKS,
     MAX_DEPTH,
     MAX_RUNNING,
     MAX_TENANTS,
@@ -91,7 +92,10 @@ class SimulatorBatch:
         workloads: one for each episode, with the same tenants.
         engines: engines in each cell.
         prefill_engines: of those, how many prefill when prefill and decode are split (default: half).
-        max_num_batched_tokens: token budget of an iteration (default: the profile's).
+        max_num_batched_tokens: token budget of an iteration (default: the profile's); no engine runs more
+            sequences than that.
+        kv_blocks: KV blocks that the requests of one engine can hold, at any precision (default: what
+            `hardware.memory.kv_blocks` says of the profile).
         prefix_cache: whether freed blocks can be found again.
         action: what the cells start with, at no cost.
         parallel: spread the episodes over Numba's threads.
@@ -108,15 +112,20 @@ class SimulatorBatch:
         engines: int = 1,
         prefill_engines: int | None = None,
         max_num_batched_tokens: int | None = None,
+        kv_blocks: int | None = None,
         prefix_cache: bool = True,
         action: ServeAction | None = None,
         parallel: bool = False,
     ) -> None:
-        budget = max_num_batched_tokens or profile.engine.max_num_batched_tokens
-        if not MAX_RUNNING <= budget <= MAX_TOKENS:
+        budget = (
+            profile.engine.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
+        )
+        if not 1 <= budget <= MAX_TOKENS:
             raise InputError(
-                f"expected {MAX_RUNNING}..{MAX_TOKENS} tokens, found {budget}", field="max_num_batched_tokens"
+                f"expected 1..{MAX_TOKENS} tokens, found {budget}", field="max_num_batched_tokens"
             )
+        if kv_blocks is not None and not 1 <= kv_blocks <= MAX_BLOCKS:
+            raise InputError(f"expected 1..{MAX_BLOCKS}, found {kv_blocks}", field="kv_blocks")
         if not 1 <= engines <= 64:
             raise InputError(f"expected 1..64, found {engines}", field="engines")
         if profile.engine.block_tokens != BLOCK_TOKENS:
@@ -130,6 +139,8 @@ class SimulatorBatch:
             raise InputError("the episodes of a batch need the same tenants", field="workloads")
         self._tenant_arrays, drafting = _tenants(self.workloads[0])
         self._cost = _cost(profile)
+        if kv_blocks is not None:
+            self._cost = self._cost._replace(blocks=np.full_like(self._cost.blocks, kv_blocks))
         self._first = np.concatenate([[0], np.cumsum([len(workload) for workload in self.workloads])])
         self.requests = _requests(self.workloads)
         self.outcomes = np.zeros(len(self.requests), OUTCOME)
@@ -183,7 +194,10 @@ class SimulatorBatch:
 
     def _apply(self, episode: int, action: ServeAction) -> None:
         engines, cell, missing = self.engines[episode], self.cells[episode], {}
-        engines["batch_cap"] = action.batch_cap
+        budget = int(engines["token_budget"][0])
+        engines["batch_cap"] = min(action.batch_cap, budget)
+        if action.batch_cap > budget:
+            missing["batch_cap"] = f"{budget} tokens an iteration are room for {budget} running sequences"
         engines["kv_fraction"] = action.kv_budget_fraction
         engines["block_cap"] = (action.kv_budget_fraction * engines["blocks"]).astype(np.int64)
         engines["depth"] = action.speculation_depth

@@ -19,6 +19,8 @@ NEVER_PS = np.iinfo(np.int64).max // 2
 
 MAX_RUNNING = 512
 """Sequences that one engine can run at once (upper end of ServeAction.batch_cap)."""
+MAX_BLOCKS = 1 << 24
+"""KV blocks of one engine: 268 million tokens, a thousand times what one server of today holds."""
 MAX_TENANTS = 32
 MAX_CLASSES = 4
 """Speculation classes in one workload."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from llmserve_env.errors import InputError
 
@@ -19,15 +22,29 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
     Raises:
         InputError: the file cannot be written there.
     """
+    with open_atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def open_atomic(path: Path | str) -> Iterator[BinaryIO]:
+    """As `write_atomic`, for content that comes in parts.
+
+    The file appears when the block ends; a block that raises, or is interrupted, leaves nothing.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot be written: {error.strerror or error}", file=str(path)) from error
+    finally:
+        with suppress(OSError):  # gone after a rename; never there where the folder is none
+            temporary.unlink()

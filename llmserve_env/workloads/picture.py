@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve_env.errors import InputError
-from llmserve_env.files import write_atomic
+from llmserve_env.figures import BLUE, INK, ORANGE, picture_file
 from llmserve_env.workloads.description import Description
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from llmserve_env.workloads.workload import Workload
-
-SUFFIXES = ("png", "svg", "pdf")
-
-_BLUE, _ORANGE, _GREY = "#2b6ca3", "#d9772b", "#6b7280"
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": "#374151",
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "legend.frameon": False,
-    "svg.hashsalt": "llmserve",
-}
 
 
 def draw(workload: Workload, description: Description, path: Path) -> None:
@@ -51,28 +28,13 @@ def draw(workload: Workload, description: Description, path: Path) -> None:
     Raises:
         InputError: the suffix is none of png, svg and pdf, or the file cannot be written.
     """
-    form = path.suffix.lstrip(".").lower()
-    if form not in SUFFIXES:
-        raise InputError(
-            f"expected a file name ending in {', '.join(SUFFIXES)}, found {path}", field="picture"
-        )
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 6.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    with picture_file(path, (9.0, 6.2)) as figure:
         axes = figure.subplot_mosaic([["rate"] * 3, ["gaps", "prompt", "output"]], height_ratios=[1.15, 1.0])
-        figure.suptitle(_title(description), fontsize=11, x=0.01, ha="left", color="#111827")
+        figure.suptitle(_title(description), fontsize=11, x=0.01, ha="left", color=INK)
         _rate(axes["rate"], workload, description)
         _gaps(axes["gaps"], workload, description)
-        _lengths(axes["prompt"], workload.prompt_tokens, "Prompt", _BLUE)
-        _lengths(axes["output"], workload.output_tokens, "Output", _ORANGE)
-        buffer = BytesIO()
-        date = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}[form]
-        figure.savefig(buffer, format=form, dpi=150, metadata={date: None})
-    write_atomic(path, buffer.getvalue())
+        _lengths(axes["prompt"], workload.prompt_tokens, "Prompt", BLUE)
+        _lengths(axes["output"], workload.output_tokens, "Output", ORANGE)
 
 
 def _title(description: Description) -> str:
@@ -87,7 +49,7 @@ def _rate(axes: Axes, workload: Workload, description: Description) -> None:
     since = workload.arrival_s - workload.arrival_s[0]
     span = max(description.duration_s, 1.0)
     fine_s = _nice(span / 600)
-    for window_s, colour, width, alpha in ((fine_s, _BLUE, 0.6, 0.45), (_nice(span / 40), _BLUE, 1.8, 1.0)):
+    for window_s, colour, width, alpha in ((fine_s, BLUE, 0.6, 0.45), (_nice(span / 40), BLUE, 1.8, 1.0)):
         edges = np.arange(0.0, span + window_s, window_s)
         if len(edges) > 2:
             edges = edges[edges <= span + 1e-9]
@@ -97,7 +59,7 @@ def _rate(axes: Axes, workload: Workload, description: Description) -> None:
         )
     if description.rate_rps is not None:
         mean = f"mean {description.rate_rps:,.3g}/s"
-        axes.axhline(description.rate_rps, color=_ORANGE, lw=1.2, ls=(0, (4, 3)), label=mean)
+        axes.axhline(description.rate_rps, color=ORANGE, lw=1.2, ls=(0, (4, 3)), label=mean)
     axes.set(title="Arrivals", xlabel="time since the first arrival (s)", ylabel="requests/s", xlim=(0, span))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)  # room for the legend
     axes.legend(loc="upper right", ncols=3)
@@ -112,9 +74,9 @@ def _gaps(axes: Axes, workload: Workload, description: Description) -> None:
     low, high = np.quantile(positive, 0.001), positive.max()
     bins = np.geomspace(low, high * 1.001, 45) if high > low else np.array([low * 0.9, low * 1.1])
     weights = np.full(len(positive), 1 / len(gaps))
-    axes.hist(positive, bins.tolist(), weights=weights, color=_BLUE, alpha=0.75, label="workload")
+    axes.hist(positive, bins.tolist(), weights=weights, color=BLUE, alpha=0.75, label="workload")
     exponential = -np.diff(np.exp(-bins / gaps.mean()))
-    axes.stairs(exponential, bins, color=_ORANGE, lw=1.3, label="Poisson", baseline=None)
+    axes.stairs(exponential, bins, color=ORANGE, lw=1.3, label="Poisson", baseline=None)
     axes.set_xscale("log")
     axes.legend(loc="upper left", title=f"CV {description.gap_cv:.2f}", alignment="left")
 

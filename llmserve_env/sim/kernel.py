@@ -31,7 +31,9 @@ from llmserve_env.sim.state import (
     DECODE,
     DRAINING,
     FAILED,
+    GAPS,
     HISTOGRAM_BINS,
+    MAX_RUNNING,
     NEVER_PS,
     PREFILL,
     RELOADING,
@@ -325,6 +327,39 @@ def _unlink(e, slot):
 
 
 @_inlined
+def _note_gap(e, batches, last_ps):
+    """Remember a stretch of batches, the last of them the longest, for `_worst_gap`.
+
+    A ring of batches whose durations fall: each is the longest since the one before it.
+    """
+    e.batches += batches
+    tail = e.gaps_tail
+    while tail > e.gaps_head and e.gap_ps[(tail - 1) & (GAPS - 1)] <= last_ps:
+        tail -= 1
+    e.gap_batch[tail & (GAPS - 1)] = e.batches
+    e.gap_ps[tail & (GAPS - 1)] = last_ps
+    e.gaps_tail = tail + 1
+    if e.gaps_tail - e.gaps_head > GAPS:
+        e.gaps_head += 1
+
+
+@_inlined
+def _worst_gap(e, begin):
+    """Longest batch after batch number `begin`, 0 without one."""
+    low = e.gaps_head
+    high = e.gaps_tail
+    while low < high:
+        middle = (low + high) >> 1
+        if e.gap_batch[middle & (GAPS - 1)] > begin:
+            high = middle
+        else:
+            low = middle + 1
+    if low == e.gaps_tail:
+        return np.int64(0)
+    return e.gap_ps[low & (GAPS - 1)]
+
+
+@_inlined
 def _deactivate(e, slot):
     """Take a decoding sequence out of the totals; returns its context."""
     c = e.slot_class[slot]
@@ -348,6 +383,7 @@ def _activate(e, slot, context, remaining):
     offset = context - clock
     e.slot_base[slot] = context
     e.slot_start[slot] = clock
+    e.slot_begin[slot] = e.batches
     e.active += 1
     e.class_active[c] += 1
     e.kv_sum += context
@@ -414,6 +450,7 @@ def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
         e.partial = -1
     else:
         tokens = _deactivate(e, victim)
+        out[request].worst_gap_ps = max(out[request].worst_gap_ps, _worst_gap(e, e.slot_begin[victim]))
         generated += 1 + e.clock[e.slot_class[victim]] - e.slot_start[victim]
     _unlink(e, victim)
     owner = request if cell.prefix_cache else -1
@@ -680,6 +717,7 @@ def _finish(e, counters, g, cell, req, out, ten, tr, slot):
     c = e.slot_class[slot]
     generated = e.slot_generated[slot] + 1 + e.clock[c] - e.slot_start[slot]
     e.slot_base[slot] = _deactivate(e, slot)
+    out[request].worst_gap_ps = max(out[request].worst_gap_ps, _worst_gap(e, e.slot_begin[slot]))
     _unlink(e, slot)
     before = np.int64(-1)
     after = e.limbo_head
@@ -784,6 +822,7 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     duration = batches * first + slope * (batches * (batches - 1) // 2)
     start = max(e.next_ps, e.busy_ps)
     last = first + slope * (batches - 1)
+    _note_gap(e, batches, last)
     e.busy_ps = start + duration
     e.next_ps = start if batches == 1 else e.busy_ps - last
     low = _bin(first)
@@ -849,6 +888,14 @@ def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
 
 
 @_inlined
+def _long_gap(e, counters, out, request, last_ps):
+    """A sequence that was away gets a token at the end of the batch just scheduled, its last was at `last_ps`."""
+    gap = e.busy_ps - last_ps
+    counters.gap_histogram[_bin(gap)] += 1
+    out[request].worst_gap_ps = max(out[request].worst_gap_ps, gap)
+
+
+@_inlined
 def _end_prefill(e, counters, cell, req, out, slot):
     """The batch that was just scheduled ends this prefill and yields a token."""
     request = e.slot_request[slot]
@@ -861,7 +908,7 @@ def _end_prefill(e, counters, cell, req, out, slot):
         counters.ttft_ps += float(ttft)
         counters.ttft_histogram[_bin(ttft)] += 1
     else:
-        counters.gap_histogram[_bin(e.busy_ps - out[request].finish_ps)] += 1
+        _long_gap(e, counters, out, request, out[request].finish_ps)
         out[request].finish_ps = 0
     remaining = req[request].output_tokens - 1 - generated
     if e.role == PREFILL:
@@ -942,7 +989,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
                 e.partial = -1
 
     # then waiting requests, unless memory is so short that something was preempted
-    joined = False
+    joined = 0
     while e.waiting > 0 and not preempted and budget > 0 and e.running < e.batch_cap and e.partial < 0:
         request, before = _pick(e, cell, req, out, ten, e.condition == DRAINING)
         if request < 0:
@@ -967,7 +1014,8 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             e.slot_generated[slot] = generated - 1
             _activate(e, slot, total - 1, req[request].output_tokens - generated)
             budget -= 1 + depth
-            joined = True
+            e.batch_slot[MAX_RUNNING - 1 - joined] = slot
+            joined += 1
             continue
         cached = (hits[0] + hits[2]) * BLOCK_TOKENS
         chunk = min(total - cached, budget)
@@ -987,7 +1035,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     if e.active == 0 and prefill_tokens == 0:
         _rest(e, limit_ps)
         return
-    if prefill_tokens == 0 and depth == 0 and not joined:
+    if prefill_tokens == 0 and depth == 0 and joined == 0:
         batches, first, slope = _decode_stretch(e, cost, cell, limit_ps)
         if preempted or (e.waiting > 0 and e.limbo_count > 0):
             batches = np.int64(1)
@@ -1009,8 +1057,12 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     start = max(e.next_ps, e.busy_ps)
     e.next_ps = start
     e.busy_ps = start + duration
-    if n > 0:
-        counters.gap_histogram[_bin(duration)] += n
+    _note_gap(e, 1, duration)
+    if n > joined:
+        counters.gap_histogram[_bin(duration)] += n - joined
+    for i in range(joined):
+        request = e.slot_request[e.batch_slot[MAX_RUNNING - 1 - i]]
+        _long_gap(e, counters, out, request, out[request].first_ps)
     for i in range(ending):
         _end_prefill(e, counters, cell, req, out, e.batch_slot[i])
     counters.iterations += 1

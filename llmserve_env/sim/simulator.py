@@ -64,6 +64,7 @@ class Outcomes:
         arrival_s: float64[n] (s).
         ttft_s: float64[n], from arrival to first token (s; nan without one).
         tpot_s: float64[n], mean time between output tokens (s; nan with fewer than two).
+        worst_gap_s: float64[n], longest time between two of its tokens (s; nan with fewer than two).
         e2e_s: float64[n], from arrival to last token (s; nan if not completed).
         finish_s: float64[n], time of the last token, or of failing (s; nan while in flight).
         preemptions: uint16[n].
@@ -73,6 +74,7 @@ class Outcomes:
     arrival_s: NDArray[np.float64]
     ttft_s: NDArray[np.float64]
     tpot_s: NDArray[np.float64]
+    worst_gap_s: NDArray[np.float64]
     e2e_s: NDArray[np.float64]
     finish_s: NDArray[np.float64]
     preemptions: NDArray[np.uint16]
@@ -456,6 +458,7 @@ def _outcomes(requests: NDArray[np.void], outcomes: NDArray[np.void]) -> Outcome
         arrival_s=arrival_ps / PS_PER_S,
         ttft_s=ttft_s,
         tpot_s=tpot_s,
+        worst_gap_s=np.where(np.isnan(tpot_s), np.nan, outcomes["worst_gap_ps"] / PS_PER_S),
         e2e_s=np.where(completed, (finish_ps - arrival_ps) / PS_PER_S, np.nan),
         finish_s=np.where(over, finish_ps / PS_PER_S, np.nan),
         preemptions=outcomes["preemptions"].copy(),

@@ -28,6 +28,8 @@ MAX_DEPTH = 8
 """Draft tokens per step (upper end of ServeAction.speculation_depth)."""
 BLOCK_TOKENS = 16
 """Tokens in one KV block, vLLM's default."""
+GAPS = 1024
+"""Batches that an engine remembers for the worst token gap, a power of two."""
 ACCEPT_ONE = 1 << 20
 """Fixed-point one of the accepted-token accumulators."""
 
@@ -53,6 +55,7 @@ OUTCOME = np.dtype(
     [
         ("first_ps", np.int64),  # first token, 0 before it
         ("finish_ps", np.int64),  # last token, or the time it failed; 0 before
+        ("worst_gap_ps", np.int64),  # longest time between two of its tokens so far
         ("generated", np.int32),  # tokens that survive a preemption or a transfer
         ("next", np.int32),  # next request in the same queue, -1 at its end
         ("segment", np.int32),  # where its freed blocks wait in the free queue, -1 when nowhere
@@ -79,6 +82,12 @@ ENGINE = np.dtype(
         ("reload_ps", np.int64),  # length of the reload that follows the drain
         ("next_role", np.int64),
         ("next_tier", np.int64),
+        # longest batches, for the worst gap between a request's tokens
+        ("batches", np.int64),  # scheduled so far
+        ("gaps_head", np.int64),
+        ("gaps_tail", np.int64),
+        ("gap_batch", np.int64, (GAPS,)),
+        ("gap_ps", np.int64, (GAPS,)),
         # blocks
         ("blocks", np.int64),
         ("kv_fraction", np.float64),
@@ -116,6 +125,7 @@ ENGINE = np.dtype(
         ("slot_request", np.int32, (MAX_RUNNING,)),
         ("slot_base", np.int64, (MAX_RUNNING,)),  # context when decoding began
         ("slot_start", np.int64, (MAX_RUNNING,)),  # class clock when decoding began
+        ("slot_begin", np.int64, (MAX_RUNNING,)),  # batches scheduled when decoding began
         ("slot_order", np.int64, (MAX_RUNNING,)),  # admissions before it
         ("slot_generated", np.int32, (MAX_RUNNING,)),  # tokens generated before this admission
         ("slot_shared", np.int32, (MAX_RUNNING,)),  # leading blocks held as shared prefix nodes

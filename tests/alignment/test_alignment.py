@@ -128,7 +128,7 @@ def check_equal(batch, twin):
         mine = (r.index, r.first_ps, r.preemptions, r.status)
         assert mine == (r.index, int(o["first_ps"]), int(o["preemptions"]), status)
         if status in ("completed", "failed", "cancelled"):
-            assert (r.index, r.finish_ps) == (r.index, int(o["finish_ps"]))
+            assert (r.index, r.finish_ps, r.worst_gap_ps) == (r.index, int(o["finish_ps"]), int(o["worst_gap_ps"]))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

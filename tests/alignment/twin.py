@@ -38,7 +38,8 @@ class Request:
     shared: int = 0  # how many of them are prefix nodes
     first_ps: int = 0
     finish_ps: int = 0
-    last_ps: int = 0
+    last_ps: int = 0  # its last token so far
+    worst_gap_ps: int = 0
     preemptions: int = 0
     status: str = "pending"
     queued_ps: int = 0
@@ -170,7 +171,6 @@ class Engine:
         victim.transferred = False
         victim.preemptions += 1
         victim.status = "waiting"
-        victim.last_ps = self.busy_ps
         self.resumed.insert(0, victim)
         self.cell.count["preemptions"] += 1
         return victim
@@ -341,11 +341,15 @@ class Engine:
             r.computed += step
             r.generated += step
             count["output_tokens"] += min(step, r.output - (r.generated - step))
-            count["gaps"] += 1
+            r.worst_gap_ps = max(r.worst_gap_ps, end - r.last_ps)
+            r.last_ps = end
             if r.generated >= r.output:
                 over.append(r)
         for r in ending:
             r.generated += 1
+            if r.first_ps:
+                r.worst_gap_ps = max(r.worst_gap_ps, end - r.last_ps)
+            r.last_ps = end
             count["output_tokens"] += 1
             if r.first_ps == 0:
                 r.first_ps = end
@@ -395,7 +399,7 @@ class Cell:
         self.transfer, self.draft, self.restart_ps, self.load_ps = transfer, draft, restart_ps, load_ps
         self.count = dict.fromkeys(
             ("arrived", "completed", "failed", "cancelled", "preemptions", "iterations", "prefill_tokens",
-             "cached_tokens", "output_tokens", "evictions", "busy_ps", "gaps"), 0
+             "cached_tokens", "output_tokens", "evictions", "busy_ps"), 0
         )  # fmt: skip
         self.transfers, self.next_request = [], 0
         self.engines = [

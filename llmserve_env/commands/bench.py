@@ -51,7 +51,9 @@ def bench(
     }
     worker = [sys.executable, "-m", "llmserve_env.commands.bench"]
     with tqdm(total=3 + len(requests), unit="measurement", leave=False) as progress:
-        report["import_s"] = _median(runs, [sys.executable, "-c", "import llmserve_env"], less=_interpreter(runs))
+        report["import_s"] = _median(
+            runs, [sys.executable, "-c", "import llmserve_env"], less=_interpreter(runs)
+        )
         progress.update()
         with tempfile.TemporaryDirectory() as empty:
             report["first_result_cold_s"] = _elapsed([*worker, "first", profile], NUMBA_CACHE_DIR=empty)

@@ -1,4 +1,4 @@
-"""Everything that is jitted: one engine's scheduler in closed form, the cell around it, the batch of episodes.
+"""All jitted code: one engine's scheduler in closed form, the cell around it, the batch of episodes.
 
 The scheduler is vLLM V1's with asynchronous scheduling. Batch k+1 is decided while batch k runs, as soon as
 batch k-1 has ended; a batch takes the running sequences first (one token each, or 1 + depth under
@@ -46,7 +46,7 @@ from llmserve_env.sim.state import (
 )
 
 # The arrays belong to the caller for the length of a call, so their references need no counting; with it a
-# decision costs ten times as much. Division by zero does not occur; error_model "numpy" leaves out the checks.
+# decision costs ten times as much. Nothing is divided by zero; error_model "numpy" leaves out the checks.
 _compiled = njit(cache=True, error_model="numpy", _nrt=False)
 _inlined = njit(cache=True, error_model="numpy", _nrt=False, forceinline=True)
 
@@ -58,7 +58,7 @@ _SPLITMIX = np.uint64(0x9E3779B97F4A7C15)
 
 @_inlined
 def _bin(duration_ps):
-    """Histogram bin of a duration, see state.histogram_edges_s: the exponent and three bits of the mantissa."""
+    """Histogram bin of a duration (state.histogram_edges_s): its exponent and three bits of its mantissa."""
     index = (np.float64(duration_ps * 1e-12).view(np.int64) >> 49) - 8 * (1023 - 14)
     return min(max(index, 0), HISTOGRAM_BINS - 1)
 
@@ -96,7 +96,9 @@ def _mixed_ps(cost, tier, chunk, count, kv):
     u = min(max(u, 0.0), 1.0)
     table = cost.mixed_ps
     low = table[tier, i, count, j] + u * (table[tier, i + 1, count, j] - table[tier, i, count, j])
-    high = table[tier, i, count, j + 1] + u * (table[tier, i + 1, count, j + 1] - table[tier, i, count, j + 1])
+    high = table[tier, i, count, j + 1] + u * (
+        table[tier, i + 1, count, j + 1] - table[tier, i, count, j + 1]
+    )
     return max(low + v * (high - low), 0.0)
 
 
@@ -105,7 +107,7 @@ def _blocks(tokens):
     return (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
 
 
-# ------------------------------------------------------------------------------------- heap of finishing times
+# ------------------------------------------------------------------------------------ heap of finishing times
 
 
 @_inlined
@@ -434,7 +436,7 @@ def _release(e, g, out, pool, pre):
 
 @_compiled
 def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
-    """Preempt the newest running sequence (under priority routing, of the worst rank); returns 1 if a decode."""
+    """Throw the newest running sequence (under priority routing, of the worst rank) back to the queue."""
     victim = e.run_tail
     if e.priority:
         slot = e.run_tail
@@ -545,8 +547,9 @@ def _pick_fresh(e, cell, req, out):
 
 @_inlined
 def _pick(e, cell, req, out, ten, resumed_only):
-    """The waiting request that vLLM would look at next, -1 for none, and where it stands: after which one in the
-    stack of preempted requests, -1 for its top, -2 for a fresh request.
+    """The waiting request that vLLM would look at next, -1 for none, and where it stands.
+
+    That is the one before it in the stack of preempted requests, -1 for its top, -2 for a fresh request.
 
     Preempted requests stand before fresh ones, the last preempted first. Under priority routing a lower rank
     goes first, and a preempted one goes first within a rank.
@@ -600,7 +603,7 @@ def _dequeue(e, req, out, request, before):
 
 @_inlined
 def _cached_blocks(g, cell, req, out, pool, pre, request, total):
-    """Blocks of a waiting request that the prefix cache still holds: (shared, of those unreferenced, private)."""
+    """Blocks of a waiting request that are still cached: (shared, of those unreferenced, private)."""
     shared = np.int64(0)
     idle = np.int64(0)
     private = np.int64(0)
@@ -628,7 +631,7 @@ def _cached_blocks(g, cell, req, out, pool, pre, request, total):
 
 @_inlined
 def _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits):
-    """Give a waiting request a slot, its cached blocks and the blocks of its first chunk; returns the slot."""
+    """Give a waiting request a slot, its cached blocks and those of its first chunk; returns the slot."""
     shared, idle, private = hits
     _dequeue(e, req, out, request, before)
     e.slots_free -= 1
@@ -889,7 +892,7 @@ def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
 
 @_inlined
 def _long_gap(e, counters, out, request, last_ps):
-    """A sequence that was away gets a token at the end of the batch just scheduled, its last was at `last_ps`."""
+    """A sequence that was away since `last_ps` gets a token at the end of the batch just scheduled."""
     gap = e.busy_ps - last_ps
     counters.gap_histogram[_bin(gap)] += 1
     out[request].worst_gap_ps = max(out[request].worst_gap_ps, gap)
@@ -900,7 +903,6 @@ def _end_prefill(e, counters, cell, req, out, slot):
     """The batch that was just scheduled ends this prefill and yields a token."""
     request = e.slot_request[slot]
     generated = e.slot_generated[slot]
-    tenant = req[request].tenant
     if out[request].first_ps == 0:
         out[request].first_ps = e.busy_ps
         ttft = e.busy_ps - req[request].arrival_ps
@@ -932,7 +934,7 @@ def _rest(e, limit_ps):
 
 @_inlined
 def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
-    """Build and start the next batch, or the next stretch of like batches; rests when there is nothing to do."""
+    """Start the next batch, or the next stretch of like batches; rest when there is nothing to do."""
     if e.condition == RELOADING:
         _restart(e, g, cost, pool)
     if e.limbo_count > 0 and e.next_ps >= e.limbo_ps:
@@ -1168,7 +1170,7 @@ def _begin_switch(engines, cell, req, out, ten, now_ps):
 
 @_compiled
 def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
-    """Advance every engine to `until_ps`, prefill pool first, handing over what it has transferred by then."""
+    """Advance every engine to `until_ps`, prefill pool first, and hand over what it has sent by then."""
     pools = False
     for i in range(len(engines)):
         if engines[i].role == PREFILL:
@@ -1180,7 +1182,9 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             request = _transfer_pop(cell, tr)
             for i in range(len(engines)):
                 if engines[i].role != PREFILL:
-                    _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, ready_ps)
+                    _advance(
+                        engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, ready_ps
+                    )
             target = _route(engines, ready_ps, True)
             _enqueue(engines[target], req, out, request, ready_ps)
     for i in range(len(engines)):
@@ -1190,7 +1194,7 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
 
 @_compiled
 def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
-    """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all decisions before the end."""
+    """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all earlier decisions."""
     _begin_switch(engines, cell, req, out, ten, start_ps)
     for i in range(len(engines)):
         if engines[i].next_ps == NEVER_PS and engines[i].waiting > 0:
@@ -1227,16 +1231,29 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
 
 
 @_compiled
-def _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
+def _serve_episode(
+    i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+):
     low = first[i]
     high = first[i + 1]
     offsets = pre.offsets[low + i : high + i + 1] if pre.per_id > 0 else pre.offsets
     own = Prefixes(offsets, pre.ids, pre.per_id)
     transfers = Transfers(tr.ready_ps[low:high], tr.request[low:high])
     _serve_window(
-        engines[i], counters[i], i * engines.shape[1], cells[i], req[low:high], out[low:high],
-        ten, pool, own, cost, transfers, start_ps[i], until_ps[i],
-    )  # fmt: skip
+        engines[i],
+        counters[i],
+        i * engines.shape[1],
+        cells[i],
+        req[low:high],
+        out[low:high],
+        ten,
+        pool,
+        own,
+        cost,
+        transfers,
+        start_ps[i],
+        until_ps[i],
+    )
 
 
 @_compiled
@@ -1259,14 +1276,18 @@ def serve(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, s
         until_ps: int64[episode], its end; every decision before it is taken.
     """
     for i in range(len(engines)):
-        _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps)
+        _serve_episode(
+            i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+        )
 
 
 @njit(cache=True, error_model="numpy", _nrt=False, parallel=True)
 def serve_parallel(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     """`serve` with the episodes spread over threads; the results are the same bit for bit."""
     for i in prange(len(engines)):
-        _serve_episode(i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps)
+        _serve_episode(
+            i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+        )
 
 
 @_compiled

@@ -27,7 +27,6 @@ from llmserve_env.sim.state import (
     FAILED,
     MAX_BLOCKS,
     MAX_CLASSES,
-    MAX_DEPTH,
     MAX_RUNNING,
     MAX_TENANTS,
     NEVER_PS,
@@ -120,7 +119,9 @@ class SimulatorBatch:
         parallel: bool = False,
     ) -> None:
         budget = (
-            profile.engine.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
+            profile.engine.max_num_batched_tokens
+            if max_num_batched_tokens is None
+            else max_num_batched_tokens
         )
         if not 1 <= budget <= MAX_TOKENS:
             raise InputError(
@@ -131,7 +132,9 @@ class SimulatorBatch:
         if not 1 <= engines <= 64:
             raise InputError(f"expected 1..64, found {engines}", field="engines")
         if profile.engine.block_tokens != BLOCK_TOKENS:
-            raise InputError(f"expected {BLOCK_TOKENS}, found {profile.engine.block_tokens}", field="block_tokens")
+            raise InputError(
+                f"expected {BLOCK_TOKENS}, found {profile.engine.block_tokens}", field="block_tokens"
+            )
         self.profile = profile
         self.workloads = tuple(workloads)
         self.now_s = 0.0
@@ -177,13 +180,15 @@ class SimulatorBatch:
                 self.cells["load_ps"][:, index] = round(load_s * PS_PER_S)
         if self.engines.shape[1] > 1:
             link = shared.kv_link(profile.gpu.name)
-            per_token_s = link.duration_s(profile.model.kv_bytes_per_token, profile.gpu.count) - link.duration_s(0)
+            per_token_s = link.duration_s(
+                profile.model.kv_bytes_per_token, profile.gpu.count
+            ) - link.duration_s(0)
             self.cells["transfer_latency_ps"] = round(link.duration_s(0) * PS_PER_S)
             self.cells["transfer_ps_per_token"] = round(per_token_s * PS_PER_S)
 
     def _start(self, action: ServeAction) -> None:
         """Put every cell in the configuration of an action, at no cost."""
-        self._not_applied = [{} for _ in self.workloads]
+        self._not_applied: list[dict[str, str]] = [{} for _ in self.workloads]
         for episode in range(len(self.workloads)):
             self._apply(episode, action)
         for index in range(self.engines.shape[1]):
@@ -228,9 +233,19 @@ class SimulatorBatch:
         bounds = [np.full(len(actions), _ps(time_s), np.int64) for time_s in (start_s, self.now_s)]
         call = kernel.serve_parallel if self._parallel else kernel.serve
         call(
-            self.engines, self.counters, self.cells, self._first, self.requests, self.outcomes,
-            self._tenant_arrays, self._pool, self._prefixes, self._cost, self._transfers, *bounds,
-        )  # fmt: skip
+            self.engines,
+            self.counters,
+            self.cells,
+            self._first,
+            self.requests,
+            self.outcomes,
+            self._tenant_arrays,
+            self._pool,
+            self._prefixes,
+            self._cost,
+            self._transfers,
+            *bounds,
+        )
         return [self._record(episode, start_s) for episode in range(len(actions))]
 
     def _record(self, episode: int, start_s: float) -> WindowRecord:
@@ -244,38 +259,44 @@ class SimulatorBatch:
         busy_ps = max(float(counters["busy_ps"]), 1.0)
         blocks = int(engines["blocks"].sum())
         first_tokens = int(counters["first_tokens"])
-        tenant_counts = {
-            name: counters[name][:tenants].copy()
-            for name in ("tenant_arrived", "tenant_completed", "tenant_failed", "tenant_in_slo", "tenant_output_tokens")
-        }
-        counts = {
-            name: int(counters[name])
-            for name in (
-                "arrived", "completed", "failed", "cancelled", "preemptions", "prefill_tokens", "cached_tokens",
-                "output_tokens", "iterations", "evictions", "accepted_tokens", "transfers",
-            )
-        }  # fmt: skip
         return WindowRecord(
             start_s=start_s,
             end_s=self.now_s,
+            arrived=int(counters["arrived"]),
+            completed=int(counters["completed"]),
+            failed=int(counters["failed"]),
+            cancelled=int(counters["cancelled"]),
             in_flight=waiting + int((engines["running"] - engines["limbo_count"]).sum()),
             waiting=waiting,
             running=running,
             kv_occupancy=float(engines["held"].sum()) / blocks,
+            preemptions=int(counters["preemptions"]),
+            prefill_tokens=int(counters["prefill_tokens"]),
+            cached_tokens=int(counters["cached_tokens"]),
+            output_tokens=int(counters["output_tokens"]),
+            iterations=int(counters["iterations"]),
             busy_s=busy_ps / PS_PER_S,
             mean_running=float(counters["sequence_ps"]) / busy_ps,
             mean_kv_occupancy=float(counters["block_ps"]) / busy_ps / int(engines["blocks"][0]),
+            evictions=int(counters["evictions"]),
             drafted_tokens=int(counters["draft_steps"]),
-            mean_ttft_s=float(counters["ttft_ps"]) / first_tokens / PS_PER_S if first_tokens else float("nan"),
+            accepted_tokens=int(counters["accepted_tokens"]),
+            transfers=int(counters["transfers"]),
+            mean_ttft_s=float(counters["ttft_ps"]) / first_tokens / PS_PER_S
+            if first_tokens
+            else float("nan"),
             ttft_histogram=counters["ttft_histogram"].copy(),
             gap_histogram=counters["gap_histogram"].copy(),
+            tenant_arrived=counters["tenant_arrived"][:tenants].copy(),
+            tenant_completed=counters["tenant_completed"][:tenants].copy(),
+            tenant_failed=counters["tenant_failed"][:tenants].copy(),
+            tenant_in_slo=counters["tenant_in_slo"][:tenants].copy(),
+            tenant_output_tokens=counters["tenant_output_tokens"][:tenants].copy(),
             not_applied=self._not_applied[episode],
-            **counts,
-            **tenant_counts,
         )
 
     def fail_unfinished(self) -> int:
-        """End the episodes here: what has arrived and is not over fails now; returns how many requests did."""
+        """End the episodes here: what has arrived and is not over fails; returns how many requests did."""
         unfinished = (self.outcomes["status"] > 0) & (self.outcomes["status"] < 4)
         self.outcomes["status"][unfinished] = FAILED
         self.outcomes["finish_ps"][unfinished] = _ps(self.now_s)
@@ -306,7 +327,7 @@ class Simulator:
         return self.batch.now_s
 
     def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
-        """Apply an action, serve for `window_s` seconds (inf: until nothing is left) and tell what happened."""
+        """Apply an action, serve for `window_s` seconds (inf: until nothing is left), tell what happened."""
         self._action = action
         return self.batch.serve([action], window_s)[0]
 
@@ -330,7 +351,9 @@ def _requests(workloads: Sequence[Workload]) -> NDArray[np.void]:
     low = 0
     for workload in workloads:
         if workload.duration_s > _LONGEST_S:
-            raise InputError(f"expected at most {_LONGEST_S:,.0f} s, found {workload.duration_s}", field="arrival_s")
+            raise InputError(
+                f"expected at most {_LONGEST_S:,.0f} s, found {workload.duration_s}", field="arrival_s"
+            )
         part = requests[low : low + len(workload)]
         part["arrival_ps"] = np.rint(workload.arrival_s * PS_PER_S)
         part["prompt_tokens"] = workload.prompt_tokens
@@ -362,7 +385,9 @@ def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
         if name not in known:
             raise InputError(f"expected one of {', '.join(known)}, found '{name}'", field="speculation_class")
     if len(classes) > MAX_CLASSES:
-        raise InputError(f"expected at most {MAX_CLASSES} classes, found {classes}", field="speculation_class")
+        raise InputError(
+            f"expected at most {MAX_CLASSES} classes, found {classes}", field="speculation_class"
+        )
     accept = np.array([known[name].tokens_per_step for name in classes])
     ranks = sorted({tenant.priority for tenant in tenants})
     drafting = max((known[name].draft_layers, known[name].draft_head) for name in classes)
@@ -370,7 +395,9 @@ def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
         Tenants(
             patience_ps=np.array([min(_ps(tenant.patience_s), NEVER_PS) for tenant in tenants], np.int64),
             rank=np.array([ranks.index(tenant.priority) for tenant in tenants], np.int64),
-            speculation_class=np.array([classes.index(tenant.speculation_class) for tenant in tenants], np.int64),
+            speculation_class=np.array(
+                [classes.index(tenant.speculation_class) for tenant in tenants], np.int64
+            ),
             ttft_slo_ps=np.array([_ps(tenant.ttft_slo_s) for tenant in tenants], np.int64),
             tpot_slo_ps=np.array([_ps(tenant.tpot_slo_s) for tenant in tenants], np.int64),
             accept=np.rint(accept * ACCEPT_ONE).astype(np.int64),
@@ -401,7 +428,9 @@ def _cost(profile: Profile) -> Cost:
         mixed_kv=arrays.mixed_kv,
         mixed_ps=arrays.mixed_s * PS_PER_S,
         mixed_skew=float(arrays.mixed_skew),
-        blocks=np.array([kv_blocks(profile, name if name in profile.tier_names else "FP16") for name in TIERS]),
+        blocks=np.array(
+            [kv_blocks(profile, name if name in profile.tier_names else "FP16") for name in TIERS]
+        ),
     )
 
 

@@ -117,7 +117,11 @@ ENGINE = np.dtype(
         ("class_active", np.int64, (MAX_CLASSES,)),
         ("longest", np.int64, (MAX_CLASSES,)),  # largest (context - clock) of the class
         ("longest_known", np.int64, (MAX_CLASSES,)),
-        ("crossing", np.int64, (MAX_CLASSES, BLOCK_TOKENS)),  # sequences by the clock at which they need a block
+        (
+            "crossing",
+            np.int64,
+            (MAX_CLASSES, BLOCK_TOKENS),
+        ),  # sequences by the clock at which they need a block
         ("heap_size", np.int64, (MAX_CLASSES,)),
         ("heap_key", np.int64, (MAX_CLASSES, MAX_RUNNING)),
         ("heap_slot", np.int32, (MAX_CLASSES, MAX_RUNNING)),

@@ -25,7 +25,9 @@ PROFILE = load_profile("rtx4090-llama-3.1-8b")
 def small(profile, blocks):
     """The profile with so little memory that its FP16 engine has `blocks` KV blocks."""
     need = profile.tier("FP16").weight_bytes + (blocks + 1) * profile.model.kv_bytes_per_token * 16
-    memory = math.ceil((need + profile.engine.reserved_bytes_per_gpu) / profile.engine.gpu_memory_utilization) + 1
+    memory = (
+        math.ceil((need + profile.engine.reserved_bytes_per_gpu) / profile.engine.gpu_memory_utilization) + 1
+    )
     engine = profile.engine.model_copy(update={"kv_blocks": None})
     gpu = profile.gpu.model_copy(update={"memory_bytes": memory})
     return profile.model_copy(update={"engine": engine, "gpu": gpu})
@@ -66,7 +68,9 @@ def workloads(draw, longest=1500):
         full = -(-tokens // size)
         ids += [conversation * 1000 + k if k < shared else 10_000 + len(ids) + k for k in range(full)]
         offsets.append(len(ids))
-    return replace(workload, prefix_block_tokens=size, prefix_offsets=np.array(offsets), prefix_ids=np.array(ids))
+    return replace(
+        workload, prefix_block_tokens=size, prefix_offsets=np.array(offsets), prefix_ids=np.array(ids)
+    )
 
 
 ACTIONS = st.builds(
@@ -113,12 +117,19 @@ def twin_of(batch, workload, action, engines, budget):
     if engines == 1:
         start["split"] = False
     return Cell(
-        requests, batch._tenant_arrays, batch._cost, engines=engines, prefill_engines=int(cell["prefill_engines"]),
-        budget=budget, prefix_cache=bool(cell["prefix_cache"]), action=start,
+        requests,
+        batch._tenant_arrays,
+        batch._cost,
+        engines=engines,
+        prefill_engines=int(cell["prefill_engines"]),
+        budget=budget,
+        prefix_cache=bool(cell["prefix_cache"]),
+        action=start,
         transfer=(int(cell["transfer_latency_ps"]), int(cell["transfer_ps_per_token"])),
         draft=(float(cell["draft_layers"]), float(cell["draft_head"])),
-        restart_ps=int(cell["restart_ps"]), load_ps=[int(x) for x in cell["load_ps"]],
-    )  # fmt: skip
+        restart_ps=int(cell["restart_ps"]),
+        load_ps=[int(x) for x in cell["load_ps"]],
+    )
 
 
 def check_equal(batch, twin):
@@ -128,7 +139,11 @@ def check_equal(batch, twin):
         mine = (r.index, r.first_ps, r.preemptions, r.status)
         assert mine == (r.index, int(o["first_ps"]), int(o["preemptions"]), status)
         if status in ("completed", "failed", "cancelled"):
-            assert (r.index, r.finish_ps, r.worst_gap_ps) == (r.index, int(o["finish_ps"]), int(o["worst_gap_ps"]))
+            assert (r.index, r.finish_ps, r.worst_gap_ps) == (
+                r.index,
+                int(o["finish_ps"]),
+                int(o["worst_gap_ps"]),
+            )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -142,7 +157,12 @@ def check_equal(batch, twin):
     budget=st.sampled_from([512, 2048]),
 )
 def test_kernel_equals_twin(workload, actions, window_s, blocks, engines, prefix_cache, budget):
-    cell = {"engines": engines, "max_num_batched_tokens": budget, "prefix_cache": prefix_cache, "action": actions[0]}
+    cell = {
+        "engines": engines,
+        "max_num_batched_tokens": budget,
+        "prefix_cache": prefix_cache,
+        "action": actions[0],
+    }
     batch = SimulatorBatch(small(PROFILE, blocks), [workload], **cell)
     batch.cells["restart_ps"] = PS_PER_S // 2
     batch.cells["load_ps"] = PS_PER_S // 3
@@ -157,8 +177,17 @@ def test_kernel_equals_twin(workload, actions, window_s, blocks, engines, prefix
         act["split"] &= engines > 1
         twin.serve(act, now_ps, until_ps)
         now_ps = until_ps
-        for name in ("arrived", "completed", "failed", "cancelled", "preemptions", "iterations", "prefill_tokens",
-                     "cached_tokens", "evictions"):  # fmt: skip
+        for name in (
+            "arrived",
+            "completed",
+            "failed",
+            "cancelled",
+            "preemptions",
+            "iterations",
+            "prefill_tokens",
+            "cached_tokens",
+            "evictions",
+        ):
             totals[name] = totals.get(name, 0) + getattr(record, name)
         over = totals["completed"] + totals["failed"] + totals["cancelled"]
         assert totals["arrived"] == over + record.in_flight

@@ -259,9 +259,12 @@ class Engine:
         unfinished_prefill = any(not r.decoding for r in self.running)
         joined = False
         while (
-            not preempted and not unfinished_prefill and budget > 0 and len(self.running) < self.batch_cap
+            not preempted
+            and not unfinished_prefill
+            and budget > 0
+            and len(self.running) < self.batch_cap
             and self.waiting_order()
-        ):  # fmt: skip
+        ):
             r = self.waiting_order()[0]
             total = r.prompt + r.generated
             if r.transferred:
@@ -332,8 +335,9 @@ class Engine:
         count = self.cell.count
         ending = [r for r, _, _ in chunks if r.decoding]
         contexts = [r.computed for r, _ in decodes]
-        duration = duration_ps(self.cell.cost, self.tier, contexts, [c[1:] for c in chunks], len(ending), depth,
-                               self.cell.draft)  # fmt: skip
+        duration = duration_ps(
+            self.cell.cost, self.tier, contexts, [c[1:] for c in chunks], len(ending), depth, self.cell.draft
+        )
         start = max(self.next_ps, self.busy_ps)
         end = start + duration
         over = []
@@ -392,15 +396,41 @@ class Engine:
 class Cell:
     """Engines behind a router; `windows` is a list of (action, seconds as ps)."""
 
-    def __init__(self, requests, tenants: Tenants, cost: Cost, *, engines, prefill_engines, budget, prefix_cache,
-                 action, transfer, draft, restart_ps, load_ps):  # fmt: skip
+    def __init__(
+        self,
+        requests,
+        tenants: Tenants,
+        cost: Cost,
+        *,
+        engines,
+        prefill_engines,
+        budget,
+        prefix_cache,
+        action,
+        transfer,
+        draft,
+        restart_ps,
+        load_ps,
+    ):
         self.requests, self.tenants, self.cost = requests, tenants, cost
         self.budget, self.prefix_cache, self.prefill_engines = budget, prefix_cache, prefill_engines
         self.transfer, self.draft, self.restart_ps, self.load_ps = transfer, draft, restart_ps, load_ps
         self.count = dict.fromkeys(
-            ("arrived", "completed", "failed", "cancelled", "preemptions", "iterations", "prefill_tokens",
-             "cached_tokens", "output_tokens", "evictions", "busy_ps"), 0
-        )  # fmt: skip
+            (
+                "arrived",
+                "completed",
+                "failed",
+                "cancelled",
+                "preemptions",
+                "iterations",
+                "prefill_tokens",
+                "cached_tokens",
+                "output_tokens",
+                "evictions",
+                "busy_ps",
+            ),
+            0,
+        )
         self.transfers, self.next_request = [], 0
         self.engines = [
             Engine(self, int(cost.blocks[action["tier"]]), self.role_of(i, action["split"]), action["tier"])
@@ -432,7 +462,9 @@ class Cell:
                 continue
             e.condition = "draining"
             e.next_role, e.next_tier = role, action["tier"]
-            e.reload_ps = self.restart_ps + (int(self.load_ps[action["tier"]]) if e.tier != action["tier"] else 0)
+            e.reload_ps = self.restart_ps + (
+                int(self.load_ps[action["tier"]]) if e.tier != action["tier"] else 0
+            )
             if e.next_ps == NEVER_PS:
                 e.next_ps = max(now_ps, e.busy_ps)
             if len(self.engines) > 1:
@@ -500,7 +532,9 @@ def duration_ps(cost: Cost, tier, contexts, chunks, ending, depth, draft):
     """Duration of one batch from the latency tables, decodes given by their contexts before it."""
     n = len(contexts)
     prefill = sum(chunk for chunk, _ in chunks)
-    time = int(cost.dense_ps[tier, n * (1 + depth) + prefill]) + int(cost.head_ps[tier, n * (1 + depth) + ending])
+    time = int(cost.dense_ps[tier, n * (1 + depth) + prefill]) + int(
+        cost.head_ps[tier, n * (1 + depth) + ending]
+    )
     kv = sum(contexts) + n
     if chunks:
         floor = float(cost.prefill_ps[tier, 0, 0])
@@ -532,5 +566,7 @@ def duration_ps(cost: Cost, tier, contexts, chunks, ending, depth, draft):
         slope = int(cost.decode_slope[tier, n, k])
         time += int(cost.decode_ps[tier, n, k]) + slope * (kv - int(cost.decode_kv[k]) * n) // n
     if depth and n:
-        time += round(depth * (draft[0] * int(cost.dense_ps[tier, n]) + draft[1] * int(cost.head_ps[tier, n])))
+        time += round(
+            depth * (draft[0] * int(cost.dense_ps[tier, n]) + draft[1] * int(cost.head_ps[tier, n]))
+        )
     return time

@@ -1,0 +1,1 @@
+"""The commands of `llmserve`, one module each."""

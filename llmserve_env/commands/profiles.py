@@ -75,6 +75,8 @@ def _ms(seconds: float) -> float:
 
 
 def _print_table(figures: list[dict[str, Any]]) -> None:
+    from llmserve_env.commands._report import table
+
     header = ["profile", "GPU", "tp", "tiers", "KV tokens", *(f"decode {n}" for n in _BATCHES), "prefill"]
     rows = [
         [
@@ -88,11 +90,7 @@ def _print_table(figures: list[dict[str, Any]]) -> None:
         ]
         for row in figures
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        texts = [f"{cell:<{width}}" for cell, width in zip(row[:4], widths, strict=False)]
-        numbers = [f"{cell:>{width}}" for cell, width in zip(row[4:], widths[4:], strict=True)]
-        print("  ".join(texts + numbers))
+    print(table(header, rows, left=4))
     print(f"\ndecode: ms of an iteration of 1, 32 or 128 sequences at {_CONTEXT:,} tokens of context")
     print(f"prefill: ms of an iteration with {_PROMPT:,} tokens of one prompt")
 

@@ -1,0 +1,129 @@
+"""`llmserve simulate`: any trace, served by any profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from llmserve_env.errors import InputError
+
+if TYPE_CHECKING:
+    from llmserve_env.hardware import Profile
+    from llmserve_env.schema import ServeAction
+
+
+def simulate(
+    *,
+    trace: str,
+    profile: str,
+    out: Path,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    kv_tokens: int | None = None,
+    tp: int | None = None,
+    engines: int = 1,
+    speculation_depth: int = 0,
+    quantization_tier: Literal["FP16", "INT8", "INT4"] = "FP16",
+    kv_budget_fraction: float = 1.0,
+    split: bool = False,
+    priority_routing: bool = False,
+    prefix_cache: bool = True,
+    skip_bad_rows: bool = False,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Serve a workload and say what its users got.
+
+    Writes one row a request: its lengths, TTFT, TPOT and end-to-end latency, preemptions and status. Prints a
+    summary.
+
+    Args:
+        trace: a trace file, or a URI such as "gamma://?rate=8" or "trace://FILE?limit=1000".
+        profile: hardware and model: a shipped profile, or the path of a .toml file.
+        out: the CSV file to write.
+        max_num_seqs: running sequences per engine, up to 512; the profile's when left out.
+        max_num_batched_tokens: token budget of an iteration; the profile's when left out.
+        kv_tokens: KV cache of one engine in tokens, full blocks count; the profile's when left out.
+        tp: GPUs of one engine, to make sure that the profile has them.
+        engines: like engines that share the requests.
+        speculation_depth: draft tokens per step, 0 to 8.
+        quantization_tier: precision of the weights.
+        kv_budget_fraction: share of the KV cache that running requests may hold, 0.1 to 1.
+        split: prefill and decode on engines of their own; needs two or more.
+        priority_routing: more urgent tenants first.
+        prefix_cache: whether blocks of finished or preempted requests can be found again.
+        skip_bad_rows: skip and count rows of the trace that cannot be read, rather than refuse it.
+        json_file: also write the summary there, as JSON.
+    """
+    from llmserve_env.commands._report import check_folders, write_json
+    from llmserve_env.commands._serving import Cell, rows, serve, summarise, write_requests
+    from llmserve_env.hardware import load_profile
+    from llmserve_env.hardware.memory import kv_blocks
+    from llmserve_env.workloads import open_reported
+
+    check_folders(out, json_file)
+    hardware = load_profile(profile)
+    _check_tp(hardware, tp)
+    budget = (
+        hardware.engine.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
+    )
+    action = _action(
+        batch_cap=hardware.engine.max_num_seqs if max_num_seqs is None else max_num_seqs,
+        kv_budget_fraction=kv_budget_fraction,
+        speculation_depth=speculation_depth,
+        quantization_tier=quantization_tier,
+        prefill_decode_split=split,
+        priority_routing=priority_routing,
+    )
+    blocks = kv_blocks(hardware, quantization_tier)
+    if kv_tokens is not None:
+        blocks = kv_tokens // hardware.engine.block_tokens
+        if blocks < 1:
+            expected = hardware.engine.block_tokens
+            raise InputError(
+                f"expected at least one block of {expected}, found {kv_tokens}", field="kv_tokens"
+            )
+    cell = Cell(hardware, action, budget, blocks, engines, prefix_cache)
+    workload, report = open_reported(trace, skip_bad_rows=skip_bad_rows)
+    served = serve(workload, cell)
+    write_requests(out, served)
+    summary = summarise(served)
+    if json_file is not None:
+        write_json(json_file, summary)
+    if report is not None:
+        print(report)
+    words = rows(summary)
+    width = max(len(label) for label, _ in words)
+    print(workload.source)
+    for label, value in words:
+        print(f"  {label:<{width}}  {value}")
+    print(f"wrote {out}")
+
+
+def _check_tp(profile: Profile, tp: int | None) -> None:
+    """Refuse another number of GPUs than the profile was measured on: its times cannot be rescaled."""
+    if tp is None or tp == profile.gpu.count:
+        return
+    from llmserve_env.hardware import list_profiles, load_profile
+
+    fitting = [name for name in list_profiles() if load_profile(name).gpu.count == tp]
+    known = f"shipped profiles with {tp}: {', '.join(fitting)}" if fitting else f"no shipped profile has {tp}"
+    raise InputError(
+        f"profile '{profile.name}' was measured on {profile.gpu.count}, and times do not rescale; {known}",
+        field="tp",
+    )
+
+
+def _action(**values: object) -> ServeAction:
+    from pydantic import ValidationError
+
+    from llmserve_env.commands._serving import FLAGS
+    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.schema import ServeAction
+
+    try:
+        return ServeAction.model_validate(values)
+    except ValidationError as error:
+        refused = refusal(error)
+        raise InputError(refused.reason, field=FLAGS.get(str(refused.field), refused.field)) from error

@@ -81,7 +81,7 @@ def draw_demo(runs: Sequence[tuple[str, Served]], title: str, path: Path) -> Non
         for name, label, unit, factor in _PANELS:
             _slo_panel(axes[name], runs, colours, name, factor)
             axes[name].set(title=label, xlabel=unit, ylabel="share of requests")
-        axes["ttft"].legend(loc="lower right")
+        figure.legend(*axes["ttft"].get_legend_handles_labels(), loc="upper right", ncols=len(runs))
         for column, (run, served) in enumerate(runs):
             load, kv = axes[f"load {column}"], axes[f"kv {column}"]
             _load_panels(load, kv, served, colours[column])
@@ -117,7 +117,7 @@ def _load_panels(load: Axes, kv: Axes, served: Served, colour: str) -> None:
     waiting = [window.waiting for window in windows]
     running = [window.running for window in windows]
     load.stackplot(
-        time_s, running, waiting, colors=[colour, GREY], alpha=0.75, labels=["running", "waiting"], lw=0
+        time_s, running, waiting, colors=[colour, INK], alpha=0.75, labels=["running", "waiting"], lw=0
     )
     kv.fill_between(time_s, [100 * window.kv_occupancy for window in windows], color=colour, alpha=0.75, lw=0)
     load.set(ylabel="requests", xlim=(0, time_s[-1]))

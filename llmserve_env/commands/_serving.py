@@ -284,12 +284,14 @@ def _per(amount: float, whole: float) -> float | None:
 def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """A summary in words: labels, which depend on the tenants alone, and values."""
     cell, requests, occupancy = summary["cell"], summary["requests"], summary["kv_occupancy"]
-    engines = f"{cell['engines']} engine{'s' if cell['engines'] > 1 else ''} of {summary['profile']}"
+    extras = _extras(cell)
     reasons = {"failed": "given up or never fitted", "cancelled": "longer than the KV cache"}
     lost = [f"{requests[name]:,} {name} ({why})" for name, why in reasons.items() if requests[name]]
     return [
-        ("cell", engines),
-        ("settings", _settings(cell)),
+        ("engines", f"{cell['engines']} x {summary['profile']}, {cell['quantization_tier']}"),
+        ("batch", f"{cell['max_num_seqs']} sequences, {cell['max_num_batched_tokens']:,} tokens"),
+        ("KV cache", f"{cell['kv_tokens']:,} tokens"),
+        *([("settings", extras)] if extras else []),
         ("requests", ", ".join([f"{requests['completed']:,} of {requests['total']:,} completed", *lost])),
         ("duration", f"{summary['duration_s']:,.1f} s"),
         (f"TTFT {'/'.join(STATISTICS)}", _latencies(summary["ttft_s"], 1, 3, "s")),
@@ -297,7 +299,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         (f"E2E {'/'.join(STATISTICS)}", _latencies(summary["e2e_s"], 1, 2, "s")),
         *(
             (
-                f"in SLO: {name} (TTFT {tenant['ttft_slo_s']:g} s, TPOT {1e3 * tenant['tpot_slo_s']:g} ms)",
+                f"in SLO: {name} ({tenant['ttft_slo_s']:g} s, {1e3 * tenant['tpot_slo_s']:g} ms)",
                 f"{percent(tenant['attainment'])} of {tenant['requests']:,}",
             )
             for name, tenant in summary["tenants"].items()
@@ -327,27 +329,17 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(cell: dict[str, Any]) -> str:
-    words = [
-        cell["quantization_tier"],
-        f"{cell['max_num_seqs']} sequences",
-        f"{cell['max_num_batched_tokens']:,} tokens an iteration",
-        f"{cell['kv_tokens']:,} KV tokens",
-    ]
-    if cell["kv_budget_fraction"] < 1:
-        words.append(f"{cell['kv_budget_fraction']:.0%} of them for running requests")
-    if cell["speculation_depth"]:
-        words.append(f"speculation depth {cell['speculation_depth']}")
-    words += [
-        text
-        for text, said in (
-            ("prefill and decode split", cell["prefill_decode_split"]),
-            ("priority routing", cell["priority_routing"]),
-            ("no prefix cache", not cell["prefix_cache"]),
-        )
-        if said
-    ]
-    return ", ".join(words)
+def _extras(cell: dict[str, Any]) -> str:
+    """The settings that are not as they come."""
+    fraction, depth = cell["kv_budget_fraction"], cell["speculation_depth"]
+    words = {
+        f"{fraction:.0%} of the KV cache for running requests": fraction < 1,
+        f"speculation depth {depth}": depth > 0,
+        "prefill and decode split": cell["prefill_decode_split"],
+        "priority routing": cell["priority_routing"],
+        "no prefix cache": not cell["prefix_cache"],
+    }
+    return ", ".join(text for text, said in words.items() if said)
 
 
 def _latencies(found: dict[str, float | None], factor: float, digits: int, unit: str) -> str:

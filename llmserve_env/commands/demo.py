@@ -26,7 +26,8 @@ def demo(*, out: Path = Path("out/demo")) -> None:
     """
     from llmserve_env.commands._picture import draw_demo
     from llmserve_env.commands._report import table, write_json
-    from llmserve_env.commands._serving import rows, summarise, write_requests
+    from llmserve_env.commands._serving import write_requests
+    from llmserve_env.commands._summary import rows, summarise
 
     try:
         out.mkdir(parents=True, exist_ok=True)

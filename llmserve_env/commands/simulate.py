@@ -57,7 +57,8 @@ def simulate(
         json_file: also write the summary there, as JSON.
     """
     from llmserve_env.commands._report import check_folders, write_json
-    from llmserve_env.commands._serving import Cell, rows, serve, summarise, write_requests
+    from llmserve_env.commands._serving import Cell, serve, write_requests
+    from llmserve_env.commands._summary import rows, summarise
     from llmserve_env.hardware import load_profile
     from llmserve_env.hardware.memory import kv_blocks
     from llmserve_env.workloads import open_reported

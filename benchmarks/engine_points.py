@@ -29,6 +29,7 @@ from llmserve_env.files import write_atomic
 from llmserve_env.hardware.latency import LatencyArrays, compile_latency, iteration_time
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS, Profile, TierName, load_profile
+from llmserve_env.provenance import made_by
 
 SILICON = {
     ("meta-llama/Llama-3.1-8B-Instruct", "h100_sxm", "trtllm", "", "1"): ("h100-llama-3.1-8b", "FP16"),
@@ -106,7 +107,8 @@ def engine_points(folder: tyro.conf.Positional[Path], /, *, json: Path | None = 
     )
     print("profile has too few KV blocks for the load; alone: bias if no prefill delayed the decodes")
     if json is not None:
-        write_atomic(json, json_format.dumps([row._asdict() for row in rows], indent=2) + "\n")
+        content = {"made_by": made_by(), "rows": [row._asdict() for row in rows]}
+        write_atomic(json, json_format.dumps(content, indent=2) + "\n")
 
 
 def read_silicon(path: Path) -> Iterator[Point]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmserve_env.files import write_atomic
+from llmserve_env.commands._report import check_folders, write_json
+from llmserve_env.provenance import made_by
 
 _GENERATED = "mmpp://?preset=azure-conv&requests=20000"
 _SIZES = (10_000, 1_000_000, 10_000_000)
@@ -43,12 +43,8 @@ def bench(
         runs: repetitions of each measurement.
         json: also write the figures to this file.
     """
-    report: dict[str, Any] = {
-        "command": f"llmserve bench --trace {Path(trace).name} --profile {profile} --runs {runs}",
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "python": platform.python_version(),
-    }
+    check_folders(json)
+    report: dict[str, Any] = {"made_by": made_by(), "profile": profile, "runs": runs}
     worker = [sys.executable, "-m", "llmserve_env.commands.bench"]
     with tqdm(total=3 + len(requests), unit="measurement", leave=False) as progress:
         report["import_s"] = _median(
@@ -70,7 +66,7 @@ def bench(
             progress.update()
     print(_table(report))
     if json is not None:
-        write_atomic(json, json_format.dumps(report, indent=2) + "\n")
+        write_json(json, report)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -83,7 +79,7 @@ def _table(report: dict[str, Any]) -> str:
         f"import llmserve_env       {report['import_s']:7.3f} s",
         f"first result, cold cache  {report['first_result_cold_s']:7.2f} s",
         f"first result, warm cache  {report['first_result_warm_s']:7.2f} s",
-        f"\n{report['cpu']}, Python {report['python']}, one core",
+        "\n{cpu}, Python {python}, one core".format(**report["made_by"]),
     ]
     return "\n".join(lines)
 
@@ -101,24 +97,6 @@ def _median(runs: int, command: list[str], less: float = 0.0) -> float:
 def _interpreter(runs: int) -> float:
     """Seconds that Python takes to start and import nothing."""
     return _median(runs, [sys.executable, "-c", "pass"])
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], check=False, cwd=here, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    named = {key.strip(): value.strip() for key, value in facts.items()}
-    return f"{named.get('model name', platform.machine())} ({named.get('cpu MHz', '?')} MHz)"
 
 
 def _first(profile: str) -> None:

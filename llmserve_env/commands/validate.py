@@ -44,6 +44,7 @@ def validate(
     from llmserve_env.commands._serving import serve
     from llmserve_env.figures import check_suffix
     from llmserve_env.hardware import load_profile
+    from llmserve_env.provenance import made_by
 
     check_folders(json_file, picture)
     if picture is not None:
@@ -68,7 +69,7 @@ def validate(
     }
     _print(report)
     if json_file is not None:
-        write_json(json_file, report)
+        write_json(json_file, {"made_by": made_by(), **report})
     if picture is not None:
         from llmserve_env.commands._picture import draw_validation
 

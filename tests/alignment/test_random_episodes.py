@@ -1,0 +1,79 @@
+"""The kernel equals its plain twin over seeded episodes that between them reach every state."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from sim.cells import random_episode
+
+from llmserve_env.sim.state import NEVER_PS, PS_PER_S
+
+from .test_alignment import check_equal, twin_action, twin_of
+
+COUNTS = (
+    "arrived", "completed", "failed", "cancelled", "preemptions", "iterations", "prefill_tokens",
+    "cached_tokens", "output_tokens", "evictions",
+)  # fmt: skip
+
+
+def compare(seed):
+    """Serve an episode on both; returns the states that it reached."""
+    batch, windows = random_episode(seed)
+    engines = batch.engines.shape[1]
+    workload, action = batch.workloads[0], windows[0][0]
+    twin = twin_of(batch, workload, action, engines, int(batch.engines["token_budget"][0, 0]))
+    totals, reached, now_ps = Counter(), set(), 0
+    for action, window_s in windows:
+        if (batch.engines["running"] > action.batch_cap).any():
+            reached.add("batch cap drains")
+        until_ps = NEVER_PS if window_s == math.inf else now_ps + round(window_s * PS_PER_S)
+        record = batch.serve([action], window_s)[0]
+        act = twin_action(action)
+        act["split"] &= engines > 1
+        twin.serve(act, now_ps, until_ps)
+        now_ps = until_ps
+        totals.update({name: getattr(record, name) for name in COUNTS})
+        reached |= {name for name in ("preemptions", "failed", "cancelled", "evictions", "transfers")
+                    if getattr(record, name)}  # fmt: skip
+        if record.cached_tokens:
+            reached.add("prefix hits" if batch._prefixes.per_id else "own blocks found again")
+        if record.preemptions and action.priority_routing and len(workload.tenants) > 1:
+            reached.add("priority preempts")
+        if record.preemptions and action.kv_budget_fraction < 1:
+            reached.add("budget preempts")
+        if record.accepted_tokens and batch.cells["classes"][0] > 1:
+            reached.add("speculation of several classes")
+        if (batch.engines["condition"] > 0).any():
+            reached.add("drain or reload")
+    for request in twin.requests:
+        if request.status == "waiting" and request.transferred:  # the kernel tells them apart
+            request.status = "transfer"
+    check_equal(batch, twin)
+    assert totals == {name: twin.count[name] for name in COUNTS}
+    if len(workload.tenants) > 1:
+        reached.add("tenants")
+    return reached
+
+
+# of 240 episodes
+LEAST = {
+    "preemptions": 20, "priority preempts": 6, "budget preempts": 12, "own blocks found again": 4,
+    "prefix hits": 20, "evictions": 10, "speculation of several classes": 20, "transfers": 20,
+    "drain or reload": 40, "failed": 40, "batch cap drains": 25, "cancelled": 5, "tenants": 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", range(0, 240, 20))
+def test_kernel_equals_twin(start):
+    for seed in range(start, start + 20):
+        compare(seed)
+
+
+def test_the_episodes_reach_every_state():
+    seen = Counter()
+    for seed in range(240):
+        seen.update(compare(seed))
+    for name, episodes in LEAST.items():
+        assert seen[name] >= episodes, (name, seen)

@@ -1,0 +1,241 @@
+"""Walk the kernel's records and recompute, from its lists, every total that it keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from llmserve_env.sim.state import (
+    BLOCK_TOKENS,
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    MAX_RUNNING,
+    PENDING,
+    PREFILL,
+    RUNNING,
+    TRANSFER,
+    UP,
+    WAITING,
+)
+
+
+def _blocks(tokens):
+    return -(-int(tokens) // BLOCK_TOKENS)
+
+
+def _walk(first, after):
+    """The members of a linked list, which must end."""
+    found = []
+    while first >= 0:
+        assert first not in found
+        found.append(int(first))
+        first = after[first]
+    return found
+
+
+def check(batch):
+    """Check all cells of a batch; between two windows every one of these holds."""
+    for episode in range(len(batch.cells)):
+        low, high = batch._first[episode : episode + 2]
+        places = Counter()
+        for index in range(batch.engines.shape[1]):
+            places.update(_Engine(batch, episode, index).check())
+        out, cell = batch.outcomes[low:high], batch.cells[episode]
+        flying = int(cell["transfers"])
+        if flying:
+            heap = list(zip(batch._transfers.ready_ps[low:], batch._transfers.request[low:], strict=True))[
+                :flying
+            ]
+            assert all(heap[(i - 1) // 2] <= heap[i] for i in range(1, flying))
+            places.update(int(request) for _, request in heap)
+        status = out["status"]
+        alive = np.flatnonzero((status == WAITING) | (status == RUNNING) | (status == TRANSFER))
+        assert places == Counter(alive.tolist()), "each unfinished request is in exactly one place"
+        seen = int(cell["next_request"])
+        assert (status[:seen] != PENDING).all()
+        assert (status[seen:] == PENDING).all()
+
+
+def emitted_tokens(batch):
+    """Output tokens that each request has been given so far, scheduled batches included; int64[n]."""
+    tokens = batch.outcomes["generated"].astype(np.int64)
+    for episode in range(len(batch.cells)):
+        low = batch._first[episode]
+        for index in range(batch.engines.shape[1]):
+            engine = _Engine(batch, episode, index)
+            for slot in engine.run:
+                grown = engine.clock[engine.e["slot_class"][slot]] - engine.e["slot_start"][slot] + 1
+                grown = 0 if slot == engine.e["partial"] else grown
+                tokens[low + engine.e["slot_request"][slot]] = engine.e["slot_generated"][slot] + grown
+    return tokens
+
+
+class _Engine:
+    def __init__(self, batch, episode, index):
+        self.batch = batch
+        self.e = batch.engines[episode, index]
+        self.g = episode * batch.engines.shape[1] + index
+        self.low, self.high = batch._first[episode : episode + 2]
+        self.episode = episode
+        self.out, self.req = batch.outcomes[self.low : self.high], batch.requests[self.low : self.high]
+        self.clock = self.e["clock"]
+        self.run = _walk(self.e["run_head"], self.e["slot_next"])
+        self.limbo = _walk(self.e["limbo_head"], self.e["slot_next"]) if self.e["limbo_count"] else []
+
+    def check(self):
+        """Returns the requests that it holds or queues."""
+        self.slots()
+        self.totals()
+        self.heaps()
+        self.blocks()
+        running = [int(self.e["slot_request"][slot]) for slot in self.run]
+        assert (self.out["status"][running] == RUNNING).all()
+        return running + self.queues()
+
+    def slots(self):
+        e = self.e
+        free = e["free_slot"][: e["slots_free"]].tolist()
+        assert sorted(free + self.run + self.limbo) == list(range(MAX_RUNNING))
+        assert e["running"] == len(self.run) + len(self.limbo)
+        assert len(self.limbo) == e["limbo_count"]
+        assert (e["run_tail"] if self.run else -1) == (self.run[-1] if self.run else -1)
+        for before, slot in zip([-1, *self.run], self.run, strict=False):
+            assert e["slot_prev"][slot] == before
+        orders = [int(e["slot_order"][slot]) for slot in self.run]
+        assert orders == sorted(orders), "running sequences stand in order of admission"
+        if e["partial"] >= 0:
+            assert e["partial"] in self.run
+            request = e["slot_request"][e["partial"]]
+            assert (
+                0 < e["partial_done"] < self.req["prompt_tokens"][request] + e["slot_generated"][e["partial"]]
+            )
+
+    def context(self, slot):
+        if slot in self.limbo:
+            return int(self.e["slot_base"][slot])
+        if slot == self.e["partial"]:
+            return int(self.e["partial_done"])
+        return int(
+            self.e["slot_base"][slot] - self.e["slot_start"][slot] + self.clock[self.e["slot_class"][slot]]
+        )
+
+    def totals(self):
+        e = self.e
+        active = [slot for slot in self.run if slot != e["partial"]]
+        assert e["active"] == len(active)
+        assert e["kv_sum"] == sum(self.context(slot) for slot in active)
+        counts = np.zeros_like(e["crossing"])
+        longest = {}
+        for slot in active:
+            c, context = e["slot_class"][slot], self.context(slot)
+            counts[c, (self.clock[c] - context) % BLOCK_TOKENS] += 1  # the clock at which it fills a block
+            longest[c] = max(longest.get(c, 0), context)
+            request = e["slot_request"][slot]
+            done = context - self.req["prompt_tokens"][request]
+            assert done == e["slot_generated"][slot] + self.clock[c] - e["slot_start"][slot]
+        assert (counts == e["crossing"]).all()
+        assert (counts.sum(1) == e["class_active"]).all()
+        for c, context in longest.items():
+            assert not e["longest_known"][c] or e["longest"][c] + self.clock[c] == context
+
+    def heaps(self):
+        e = self.e
+        members = []
+        for c in range(len(e["heap_size"])):
+            size = e["heap_size"][c]
+            keys, slots = e["heap_key"][c, :size], e["heap_slot"][c, :size]
+            members += slots.tolist()
+            assert all(keys[(i - 1) // 2] <= keys[i] for i in range(1, size))
+            assert e["slot_heap"][slots].tolist() == list(range(size))
+            assert (e["slot_class"][slots] == c).all()
+            left = self.req["output_tokens"][e["slot_request"][slots]] - 1 - e["slot_generated"][slots]
+            if e["role"] == PREFILL:
+                left = 0
+            assert (keys == e["slot_start"][slots] + left).all()
+        assert sorted(members) == sorted(slot for slot in self.run if slot != e["partial"])
+
+    def keys(self, slot):
+        """Keys of the prefix nodes that a slot holds."""
+        prefixes, request = self.batch._prefixes, int(self.e["slot_request"][slot])
+        if not self.e["slot_shared"][slot]:
+            return []
+        first = prefixes.offsets[self.low + self.episode + request]
+        size = prefixes.per_id
+        return [
+            int(prefixes.ids[first + b // size]) * size + b % size for b in range(self.e["slot_shared"][slot])
+        ]
+
+    def blocks(self):
+        e, g, pool = self.e, self.g, self.batch._pool
+        table = pool.table_key[g]
+        nodes = dict(zip(table[table >= 0].tolist(), pool.table_node[g][table >= 0].tolist(), strict=True))
+        references = Counter()
+        private = 0
+        for slot in self.run + self.limbo:
+            keys = self.keys(slot)
+            references.update(nodes[key] for key in keys)
+            own = _blocks(self.context(slot)) - len(keys)
+            assert own >= 0
+            private += own
+        used = sorted(nodes.values())
+        unused = pool.node_free[g, : e["nodes_free"]].tolist()
+        assert sorted(used + unused) == list(range(pool.node_key.shape[1]))
+        for key, node in nodes.items():
+            assert pool.node_key[g, node] == key
+            assert pool.node_references[g, node] == references[node]
+        assert e["held"] == private + len(references), "held blocks are those of running sequences"
+
+        # the free queue holds all others
+        mask = pool.queue_owner.shape[1] - 1
+        free = 0
+        waits = {}
+        assert e["queue_tail"] - e["queue_head"] <= mask + 1
+        for position in range(e["queue_head"], e["queue_tail"]):
+            length, owner = (
+                int(pool.queue_length[g, position & mask]),
+                int(pool.queue_owner[g, position & mask]),
+            )
+            assert length >= 0
+            free += length
+            if length and owner != -1:
+                assert owner not in waits
+                waits[owner] = position & mask
+                assert owner >= 0 or length == 1
+        assert free + e["held"] == e["blocks"]
+        idle = {-2 - node for node in used if not references[node]}
+        assert {owner for owner in waits if owner < 0} == idle, "idle prefix nodes wait in the free queue"
+        for owner, position in waits.items():
+            home = self.out["segment"][owner] if owner >= 0 else pool.node_segment[g, -2 - owner]
+            assert home == position
+        self.owners = {owner for owner in waits if owner >= 0}
+        # an open-addressed table must find every key from its home
+        for key in nodes:
+            position = (((key * 0x9E3779B97F4A7C15) % 2**64) >> 20) & (len(table) - 1)
+            while table[position] != key:
+                assert table[position] != -1
+                position = (position + 1) & (len(table) - 1)
+
+    def queues(self):
+        e, out = self.e, self.out
+        resumed = _walk(e["resumed_head"], out["next"])
+        assert (out["status"][resumed] == WAITING).all()
+        assert (out["preemptions"][resumed] > 0).all()
+        fresh = []
+        for tenant in range(len(e["fresh_head"])):
+            queue = _walk(e["fresh_head"][tenant], out["next"])
+            assert not queue or queue[-1] == e["fresh_tail"][tenant]
+            assert (self.req["tenant"][queue] == tenant).all()
+            fresh += queue
+        assert np.isin(out["status"][fresh], (WAITING, TRANSFER)).all()
+        assert e["waiting"] == len(resumed) + len(fresh)
+        assert e["unfinished"] == e["waiting"] + e["running"]
+        assert self.owners <= set(resumed), "only preempted requests may find blocks of their own again"
+        for request in resumed:
+            position = int(out["segment"][request])
+            assert position < 0 or self.batch._pool.queue_owner[self.g, position] == request
+        if e["condition"] == UP and e["role"] == PREFILL:
+            assert (out["status"][fresh] != TRANSFER).all()
+        assert not np.isin(out["status"][resumed + fresh], (COMPLETED, FAILED, CANCELLED)).any()
+        return resumed + fresh

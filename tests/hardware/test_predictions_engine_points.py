@@ -20,7 +20,7 @@ def table(shared_data, tmp_path_factory):
         [sys.executable, SCRIPT, folder, "--json", out], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())
+    rows = json.loads(out.read_text())["rows"]
     assert len(rows) == len(done.stdout.splitlines()) - 3
     return {(row["profile"], row["tier"], row["engine"].split()[0]): row for row in rows}
 

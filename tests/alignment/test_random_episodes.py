@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cache
 
 import pytest
 from sim.cells import random_episode
@@ -18,6 +19,7 @@ COUNTS = (
 )  # fmt: skip
 
 
+@cache
 def compare(seed):
     """Serve an episode on both; returns the states that it reached."""
     batch, windows = random_episode(seed)

@@ -26,9 +26,10 @@ class WindowRecord:
         completed: requests that got their last token.
         failed: requests that their client gave up before the first token.
         cancelled: requests refused on arrival, too long for the KV cache.
-        in_flight: requests that have arrived and are not over (gauge).
-        waiting: of those, in a queue or in transfer (gauge).
-        running: of those, holding a slot in an engine (gauge).
+        in_flight: requests that have arrived and are not over; one is over when the batch with its last
+            token is scheduled (gauge).
+        waiting: requests in a queue or in transfer (gauge).
+        running: requests in an engine's batch, until the batch with their last token has ended (gauge).
         kv_occupancy: share of all KV blocks that running requests hold (gauge).
         preemptions: running requests thrown back to the queue.
         prefill_tokens: tokens of prefill computed, recomputation included.

@@ -431,6 +431,7 @@ def _release(e, g, out, pool, pre):
     e.running -= e.limbo_count
     e.unfinished -= e.limbo_count
     e.limbo_count = 0
+    e.limbo_blocks = 0
     e.limbo_head = -1
 
 
@@ -483,8 +484,8 @@ def _transfer_ps(cell, prompt_tokens):
 @_inlined
 def _queued_ps(cell, req, out, request):
     """When a fresh request reached its engine's queue."""
-    if out[request].first_ps > 0:
-        return out[request].first_ps + _transfer_ps(cell, req[request].prompt_tokens)
+    if out[request].status == TRANSFER:
+        return out[request].finish_ps + _transfer_ps(cell, req[request].prompt_tokens)
     return req[request].arrival_ps
 
 
@@ -513,8 +514,14 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
         patience = ten.patience_ps[tenant]
         if patience >= NEVER_PS:
             continue
-        request = e.fresh_head[tenant]
-        while request >= 0 and out[request].first_ps == 0:
+        before = np.int64(-1)
+        request = np.int64(e.fresh_head[tenant])
+        while request >= 0:
+            after = np.int64(out[request].next)
+            if out[request].status == TRANSFER:  # it has its first token
+                before = request
+                request = after
+                continue
             deadline = req[request].arrival_ps + patience
             if deadline > now_ps:
                 soonest = min(soonest, deadline)
@@ -525,8 +532,13 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
             counters.tenant_failed[tenant] += 1
             e.waiting -= 1
             e.unfinished -= 1
-            request = out[request].next
-            e.fresh_head[tenant] = request
+            if before >= 0:
+                out[before].next = after
+            else:
+                e.fresh_head[tenant] = after
+            if after < 0:
+                e.fresh_tail[tenant] = before
+            request = after
     return soonest
 
 
@@ -719,7 +731,9 @@ def _finish(e, counters, g, cell, req, out, ten, tr, slot):
     request = e.slot_request[slot]
     c = e.slot_class[slot]
     generated = e.slot_generated[slot] + 1 + e.clock[c] - e.slot_start[slot]
-    e.slot_base[slot] = _deactivate(e, slot)
+    context = _deactivate(e, slot)
+    e.slot_base[slot] = context
+    e.limbo_blocks += _blocks(context) - e.slot_shared[slot]
     out[request].worst_gap_ps = max(out[request].worst_gap_ps, _worst_gap(e, e.slot_begin[slot]))
     _unlink(e, slot)
     before = np.int64(-1)
@@ -737,6 +751,7 @@ def _finish(e, counters, g, cell, req, out, ten, tr, slot):
     if generated < req[request].output_tokens:  # only a prefill pool stops here
         out[request].generated = generated
         out[request].status = TRANSFER
+        out[request].finish_ps = e.busy_ps  # its last token so far
         counters.transfers += 1
         _transfer_push(cell, tr, e.busy_ps + _transfer_ps(cell, req[request].prompt_tokens), request)
         return
@@ -809,6 +824,14 @@ def _decode_stretch(e, cost, cell, limit_ps):
 
 
 @_inlined
+def _count_batch_time(e, counters, duration):
+    """Integrate over a batch what runs in it: not what has ended with the batch before."""
+    counters.busy_ps += float(duration)
+    counters.sequence_ps += float(e.running - e.limbo_count) * float(duration)
+    counters.block_ps += float(e.held - e.limbo_blocks) * float(duration)
+
+
+@_inlined
 def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     """Advance all decoding sequences by `batches` tokens."""
     n = e.active
@@ -838,9 +861,7 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     counters.iterations += batches
     counters.decisions += 1
     counters.output_tokens += n * batches
-    counters.busy_ps += float(duration)
-    counters.sequence_ps += float(e.running) * float(duration)
-    counters.block_ps += float(e.held) * float(duration)
+    _count_batch_time(e, counters, duration)
 
 
 @_inlined
@@ -891,11 +912,12 @@ def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
 
 
 @_inlined
-def _long_gap(e, counters, out, request, last_ps):
-    """A sequence that was away since `last_ps` gets a token at the end of the batch just scheduled."""
-    gap = e.busy_ps - last_ps
-    counters.gap_histogram[_bin(gap)] += 1
+def _long_gap(e, counters, out, request):
+    """A sequence that was preempted or transferred gets a token at the end of the batch just scheduled."""
+    gap = e.busy_ps - out[request].finish_ps
+    out[request].finish_ps = 0
     out[request].worst_gap_ps = max(out[request].worst_gap_ps, gap)
+    counters.gap_histogram[_bin(gap)] += 1
 
 
 @_inlined
@@ -910,8 +932,7 @@ def _end_prefill(e, counters, cell, req, out, slot):
         counters.ttft_ps += float(ttft)
         counters.ttft_histogram[_bin(ttft)] += 1
     else:
-        _long_gap(e, counters, out, request, out[request].finish_ps)
-        out[request].finish_ps = 0
+        _long_gap(e, counters, out, request)
     remaining = req[request].output_tokens - 1 - generated
     if e.role == PREFILL:
         remaining = 0
@@ -936,7 +957,7 @@ def _rest(e, limit_ps):
 def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     """Start the next batch, or the next stretch of like batches; rest when there is nothing to do."""
     if e.condition == RELOADING:
-        _restart(e, g, cost, pool)
+        _restart(e, g, out, cost, pool)
     if e.limbo_count > 0 and e.next_ps >= e.limbo_ps:
         _release(e, g, out, pool, pre)
     for c in range(cell.classes):
@@ -1003,7 +1024,11 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             hits = _cached_blocks(g, cell, req, out, pool, pre, request, total)
         elif budget < 1 + depth:
             break
-        if _blocks(total) - hits[0] + hits[1] > e.block_cap - e.held - need:
+        blocks = _blocks(total)
+        if transferred:  # with those of its first step
+            step = _step_tokens(e, ten, ten.speculation_class[req[request].tenant], depth)
+            blocks = max(blocks, _blocks(total - 1 + step))
+        if blocks - hits[0] + hits[1] > e.block_cap - e.held - need:
             break
         if need > 0:
             _queue_take(e, counters, g, out, pool, need)
@@ -1015,6 +1040,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             generated = out[request].generated
             e.slot_generated[slot] = generated - 1
             _activate(e, slot, total - 1, req[request].output_tokens - generated)
+            _queue_take(e, counters, g, out, pool, blocks - _blocks(total))
             budget -= 1 + depth
             e.batch_slot[MAX_RUNNING - 1 - joined] = slot
             joined += 1
@@ -1064,7 +1090,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         counters.gap_histogram[_bin(duration)] += n - joined
     for i in range(joined):
         request = e.slot_request[e.batch_slot[MAX_RUNNING - 1 - i]]
-        _long_gap(e, counters, out, request, out[request].first_ps)
+        _long_gap(e, counters, out, request)
     for i in range(ending):
         _end_prefill(e, counters, cell, req, out, e.batch_slot[i])
     counters.iterations += 1
@@ -1073,9 +1099,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     counters.output_tokens += gained + ending
     counters.draft_steps += n * depth
     counters.accepted_tokens += gained - n
-    counters.busy_ps += float(duration)
-    counters.sequence_ps += float(e.running) * float(duration)
-    counters.block_ps += float(e.held) * float(duration)
+    _count_batch_time(e, counters, duration)
 
 
 @_compiled
@@ -1089,12 +1113,16 @@ def _advance(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
 
 
 @_compiled
-def _restart(e, g, cost, pool):
+def _restart(e, g, out, cost, pool):
     """A drained engine is up again with its new role and precision, its cache empty."""
     e.condition = UP
     e.role = e.next_role
     e.tier = e.next_tier
     _reset_blocks(e, g, cost, pool)
+    request = e.resumed_head
+    while request >= 0:
+        out[request].segment = -1
+        request = out[request].next
 
 
 @_compiled
@@ -1138,6 +1166,29 @@ def _route(engines, now_ps, transferred):
 
 
 @_compiled
+def _enqueue_in_turn(e, cell, req, out, request, now_ps):
+    """Queue a request that waited elsewhere before: it stands where its waiting time puts it."""
+    tenant = req[request].tenant
+    queued = _queued_ps(cell, req, out, request)
+    before = np.int64(-1)
+    after = np.int64(e.fresh_head[tenant])
+    while after >= 0 and (_queued_ps(cell, req, out, after), after) < (queued, np.int64(request)):
+        before = after
+        after = np.int64(out[after].next)
+    out[request].next = after
+    if before >= 0:
+        out[before].next = request
+    else:
+        e.fresh_head[tenant] = request
+    if after < 0:
+        e.fresh_tail[tenant] = request
+    e.waiting += 1
+    e.unfinished += 1
+    if e.next_ps == NEVER_PS:
+        e.next_ps = max(now_ps, e.busy_ps)
+
+
+@_compiled
 def _begin_switch(engines, cell, req, out, ten, now_ps):
     """Start to drain the next engine whose role or precision is not the wanted one, one engine at a time."""
     for i in range(len(engines)):
@@ -1161,10 +1212,12 @@ def _begin_switch(engines, cell, req, out, ten, now_ps):
                 request, before = _pick_fresh(e, cell, req, out)
                 if request < 0:
                     break
+                target = _route(engines, now_ps, out[request].status == TRANSFER)
+                if target == i:
+                    break
                 _dequeue(e, req, out, request, before)
                 e.unfinished -= 1
-                target = _route(engines, now_ps, out[request].status == TRANSFER)
-                _enqueue(engines[target], req, out, request, now_ps)
+                _enqueue_in_turn(engines[target], cell, req, out, request, now_ps)
         return
 
 

@@ -34,7 +34,10 @@ from llmserve_env.sim.state import (
     PREFILL,
     PS_PER_S,
     REQUEST,
+    RUNNING,
     STATUS_NAMES,
+    TRANSFER,
+    WAITING,
     Cost,
     Pool,
     Prefixes,
@@ -178,13 +181,18 @@ class SimulatorBatch:
             if tier is not None:
                 load_s = tier.weight_bytes / (shared.switching.weight_load_gb_per_s * 1e9)
                 self.cells["load_ps"][:, index] = round(load_s * PS_PER_S)
-        if self.engines.shape[1] > 1:
+        self._no_split = "a cell of one engine cannot be split" if self.engines.shape[1] == 1 else ""
+        if self._no_split:
+            return
+        try:
             link = shared.kv_link(profile.gpu.name)
-            per_token_s = link.duration_s(
-                profile.model.kv_bytes_per_token, profile.gpu.count
-            ) - link.duration_s(0)
-            self.cells["transfer_latency_ps"] = round(link.duration_s(0) * PS_PER_S)
-            self.cells["transfer_ps_per_token"] = round(per_token_s * PS_PER_S)
+        except InputError as error:
+            self._no_split = str(error)
+            return
+        latency_s = link.duration_s(0)
+        token_s = link.duration_s(profile.model.kv_bytes_per_token, profile.gpu.count) - latency_s
+        self.cells["transfer_latency_ps"] = round(latency_s * PS_PER_S)
+        self.cells["transfer_ps_per_token"] = round(token_s * PS_PER_S)
 
     def _start(self, action: ServeAction) -> None:
         """Put every cell in the configuration of an action, at no cost."""
@@ -214,8 +222,8 @@ class SimulatorBatch:
             cell["tier"] = TIERS.index(tier)
         else:
             missing["quantization_tier"] = f"profile '{self.profile.name}' has no {tier} weights"
-        if action.prefill_decode_split and len(engines) == 1:
-            missing["prefill_decode_split"] = "a cell of one engine cannot be split"
+        if action.prefill_decode_split and self._no_split:
+            missing["prefill_decode_split"] = self._no_split
         else:
             cell["split"] = action.prefill_decode_split
         self._not_applied[episode] = missing
@@ -297,9 +305,12 @@ class SimulatorBatch:
 
     def fail_unfinished(self) -> int:
         """End the episodes here: what has arrived and is not over fails; returns how many requests did."""
-        unfinished = (self.outcomes["status"] > 0) & (self.outcomes["status"] < 4)
+        unfinished = np.isin(self.outcomes["status"], (WAITING, RUNNING, TRANSFER))
+        end_ps = _ps(self.now_s)
+        if end_ps == NEVER_PS:  # served out: the end is when the last engine stopped
+            end_ps = int(self.engines["busy_ps"].max())
         self.outcomes["status"][unfinished] = FAILED
-        self.outcomes["finish_ps"][unfinished] = _ps(self.now_s)
+        self.outcomes["finish_ps"][unfinished] = np.maximum(end_ps, self.requests["arrival_ps"][unfinished])
         return int(unfinished.sum())
 
     def outcomes_of(self, episode: int) -> Outcomes:

@@ -54,7 +54,7 @@ REQUEST = np.dtype(
 OUTCOME = np.dtype(
     [
         ("first_ps", np.int64),  # first token, 0 before it
-        ("finish_ps", np.int64),  # last token, or the time it failed; 0 before
+        ("finish_ps", np.int64),  # last token, or the time it failed; before, last token of one that is away
         ("worst_gap_ps", np.int64),  # longest time between two of its tokens so far
         ("generated", np.int32),  # tokens that survive a preemption or a transfer
         ("next", np.int32),  # next request in the same queue, -1 at its end
@@ -107,6 +107,7 @@ ENGINE = np.dtype(
         ("partial_done", np.int64),
         ("limbo_head", np.int64),  # finished in the batch in flight: resources not free yet
         ("limbo_count", np.int64),
+        ("limbo_blocks", np.int64),  # blocks that they alone hold
         ("limbo_ps", np.int64),
         # waiting requests
         ("waiting", np.int64),

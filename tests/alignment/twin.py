@@ -268,7 +268,8 @@ class Engine:
             r = self.waiting_order()[0]
             total = r.prompt + r.generated
             if r.transferred:
-                if budget < 1 + depth or not self.room(blocks_of(total)):
+                step = self.tokens_of_step(r.tenant, depth)
+                if budget < 1 + depth or not self.room(max(blocks_of(total), blocks_of(total - 1 + step))):
                     break
                 self.fresh.remove(r)
                 self.running.append(r)
@@ -382,7 +383,8 @@ class Engine:
     def enqueue(self, request, now_ps):
         request.queued_ps = now_ps
         request.transferred = request.status == "transfer"
-        request.status = "waiting"
+        if not request.transferred:
+            request.status = "waiting"
         self.fresh.append(request)
         self.assigned.append(request)
         if self.next_ps == NEVER_PS:
@@ -472,8 +474,6 @@ class Cell:
                     e.fresh.remove(r)
                     e.assigned.remove(r)
                     queued_ps = r.queued_ps
-                    if r.transferred:
-                        r.status = "transfer"
                     self.route(now_ps, r.transferred).enqueue(r, now_ps)
                     r.queued_ps = queued_ps
             return

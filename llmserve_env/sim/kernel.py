@@ -455,13 +455,12 @@ def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
         tokens = _deactivate(e, victim)
         out[request].worst_gap_ps = max(out[request].worst_gap_ps, _worst_gap(e, e.slot_begin[victim]))
         generated += 1 + e.clock[e.slot_class[victim]] - e.slot_start[victim]
+        out[request].finish_ps = e.busy_ps  # its last token so far
     _unlink(e, victim)
     owner = request if cell.prefix_cache else -1
     out[request].segment = -1
     _free_blocks(e, g, out, pool, pre, victim, request, tokens, owner)
     out[request].generated = generated
-    if generated > 0:
-        out[request].finish_ps = e.busy_ps  # its last token so far
     out[request].preemptions += 1
     out[request].status = WAITING
     out[request].next = e.resumed_head
@@ -490,6 +489,15 @@ def _queued_ps(cell, req, out, request):
 
 
 @_inlined
+def _count_arrival(e, now_ps):
+    """A request has joined the engine's queue: wake it if it sleeps."""
+    e.waiting += 1
+    e.unfinished += 1
+    if e.next_ps == NEVER_PS:
+        e.next_ps = max(now_ps, e.busy_ps)
+
+
+@_inlined
 def _enqueue(e, req, out, request, now_ps):
     tenant = req[request].tenant
     out[request].next = -1
@@ -500,10 +508,7 @@ def _enqueue(e, req, out, request, now_ps):
     else:
         out[e.fresh_tail[tenant]].next = request
     e.fresh_tail[tenant] = request
-    e.waiting += 1
-    e.unfinished += 1
-    if e.next_ps == NEVER_PS:
-        e.next_ps = max(now_ps, e.busy_ps)
+    _count_arrival(e, now_ps)
 
 
 @_inlined
@@ -1102,10 +1107,16 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     _count_batch_time(e, counters, duration)
 
 
+@_inlined
+def _feeds(e):
+    """Whether an engine prefills for others from its next decision on."""
+    return (e.next_role if e.condition == RELOADING else e.role) == PREFILL
+
+
 @_compiled
-def _advance(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
-    """Take every decision of an engine that falls before `until_ps`."""
-    while e.next_ps < until_ps:
+def _advance(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps, feeding):
+    """Take every decision of an engine before `until_ps`; with `feeding` only while it feeds others."""
+    while e.next_ps < until_ps and (not feeding or _feeds(e)):
         _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
 
 
@@ -1182,10 +1193,32 @@ def _enqueue_in_turn(e, cell, req, out, request, now_ps):
         e.fresh_head[tenant] = request
     if after < 0:
         e.fresh_tail[tenant] = request
-    e.waiting += 1
-    e.unfinished += 1
-    if e.next_ps == NEVER_PS:
-        e.next_ps = max(now_ps, e.busy_ps)
+    _count_arrival(e, now_ps)
+
+
+@_compiled
+def _reroute(engines, i, cell, req, out, now_ps):
+    """Send the fresh requests that wait at a draining engine where they would go now."""
+    e = engines[i]
+    chain = np.int64(-1)
+    last = np.int64(-1)
+    while True:
+        request, before = _pick_fresh(e, cell, req, out)
+        if request < 0:
+            break
+        _dequeue(e, req, out, request, before)
+        e.unfinished -= 1
+        if last >= 0:
+            out[last].next = request
+        else:
+            chain = request
+        out[request].next = -1
+        last = request
+    while chain >= 0:
+        after = np.int64(out[chain].next)
+        target = _route(engines, now_ps, out[chain].status == TRANSFER)
+        _enqueue_in_turn(engines[target], cell, req, out, chain, now_ps)
+        chain = after
 
 
 @_compiled
@@ -1208,41 +1241,29 @@ def _begin_switch(engines, cell, req, out, ten, now_ps):
         if e.next_ps == NEVER_PS:
             e.next_ps = max(now_ps, e.busy_ps)
         if len(engines) > 1:
-            while True:
-                request, before = _pick_fresh(e, cell, req, out)
-                if request < 0:
-                    break
-                target = _route(engines, now_ps, out[request].status == TRANSFER)
-                if target == i:
-                    break
-                _dequeue(e, req, out, request, before)
-                e.unfinished -= 1
-                _enqueue_in_turn(engines[target], cell, req, out, request, now_ps)
+            _reroute(engines, i, cell, req, out, now_ps)
         return
 
 
 @_compiled
 def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps):
-    """Advance every engine to `until_ps`, prefill pool first, and hand over what it has sent by then."""
-    pools = False
-    for i in range(len(engines)):
-        if engines[i].role == PREFILL:
-            pools = True
-            _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps)
-    if pools or cell.transfers > 0:
-        while cell.transfers > 0 and tr.ready_ps[0] < until_ps:
+    """Advance every engine to `until_ps`; hand over the transfers that arrive before it, in their order."""
+    while True:
+        for i in range(len(engines)):
+            e = engines[i]
+            _advance(e, counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps, True)
+        due = cell.transfers > 0 and tr.ready_ps[0] < until_ps
+        stop_ps = tr.ready_ps[0] if due else until_ps
+        for i in range(len(engines)):
+            e = engines[i]
+            if not _feeds(e):
+                _advance(e, counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, stop_ps, False)
+        if due:
             ready_ps = tr.ready_ps[0]
             request = _transfer_pop(cell, tr)
-            for i in range(len(engines)):
-                if engines[i].role != PREFILL:
-                    _advance(
-                        engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, ready_ps
-                    )
-            target = _route(engines, ready_ps, True)
-            _enqueue(engines[target], req, out, request, ready_ps)
-    for i in range(len(engines)):
-        if engines[i].role != PREFILL:
-            _advance(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, until_ps)
+            _enqueue(engines[_route(engines, ready_ps, True)], req, out, request, ready_ps)
+        elif cell.transfers == 0 or tr.ready_ps[0] >= until_ps:
+            return
 
 
 @_compiled
@@ -1268,7 +1289,9 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             continue
         if len(engines) == 1:
             if engines[0].next_ps < now_ps:
-                _advance(engines[0], counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
+                _advance(
+                    engines[0], counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps, False
+                )
             _enqueue(engines[0], req, out, request, now_ps)
         else:
             _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)

@@ -67,6 +67,12 @@ LEAST = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", [375, 821, 1286, 1655, 2436, 3267])
+def test_kernel_equals_twin_where_they_once_differed(seed):
+    """Rerouting around a drain, preemption in a second prefill, an engine that turns from prefill to decode."""
+    compare(seed)
+
+
 @pytest.mark.parametrize("start", range(0, 240, 20))
 def test_kernel_equals_twin(start):
     for seed in range(start, start + 20):

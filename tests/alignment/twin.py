@@ -376,6 +376,11 @@ class Engine:
         count["prefill_tokens"] += sum(c for _, c, _ in chunks)
         count["busy_ps"] += duration
 
+    @property
+    def feeds(self):
+        role = self.next_role if self.condition == "reloading" else self.role
+        return role == "prefill"
+
     def advance(self, until_ps):
         while self.next_ps < until_ps:
             self.decide(until_ps)
@@ -479,22 +484,21 @@ class Cell:
             return
 
     def advance(self, until_ps):
-        for e in self.engines:
-            if e.role == "prefill":
-                e.advance(until_ps)
         while True:
-            due = sorted(((t, r.index, r) for t, r in self.transfers if t < until_ps), key=lambda x: x[:2])
-            if not due:
-                break
-            ready_ps, _, r = due[0]
-            self.transfers.remove((ready_ps, r))
             for e in self.engines:
-                if e.role != "prefill":
-                    e.advance(ready_ps)
-            self.route(ready_ps, True).enqueue(r, ready_ps)
-        for e in self.engines:
-            if e.role != "prefill":
-                e.advance(until_ps)
+                while e.next_ps < until_ps and e.feeds:
+                    e.decide(until_ps)
+            ready_ps, _, r = min(((t, r.index, r) for t, r in self.transfers), default=(NEVER_PS, 0, None))
+            stop_ps = min(ready_ps, until_ps)
+            for e in self.engines:
+                if not e.feeds:
+                    e.advance(stop_ps)
+            if ready_ps < until_ps:
+                ready_ps, _, r = min((t, r.index, r) for t, r in self.transfers)
+                self.transfers.remove((ready_ps, r))
+                self.route(ready_ps, True).enqueue(r, ready_ps)
+            elif all(t >= until_ps for t, _ in self.transfers):
+                return
 
     def serve(self, action, start_ps, until_ps):
         for e in self.engines:

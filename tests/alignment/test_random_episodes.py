@@ -69,7 +69,7 @@ LEAST = {
 
 @pytest.mark.parametrize("seed", [375, 821, 1286, 1655, 2436, 3267])
 def test_kernel_equals_twin_where_they_once_differed(seed):
-    """Rerouting around a drain, preemption in a second prefill, an engine that turns from prefill to decode."""
+    """Rerouting around a drain, preemption in a second prefill, a prefill engine that becomes another."""
     compare(seed)
 
 

@@ -61,7 +61,7 @@ def validate(
     simulated = Latencies(outcomes.arrival_s, outcomes.ttft_s, outcomes.tpot_s, outcomes.e2e_s)
     report = _compare(measured, simulated, int(outcomes.preemptions.sum()))
     report = {
-        "run": str(run_dir),
+        "run": run_dir.resolve().name,
         "profile": hardware.name,
         **_settings(cell),
         "warnings": warnings,

@@ -30,12 +30,15 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
 def open_atomic(path: Path | str) -> Iterator[BinaryIO]:
     """As `write_atomic`, for content that comes in parts.
 
-    The file appears when the block ends; a block that raises, or is interrupted, leaves nothing.
+    The file appears when the block ends; a block that raises, or is interrupted, leaves nothing. A link is
+    followed.
 
     Raises:
         InputError: the file cannot be written there.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise InputError("cannot be written: not a regular file", file=str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -14,7 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmserve_env import load_profile, open_workload
 from llmserve_env.commands._report import check_folders, write_json
+from llmserve_env.errors import InputError
 from llmserve_env.provenance import made_by
 
 _GENERATED = "mmpp://?preset=azure-conv&requests=20000"
@@ -44,6 +46,12 @@ def bench(
         json: also write the figures to this file.
     """
     check_folders(json)
+    if runs < 1:
+        raise InputError(f"expected 1 or more, found {runs}", field="runs")
+    if min(requests, default=1) < 1:
+        raise InputError(f"expected 1 or more, found {min(requests)}", field="requests")
+    load_profile(profile)
+    open_workload(trace)
     report: dict[str, Any] = {"made_by": made_by(), "profile": profile, "runs": runs}
     worker = [sys.executable, "-m", "llmserve_env.commands.bench"]
     with tqdm(total=3 + len(requests), unit="measurement", leave=False) as progress:
@@ -91,7 +99,7 @@ def _elapsed(command: list[str], **environment: str) -> float:
 
 
 def _median(runs: int, command: list[str], less: float = 0.0) -> float:
-    return statistics.median(_elapsed(command) for _ in range(runs)) - less
+    return max(0.0, statistics.median(_elapsed(command) for _ in range(runs)) - less)
 
 
 def _interpreter(runs: int) -> float:
@@ -101,7 +109,7 @@ def _interpreter(runs: int) -> float:
 
 def _first(profile: str) -> None:
     """The shortest way from a cold process to a simulated result."""
-    from llmserve_env import Simulator, load_profile, open_workload
+    from llmserve_env import Simulator
 
     Simulator(load_profile(profile), open_workload("poisson://?rate=4&requests=100&seed=0")).serve_out()
 
@@ -110,7 +118,7 @@ def _replay(profile: str, trace: str, requests: int, runs: int) -> dict[str, flo
     """Serve a workload of `requests` requests `runs` times; time covers the kernel call alone."""
     import resource
 
-    from llmserve_env import ServeAction, Simulator, load_profile, open_workload
+    from llmserve_env import ServeAction, Simulator
 
     hardware = load_profile(profile)
     workload = open_workload(trace).tiled(requests)
@@ -138,7 +146,10 @@ def _replay(profile: str, trace: str, requests: int, runs: int) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "first":
-        _first(sys.argv[2])
-    else:
-        print(json_format.dumps(_replay(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    try:
+        if sys.argv[1] == "first":
+            _first(sys.argv[2])
+        else:
+            print(json_format.dumps(_replay(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    except KeyboardInterrupt:  # the command that started this one says so
+        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,6 +53,7 @@ def kernels(
     from llmserve_env.files import write_atomic
     from llmserve_env.hardware.assemble import assemble, gpus_named
     from llmserve_env.hardware.calibrate import calibrate
+    from llmserve_env.hardware.memory import kv_blocks as usable_blocks
     from llmserve_env.hardware.model_config import read_model
     from llmserve_env.hardware.profile import save_profile
     from llmserve_env.hardware.tables import read_tables
@@ -59,9 +61,14 @@ def kernels(
     link = _link(tp, link_latency_us, link_bandwidth_gbps)
     measured = read_tables(tables)
     model = read_model(model_config, measured.meta.get("model"))
+    if model.attention_heads % tp or (model.kv_heads % tp and tp % model.kv_heads):
+        heads = f"{model.attention_heads} attention heads and {model.kv_heads} KV heads"
+        raise InputError(f"{heads} cannot be shared by {tp} GPUs", field="tp")
     gpu = gpus_named(measured.meta.get("gpu"), tp, gpu_memory_gb)
     result = calibrate(measured, model.layers, ", ".join(filter(None, (source, measured.origin))))
-    save_profile(assemble(name, result, model, gpu, link=link, kv_blocks=kv_blocks), out)
+    profile = assemble(name, result, model, gpu, link=link, kv_blocks=kv_blocks)
+    usable_blocks(profile)  # refuses weights that leave no room for a KV cache
+    save_profile(profile, out)
     if json_file is not None:
         report = {
             "profile": name,
@@ -85,7 +92,7 @@ def _link(tp: int, latency_us: float | None, bandwidth: float | None) -> Link | 
         raise InputError(f"expected 1 or more GPUs, found {tp}", field="tp")
     if tp == 1:
         if latency_us is not None or bandwidth is not None:
-            raise InputError("one GPU exchanges nothing: give --tp, or leave the link out", field="tp")
+            print("note: one GPU exchanges nothing: the link is left out", file=sys.stderr)
         return None
     if latency_us is None or bandwidth is None:
         raise InputError(

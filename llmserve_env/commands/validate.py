@@ -213,5 +213,5 @@ def _within(error: float, limit: float) -> str:
 
 def _title(report: dict[str, Any]) -> str:
     mean, largest = report["mean_error_percent"], report["largest_error_percent"]
-    errors = "" if mean is None else f", mean error {mean:.2f}%, largest {largest:.2f}%"
+    errors = "" if mean is None else f", mean absolute error {mean:.2f}%, largest {largest:.2f}%"
     return f"{Path(report['run']).resolve().name}\n{report['requests']:,} requests{errors}"

@@ -312,3 +312,18 @@ def test_an_interrupt_leaves_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _serving.write_requests(tmp_path / "out.csv", replace(served, workload=workload))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_trace_and_other_outputs_are_never_written_over(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    text = "arrival_s,prompt_tokens,output_tokens\n0,10,10\n"
+    trace.write_text(text)
+    common = ["simulate", "--profile", "h100-llama-3.1-8b"]
+    for source in (str(trace), f"trace://{trace}?scale=2"):
+        assert main([*common, "--trace", source, "--out", str(trace)]) == 2
+        assert "trace itself" in capsys.readouterr().err
+    out = str(tmp_path / "same")
+    assert main([*common, "--trace", str(trace), "--out", out, "--json", out]) == 2
+    assert main([*common, "--trace", str(trace), "--out", "/dev/null"]) == 2
+    assert "regular file" in capsys.readouterr().err
+    assert trace.read_text() == text

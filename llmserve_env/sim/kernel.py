@@ -33,6 +33,7 @@ from llmserve_env.sim.state import (
     FAILED,
     GAPS,
     HISTOGRAM_BINS,
+    MAX_DEPTH,
     MAX_RUNNING,
     NEVER_PS,
     PREFILL,
@@ -218,7 +219,8 @@ def _queue_push(e, g, out, pool, owner, length):
         _queue_compact(e, g, out, pool)
         if e.queue_tail - e.queue_head > mask:  # thousands of preempted requests: the newest loses its cache
             last = (e.queue_tail - 1) & mask
-            out[pool.queue_owner[g, last]].segment = -1
+            if pool.queue_owner[g, last] >= 0:
+                out[pool.queue_owner[g, last]].segment = -1
             pool.queue_owner[g, last] = -1
             pool.queue_length[g, last] += length
             return
@@ -771,8 +773,14 @@ def _finish(e, counters, g, cell, req, out, ten, tr, slot):
     first = out[request].first_ps
     gaps = max(req[request].output_tokens - 1, 1)
     in_ttft = first - req[request].arrival_ps <= ten.ttft_slo_ps[tenant]
-    if in_ttft and e.busy_ps - first <= ten.tpot_slo_ps[tenant] * gaps:
+    if in_ttft and (e.busy_ps - first + gaps - 1) // gaps <= ten.tpot_slo_ps[tenant]:
         counters.tenant_in_slo[tenant] += 1
+
+
+@_inlined
+def _room(e, others):
+    """Blocks that sequences may still take beside `others` of them: a lone one may use the whole cache."""
+    return (e.blocks if e.running - e.limbo_count <= others else e.block_cap) - e.held
 
 
 @_inlined
@@ -813,7 +821,7 @@ def _decode_stretch(e, cost, cell, limit_ps):
         while m < most and (m + 1) * first + slope * ((m + 1) * m // 2) < room:
             m += 1
         most = min(most, m + 2)
-    room = e.block_cap - e.held
+    room = _room(e, 1)
     if room < n * ((most >> 4) + 1):
         cycles = room // n
         batches = min(cycles * BLOCK_TOKENS, most)
@@ -829,11 +837,11 @@ def _decode_stretch(e, cost, cell, limit_ps):
 
 
 @_inlined
-def _count_batch_time(e, counters, duration):
-    """Integrate over a batch what runs in it: not what has ended with the batch before."""
+def _count_batch_time(e, counters, duration, taken):
+    """Integrate what runs in batches: not what ended before them, and half of the blocks that they take."""
     counters.busy_ps += float(duration)
     counters.sequence_ps += float(e.running - e.limbo_count) * float(duration)
-    counters.block_ps += float(e.held - e.limbo_blocks) * float(duration)
+    counters.block_ps += (e.held - e.limbo_blocks - 0.5 * taken) / e.blocks * float(duration)
 
 
 @_inlined
@@ -866,7 +874,7 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     counters.iterations += batches
     counters.decisions += 1
     counters.output_tokens += n * batches
-    _count_batch_time(e, counters, duration)
+    _count_batch_time(e, counters, duration, need)
 
 
 @_inlined
@@ -973,13 +981,13 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
 
     # running sequences first: one token each, 1 + depth under speculation
     depth = e.depth
-    if depth > 0 and e.active > 0:
-        depth = min(depth, e.token_budget // e.active - 1)
+    if depth > 0:
+        depth = min(depth, e.token_budget // max(e.active, 1) - 1)
     preempted = False
     need = np.int64(0)
     while e.active > 0 or e.partial >= 0:
         need = _decode_need(e, cell, ten, depth)
-        if need <= e.block_cap - e.held:
+        if need <= _room(e, 1):
             break
         _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre)
         need = 0
@@ -997,7 +1005,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         total = req[request].prompt_tokens + e.slot_generated[slot]
         chunk = min(total - e.partial_done, budget)
         blocks = _blocks(e.partial_done + chunk) - _blocks(e.partial_done)
-        while e.partial >= 0 and blocks + need > e.block_cap - e.held:
+        while e.partial >= 0 and blocks + need > _room(e, 1):
             _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre)
             need = _decode_need(e, cell, ten, depth)
             preempted = True
@@ -1033,7 +1041,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         if transferred:  # with those of its first step
             step = _step_tokens(e, ten, ten.speculation_class[req[request].tenant], depth)
             blocks = max(blocks, _blocks(total - 1 + step))
-        if blocks - hits[0] + hits[1] > e.block_cap - e.held - need:
+        if blocks - hits[0] + hits[1] > _room(e, 0) - need:
             break
         if need > 0:
             _queue_take(e, counters, g, out, pool, need)
@@ -1104,7 +1112,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     counters.output_tokens += gained + ending
     counters.draft_steps += n * depth
     counters.accepted_tokens += gained - n
-    _count_batch_time(e, counters, duration)
+    _count_batch_time(e, counters, duration, 0)
 
 
 @_inlined
@@ -1155,8 +1163,11 @@ def _reset_blocks(e, g, cost, pool):
 
 
 @_compiled
-def _route(engines, now_ps, transferred):
+def _route(engines, counters, cell, req, out, ten, now_ps, transferred):
     """Least-loaded engine that takes this kind of request; one that is up before one that is not."""
+    for i in range(len(engines)):
+        if engines[i].waiting > 0:
+            _expire(engines[i], counters, cell, req, out, ten, now_ps)
     other = DECODE if not transferred else PREFILL
     best = -1
     best_load = NEVER_PS
@@ -1197,7 +1208,7 @@ def _enqueue_in_turn(e, cell, req, out, request, now_ps):
 
 
 @_compiled
-def _reroute(engines, i, cell, req, out, now_ps):
+def _reroute(engines, i, counters, cell, req, out, ten, now_ps):
     """Send the fresh requests that wait at a draining engine where they would go now."""
     e = engines[i]
     chain = np.int64(-1)
@@ -1216,13 +1227,13 @@ def _reroute(engines, i, cell, req, out, now_ps):
         last = request
     while chain >= 0:
         after = np.int64(out[chain].next)
-        target = _route(engines, now_ps, out[chain].status == TRANSFER)
+        target = _route(engines, counters, cell, req, out, ten, now_ps, out[chain].status == TRANSFER)
         _enqueue_in_turn(engines[target], cell, req, out, chain, now_ps)
         chain = after
 
 
 @_compiled
-def _begin_switch(engines, cell, req, out, ten, now_ps):
+def _begin_switch(engines, counters, cell, req, out, ten, now_ps):
     """Start to drain the next engine whose role or precision is not the wanted one, one engine at a time."""
     for i in range(len(engines)):
         if engines[i].condition != UP:
@@ -1241,7 +1252,7 @@ def _begin_switch(engines, cell, req, out, ten, now_ps):
         if e.next_ps == NEVER_PS:
             e.next_ps = max(now_ps, e.busy_ps)
         if len(engines) > 1:
-            _reroute(engines, i, cell, req, out, now_ps)
+            _reroute(engines, i, counters, cell, req, out, ten, now_ps)
         return
 
 
@@ -1261,7 +1272,8 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
         if due:
             ready_ps = tr.ready_ps[0]
             request = _transfer_pop(cell, tr)
-            _enqueue(engines[_route(engines, ready_ps, True)], req, out, request, ready_ps)
+            target = _route(engines, counters, cell, req, out, ten, ready_ps, True)
+            _enqueue(engines[target], req, out, request, ready_ps)
         elif cell.transfers == 0 or tr.ready_ps[0] >= until_ps:
             return
 
@@ -1269,7 +1281,7 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
 @_compiled
 def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
     """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all earlier decisions."""
-    _begin_switch(engines, cell, req, out, ten, start_ps)
+    _begin_switch(engines, counters, cell, req, out, ten, start_ps)
     for i in range(len(engines)):
         if engines[i].next_ps == NEVER_PS and engines[i].waiting > 0:
             engines[i].next_ps = max(start_ps, engines[i].busy_ps)
@@ -1282,7 +1294,8 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
         tenant = req[request].tenant
         counters.arrived += 1
         counters.tenant_arrived[tenant] += 1
-        if _blocks(req[request].prompt_tokens + req[request].output_tokens) > cell.most_blocks:
+        tokens = req[request].prompt_tokens + req[request].output_tokens + MAX_DEPTH
+        if _blocks(tokens) > cell.most_blocks:
             out[request].status = CANCELLED
             out[request].finish_ps = now_ps
             counters.cancelled += 1
@@ -1295,7 +1308,7 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             _enqueue(engines[0], req, out, request, now_ps)
         else:
             _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
-            target = _route(engines, now_ps, False)
+            target = _route(engines, counters, cell, req, out, ten, now_ps, False)
             _enqueue(engines[target], req, out, request, now_ps)
     _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
     for i in range(len(engines)):

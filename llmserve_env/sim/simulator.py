@@ -138,9 +138,12 @@ class SimulatorBatch:
             raise InputError(
                 f"expected {BLOCK_TOKENS}, found {profile.engine.block_tokens}", field="block_tokens"
             )
+        if not workloads:
+            raise InputError("expected at least one", field="workloads")
         self.profile = profile
         self.workloads = tuple(workloads)
         self.now_s = 0.0
+        self._over = False
         self._parallel = parallel
         self._tenants = self.workloads[0].tenants
         if any(workload.tenants != self._tenants for workload in self.workloads):
@@ -230,6 +233,8 @@ class SimulatorBatch:
 
     def serve(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
         """Apply one action to each episode, serve all for `window_s` seconds (inf: until nothing is left)."""
+        if self._over:
+            raise InputError("the episodes are over: what was unfinished has failed")
         if not window_s > 0:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
         if len(actions) != len(self.workloads):
@@ -285,7 +290,7 @@ class SimulatorBatch:
             iterations=int(counters["iterations"]),
             busy_s=busy_ps / PS_PER_S,
             mean_running=float(counters["sequence_ps"]) / busy_ps,
-            mean_kv_occupancy=float(counters["block_ps"]) / busy_ps / int(engines["blocks"][0]),
+            mean_kv_occupancy=float(counters["block_ps"]) / busy_ps,
             evictions=int(counters["evictions"]),
             drafted_tokens=int(counters["draft_steps"]),
             accepted_tokens=int(counters["accepted_tokens"]),
@@ -306,11 +311,16 @@ class SimulatorBatch:
     def fail_unfinished(self) -> int:
         """End the episodes here: what has arrived and is not over fails; returns how many requests did."""
         unfinished = np.isin(self.outcomes["status"], (WAITING, RUNNING, TRANSFER))
-        end_ps = _ps(self.now_s)
-        if end_ps == NEVER_PS:  # served out: the end is when the last engine stopped
-            end_ps = int(self.engines["busy_ps"].max())
         self.outcomes["status"][unfinished] = FAILED
-        self.outcomes["finish_ps"][unfinished] = np.maximum(end_ps, self.requests["arrival_ps"][unfinished])
+        for episode in range(len(self.workloads)):
+            part = slice(self._first[episode], self._first[episode + 1])
+            # served out: the end is when the last engine stopped
+            end_ps = min(_ps(self.now_s), NEVER_PS - 1)
+            if self.now_s == float("inf"):
+                end_ps = int(self.engines["busy_ps"][episode].max())
+            own = np.flatnonzero(unfinished[part]) + part.start
+            self.outcomes["finish_ps"][own] = np.maximum(end_ps, self.requests["arrival_ps"][own])
+        self._over = self._over or bool(unfinished.any())
         return int(unfinished.sum())
 
     def outcomes_of(self, episode: int) -> Outcomes:
@@ -354,7 +364,7 @@ class Simulator:
 
 
 def _ps(time_s: float) -> int:
-    return NEVER_PS if time_s == float("inf") else round(time_s * PS_PER_S)
+    return NEVER_PS if time_s * PS_PER_S >= NEVER_PS else round(time_s * PS_PER_S)
 
 
 def _requests(workloads: Sequence[Workload]) -> NDArray[np.void]:
@@ -462,7 +472,9 @@ def _prefixes(workloads: Sequence[Workload]) -> Prefixes:
     for workload in workloads:
         offsets.append(workload.prefix_offsets + low)
         low += len(workload.prefix_ids)
-    return Prefixes(np.concatenate(offsets), np.concatenate([w.prefix_ids for w in workloads]), per_id)
+    # small numbers for the ids: any integer may name a block, and keys are multiples of them
+    ids = np.unique(np.concatenate([w.prefix_ids for w in workloads]), return_inverse=True)[1]
+    return Prefixes(np.concatenate(offsets), ids.astype(np.int64), per_id)
 
 
 def _pool(engines: NDArray[np.void], cost: Cost, shared: bool) -> Pool:

@@ -172,7 +172,7 @@ COUNTERS = np.dtype(
     + [
         ("busy_ps", np.float64),
         ("sequence_ps", np.float64),  # running sequences integrated over busy time
-        ("block_ps", np.float64),  # held blocks integrated over busy time
+        ("block_ps", np.float64),  # share of blocks held, integrated over busy time
         ("ttft_ps", np.float64),
         ("ttft_histogram", np.int64, (HISTOGRAM_BINS,)),
         ("gap_histogram", np.int64, (HISTOGRAM_BINS,)),

@@ -95,6 +95,11 @@ class Workload:
             raise InputError(
                 f"expected {n + 1} offsets, found {len(self.prefix_offsets)}", field="prefix_offsets"
             )
+        if self.prefix_block_tokens:
+            total = len(self.prefix_ids)
+            ends = (int(self.prefix_offsets[0]), int(self.prefix_offsets[-1]))
+            if ends != (0, total) or (np.diff(self.prefix_offsets) < 0).any():
+                raise InputError(f"expected offsets that rise from 0 to {total}", field="prefix_offsets")
 
     def __len__(self) -> int:
         return len(self.arrival_s)

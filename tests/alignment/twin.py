@@ -78,8 +78,9 @@ class Engine:
     def block_cap(self):
         return int(self.fraction * len(self.blocks))
 
-    def room(self, blocks):
-        return self.held + blocks <= self.block_cap
+    def room(self, blocks, others=1):
+        alone = sum(r not in self.finishing for r in self.running) <= others
+        return self.held + blocks <= (len(self.blocks) if alone else self.block_cap)
 
     # blocks
 
@@ -217,10 +218,10 @@ class Engine:
         if self.fresh or self.resumed:
             self.expire(now)
 
-        active = [r for r in self.running if r.decoding and not self.over(r)]
+        self.finishing = [r for r in self.running if self.over(r)]  # in the batch in flight
+        active = [r for r in self.running if r.decoding and r not in self.finishing]
         depth = self.depth
-        if depth and active:
-            depth = min(depth, self.cell.budget // len(active) - 1)
+        depth = min(depth, self.cell.budget // max(len(active), 1) - 1)
         budget = self.cell.budget
         preempted = False
 
@@ -269,7 +270,7 @@ class Engine:
             total = r.prompt + r.generated
             if r.transferred:
                 step = self.tokens_of_step(r.tenant, depth)
-                if budget < 1 + depth or not self.room(max(blocks_of(total), blocks_of(total - 1 + step))):
+                if budget < 1 + depth or not self.room(max(blocks_of(total), blocks_of(total - 1 + step)), 0):
                     break
                 self.fresh.remove(r)
                 self.running.append(r)
@@ -286,7 +287,7 @@ class Engine:
                 continue
             shared, private = self.cached(r, total)
             idle = sum(self.blocks[b].references == 0 for b in shared)
-            if not self.room(blocks_of(total) - len(shared) + idle):
+            if not self.room(blocks_of(total) - len(shared) + idle, 0):
                 break
             (self.resumed if r in self.resumed else self.fresh).remove(r)
             self.running.append(r)
@@ -453,6 +454,9 @@ class Cell:
         return self.transfer[0] + self.transfer[1] * request.prompt
 
     def route(self, now_ps, transferred):
+        for e in self.engines:
+            e.expire(now_ps)
+
         def badness(e):
             role = e.role if e.condition == "up" else e.next_role
             wrong = role == ("prefill" if transferred else "decode")
@@ -514,7 +518,7 @@ class Cell:
                 break
             self.next_request += 1
             self.count["arrived"] += 1
-            if blocks_of(r.prompt + r.output) > int(min(self.cost.blocks)):
+            if blocks_of(r.prompt + r.output + 8) > int(min(self.cost.blocks)):
                 r.status, r.finish_ps = "cancelled", r.arrival_ps
                 self.count["cancelled"] += 1
                 continue

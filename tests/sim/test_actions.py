@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.constants import constants
 from llmserve_env.schema import ServeAction
-from llmserve_env.sim.simulator import Simulator
+from llmserve_env.sim.simulator import Simulator, SimulatorBatch
 from llmserve_env.sim.state import TRANSFER
 from llmserve_env.workloads import open_workload
 from llmserve_env.workloads.workload import Tenant
@@ -233,3 +235,59 @@ def test_what_cannot_be_applied_is_told():
     assert simulator.batch.engines["condition"][0, 0] == 0
     assert simulator.serve(ServeAction(quantization_tier="INT8"), 5.0).not_applied == {}
     assert (simulator.serve_out().status == "completed").all()
+
+
+def test_a_lone_request_may_outgrow_the_budget():
+    """Otherwise it would preempt itself and then stand at the queue's head for ever."""
+    batch = SimulatorBatch(small(110), [requests([0] + [1] * 20, [160] + [16] * 20, [200] + [4] * 20)])
+    record = batch.serve([ServeAction(kv_budget_fraction=0.1)], 60.0)[0]
+    assert (record.completed, record.in_flight) == (21, 0)
+
+
+def test_a_small_token_budget_limits_speculation_in_split_pools():
+    cell = {"engines": 2, "max_num_batched_tokens": 4, "action": ServeAction(prefill_decode_split=True)}
+    batch = SimulatorBatch(small(400), [requests([0, 0, 0], [20, 20, 20], [8, 8, 8])], **cell)
+    record = batch.serve([ServeAction(prefill_decode_split=True, speculation_depth=8)], math.inf)[0]
+    assert record.completed == 3
+
+
+def test_windows_do_not_change_routing_where_clients_give_up():
+    rng = np.random.default_rng(0)
+    tenant = (Tenant(patience_s=0.4),)
+    sizes = rng.integers(500, 6000, 600), rng.integers(1, 200, 600)
+    workload = requests(np.cumsum(rng.exponential(0.02, 600)), *sizes, tenants=tenant)
+    found = []
+    for windows in (1, 280):
+        batch = SimulatorBatch(PROFILE, [workload], engines=3, action=ServeAction(batch_cap=4))
+        for _ in range(windows):
+            batch.serve([ServeAction(batch_cap=4)], 14.0 / windows)
+        batch.serve([ServeAction(batch_cap=4)], math.inf)
+        found.append(batch.outcomes["finish_ps"].tolist())
+    assert found[0] == found[1]
+
+
+def test_no_promise_is_broken_by_a_promise_of_never():
+    tenant = (Tenant(ttft_slo_s=math.inf, tpot_slo_s=math.inf),)
+    batch = SimulatorBatch(PROFILE, [requests([0, 0, 0], [9, 9, 9], [2, 4, 50], tenants=tenant)])
+    assert batch.serve([ServeAction()], math.inf)[0].tenant_in_slo.tolist() == [3]
+
+
+def test_a_window_may_reach_past_the_end_of_time():
+    batch = SimulatorBatch(PROFILE, [requests([0], [9], [9])])
+    assert batch.serve([ServeAction()], 5e6)[0].completed == 1
+    assert batch.serve([ServeAction()], 1e9)[0].completed == 0
+
+
+def test_any_integers_name_prefix_blocks():
+    ids = np.array([-1, 2, 3, 4] * 2 + [5, 5 + 2**62])
+    workload = replace(
+        requests([0, 1, 2, 3], [64, 64, 16, 16], [4, 4, 4, 4]),
+        prefix_block_tokens=16,
+        prefix_offsets=np.array([0, 4, 8, 9, 10]),
+        prefix_ids=ids,
+    )
+    batch = SimulatorBatch(PROFILE, [workload])
+    record = batch.serve([ServeAction()], math.inf)[0]
+    assert (record.completed, record.cached_tokens) == (4, 48)
+    with pytest.raises(InputError, match="offsets"):
+        replace(workload, prefix_offsets=np.array([0, 4, 8, 9, 11]))

@@ -127,7 +127,7 @@ def test_patience_ends_at_its_deadline():
 
 
 def test_refused_on_arrival():
-    simulator = Simulator(small(110), requests([0, 1], [1700, 1800], [60, 60]))
+    simulator = Simulator(small(110), requests([0, 1], [1692, 1693], [60, 60]))
     record = simulator.serve(ServeAction(), math.inf)
     assert (record.completed, record.cancelled) == (1, 1)
     assert simulator.outcomes().status.tolist() == ["completed", "cancelled"]

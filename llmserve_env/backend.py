@@ -38,14 +38,14 @@ class WindowRecord:
         iterations: batches run, all engines.
         busy_s: time that batches took, all engines (s).
         mean_running: running requests averaged over busy time.
-        mean_kv_occupancy: share of KV blocks held, averaged over busy time; those taken in a stretch count half.
+        mean_kv_occupancy: share of KV blocks held over busy time; blocks taken in a stretch count half.
         evictions: cached blocks that were overwritten.
         drafted_tokens: draft tokens proposed.
         accepted_tokens: draft tokens accepted.
         transfers: KV caches sent from prefill to decode engines.
         mean_ttft_s: of first tokens in this window (s; nan without any).
         ttft_histogram: int64[bins], first tokens by TTFT; edges in sim.state.histogram_edges_s.
-        gap_histogram: int64[bins], steps of sequences by the time since the one before; a step yields one token,
+        gap_histogram: int64[bins], steps of sequences by the time since the last; a step yields one token,
             under speculation several.
         tenant_arrived: int64[tenant].
         tenant_completed: int64[tenant].

@@ -649,7 +649,7 @@ def _cached_blocks(g, cell, req, out, pool, pre, request, total):
 
 
 @_inlined
-def _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits):
+def _admit(e, counters, g, req, out, ten, pool, pre, request, before, chunk, hits):
     """Give a waiting request a slot, its cached blocks and those of its first chunk; returns the slot."""
     shared, idle, private = hits
     _dequeue(e, req, out, request, before)
@@ -733,7 +733,7 @@ def _transfer_pop(cell, tr):
 
 
 @_inlined
-def _finish(e, counters, g, cell, req, out, ten, tr, slot):
+def _finish(e, counters, cell, req, out, ten, tr, slot):
     """The last token of a sequence (or, in a prefill pool, its first) is in the batch that is in flight."""
     request = e.slot_request[slot]
     c = e.slot_class[slot]
@@ -872,7 +872,6 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
         for i in range(batches):
             counters.gap_histogram[_bin(first + slope * i)] += n
     counters.iterations += batches
-    counters.decisions += 1
     counters.output_tokens += n * batches
     _count_batch_time(e, counters, duration, need)
 
@@ -934,7 +933,7 @@ def _long_gap(e, counters, out, request):
 
 
 @_inlined
-def _end_prefill(e, counters, cell, req, out, slot):
+def _end_prefill(e, counters, req, out, slot):
     """The batch that was just scheduled ends this prefill and yields a token."""
     request = e.slot_request[slot]
     generated = e.slot_generated[slot]
@@ -975,7 +974,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         _release(e, g, out, pool, pre)
     for c in range(cell.classes):
         while e.heap_size[c] > 0 and e.heap_key[c, 0] <= e.clock[c]:
-            _finish(e, counters, g, cell, req, out, ten, tr, e.heap_slot[c, 0])
+            _finish(e, counters, cell, req, out, ten, tr, e.heap_slot[c, 0])
     if e.waiting > 0:
         limit_ps = min(limit_ps, _expire(e, counters, cell, req, out, ten, e.next_ps))
 
@@ -1049,7 +1048,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             if not transferred:
                 hits = _cached_blocks(g, cell, req, out, pool, pre, request, total)
         if transferred:  # its KV cache has come from the prefill pool: it decodes at once
-            slot = _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, total, hits)
+            slot = _admit(e, counters, g, req, out, ten, pool, pre, request, before, total, hits)
             generated = out[request].generated
             e.slot_generated[slot] = generated - 1
             _activate(e, slot, total - 1, req[request].output_tokens - generated)
@@ -1060,7 +1059,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
             continue
         cached = (hits[0] + hits[2]) * BLOCK_TOKENS
         chunk = min(total - cached, budget)
-        slot = _admit(e, counters, g, cell, req, out, ten, pool, pre, request, before, chunk, hits)
+        slot = _admit(e, counters, g, req, out, ten, pool, pre, request, before, chunk, hits)
         if pre.per_id > 0 and cell.prefix_cache:
             _share_blocks(e, g, req, out, pool, pre, slot, request, (cached + chunk) // BLOCK_TOKENS)
         prefill_ps += max(_prefill_ps(cost, e.tier, float(chunk), float(cached)) - floor_ps, 0.0)
@@ -1105,9 +1104,8 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         request = e.slot_request[e.batch_slot[MAX_RUNNING - 1 - i]]
         _long_gap(e, counters, out, request)
     for i in range(ending):
-        _end_prefill(e, counters, cell, req, out, e.batch_slot[i])
+        _end_prefill(e, counters, req, out, e.batch_slot[i])
     counters.iterations += 1
-    counters.decisions += 1
     counters.prefill_tokens += prefill_tokens
     counters.output_tokens += gained + ending
     counters.draft_steps += n * depth

@@ -158,7 +158,6 @@ COUNTERS = np.dtype(
             "cancelled",
             "preemptions",
             "iterations",
-            "decisions",
             "prefill_tokens",
             "cached_tokens",
             "output_tokens",

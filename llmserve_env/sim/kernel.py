@@ -22,6 +22,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from llmserve_env.hardware.constants import MAX_DEPTH
 from llmserve_env.sim.state import (
     ACCEPT_ONE,
     BLOCK_TOKENS,
@@ -33,7 +34,6 @@ from llmserve_env.sim.state import (
     FAILED,
     GAPS,
     HISTOGRAM_BINS,
-    MAX_DEPTH,
     MAX_RUNNING,
     NEVER_PS,
     PREFILL,
@@ -778,6 +778,21 @@ def _finish(e, counters, cell, req, out, ten, tr, slot):
 
 
 @_inlined
+def _decode_attention(e, cost):
+    """Attention of a batch of decodes alone, its growth per batch (ps), and batches to the next knot."""
+    n = e.active
+    knots = cost.decode_kv
+    kv = e.kv_sum + n
+    k = 0
+    while k < len(knots) - 2 and kv >= knots[k + 1] * n:
+        k += 1
+    slope = cost.decode_slope[e.tier, n, k]
+    attention = cost.decode_ps[e.tier, n, k] + (slope * (kv - knots[k] * n)) // n
+    until_knot = (knots[k + 1] * n - kv + n - 1) // n if k < len(knots) - 2 else NEVER_PS
+    return attention, slope, until_knot
+
+
+@_inlined
 def _room(e, others):
     """Blocks that sequences may still take beside `others` of them: a lone one may use the whole cache."""
     return (e.blocks if e.running - e.limbo_count <= others else e.block_cap) - e.held
@@ -796,16 +811,9 @@ def _decode_stretch(e, cost, cell, limit_ps):
     for c in range(cell.classes):
         if e.heap_size[c] > 0:
             most = min(most, e.heap_key[c, 0] - e.clock[c])
-    knots = cost.decode_kv
-    kv = e.kv_sum + n
-    k = 0
-    while k < len(knots) - 2 and kv >= knots[k + 1] * n:
-        k += 1
-    slope = cost.decode_slope[tier, n, k]
-    base = cost.dense_ps[tier, n] + cost.head_ps[tier, n] + cost.decode_ps[tier, n, k]
-    first = base + (slope * (kv - knots[k] * n)) // n
-    if k < len(knots) - 2:
-        most = min(most, (knots[k + 1] * n - kv + n - 1) // n)
+    attention, slope, until_knot = _decode_attention(e, cost)
+    first = cost.dense_ps[tier, n] + cost.head_ps[tier, n] + attention
+    most = min(most, until_knot)
     # batch m is decided at the end of batch m - 2; the second at the end of the batch in flight
     start = max(e.next_ps, e.busy_ps)
     if start >= limit_ps:
@@ -911,12 +919,7 @@ def _batch_ps(e, cell, cost, prefill_tokens, prefill_ps, ending, depth):
             attention += _mixed_ps(cost, tier, float(prefill_tokens), n, kv)
         duration += np.int64(np.rint(attention))
     else:
-        knots = cost.decode_kv
-        kv = e.kv_sum + n
-        k = 0
-        while k < len(knots) - 2 and kv >= knots[k + 1] * n:
-            k += 1
-        duration += cost.decode_ps[tier, n, k] + (cost.decode_slope[tier, n, k] * (kv - knots[k] * n)) // n
+        duration += _decode_attention(e, cost)[0]
     if depth > 0 and n > 0:
         draft = cell.draft_layers * cost.dense_ps[tier, n] + cell.draft_head * cost.head_ps[tier, n]
         duration += np.int64(np.rint(depth * draft))

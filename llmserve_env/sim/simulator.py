@@ -165,7 +165,7 @@ class SimulatorBatch:
         self.cells["prefix_cache"] = prefix_cache
         self.cells["most_blocks"] = self._cost.blocks.min()
         self.cells["prefill_engines"] = engines // 2 if prefill_engines is None else prefill_engines
-        self.cells["draft_layers"] = drafting[0] / profile.model.layers
+        self.cells["draft_layers"] = drafting[0] * compile_latency(profile).draft_layer_fraction
         self.cells["draft_head"] = drafting[1]
         if engines > 1 and not 1 <= self.cells["prefill_engines"][0] < engines:
             raise InputError(f"expected 1..{engines - 1}, found {prefill_engines}", field="prefill_engines")

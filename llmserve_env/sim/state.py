@@ -24,8 +24,6 @@ MAX_BLOCKS = 1 << 24
 MAX_TENANTS = 32
 MAX_CLASSES = 4
 """Speculation classes in one workload."""
-MAX_DEPTH = 8
-"""Draft tokens per step (upper end of ServeAction.speculation_depth)."""
 BLOCK_TOKENS = 16
 """Tokens in one KV block, vLLM's default."""
 GAPS = 1024

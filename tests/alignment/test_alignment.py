@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from sim.cells import PROFILE, small
 
-from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.schema import QuantizationTier, ServeAction
 from llmserve_env.sim.simulator import SimulatorBatch
@@ -18,19 +18,6 @@ from llmserve_env.sim.state import NEVER_PS, PS_PER_S, STATUS_NAMES
 from llmserve_env.workloads.workload import Tenant, Workload
 
 from .twin import Cell, Request
-
-PROFILE = load_profile("rtx4090-llama-3.1-8b")
-
-
-def small(profile, blocks):
-    """The profile with so little memory that its FP16 engine has `blocks` KV blocks."""
-    need = profile.tier("FP16").weight_bytes + (blocks + 1) * profile.model.kv_bytes_per_token * 16
-    memory = (
-        math.ceil((need + profile.engine.reserved_bytes_per_gpu) / profile.engine.gpu_memory_utilization) + 1
-    )
-    engine = profile.engine.model_copy(update={"kv_blocks": None})
-    gpu = profile.gpu.model_copy(update={"memory_bytes": memory})
-    return profile.model_copy(update={"engine": engine, "gpu": gpu})
 
 
 @st.composite
@@ -163,7 +150,7 @@ def test_kernel_equals_twin(workload, actions, window_s, blocks, engines, prefix
         "prefix_cache": prefix_cache,
         "action": actions[0],
     }
-    batch = SimulatorBatch(small(PROFILE, blocks), [workload], **cell)
+    batch = SimulatorBatch(small(blocks), [workload], **cell)
     batch.cells["restart_ps"] = PS_PER_S // 2
     batch.cells["load_ps"] = PS_PER_S // 3
     twin = twin_of(batch, workload, actions[0], engines, budget)
@@ -204,7 +191,7 @@ def test_kernel_equals_twin_under_load(blocks):
         np.cumsum(rng.exponential(0.05, n)), rng.integers(1, 900, n), rng.integers(1, 400, n), np.zeros(n)
     )
     action = ServeAction()
-    batch = SimulatorBatch(small(PROFILE, blocks), [workload])
+    batch = SimulatorBatch(small(blocks), [workload])
     twin = twin_of(batch, workload, action, 1, PROFILE.engine.max_num_batched_tokens)
     batch.serve([action], math.inf)
     twin.serve(twin_action(action), 0, NEVER_PS)

@@ -1,0 +1,1 @@
+"""How well an agent serves: what its scores amount to, and how sure that is."""

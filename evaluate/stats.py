@@ -1,0 +1,182 @@
+"""What scores over seeds amount to, and how sure that is.
+
+What Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021, arXiv
+2108.13264), recommend for a handful of runs, as their library, rliable, defines it: the interquartile mean,
+and percentile intervals from a bootstrap that is stratified by task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from llmserve_env.errors import InputError
+
+Statistic = Callable[..., Any]
+"""Called as `statistic(scores, axis=-1)`; takes that axis away. `iqm`, `np.mean` and `np.median` are such."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval, in the scores' own unit.
+
+    `str()` writes it as a table would: `0.512 [0.498, 0.527]`.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def iqm(scores: npt.ArrayLike, axis: int | None = None) -> Any:
+    """Interquartile mean: the mean of the scores without the lowest and the highest quarter.
+
+    Less moved by outliers than the mean, and less wasteful of scores than the median (Agarwal et al. 2021,
+    arXiv 2108.13264). A quarter is rounded down to whole scores: of five, one at each end is left out, and of
+    three none.
+
+    Args:
+        scores: any shape.
+        axis: the axis that is averaged away; None, as in rliable, averages over all seeds and tasks.
+
+    Returns:
+        A float, or float64 of the shape of `scores` without `axis`.
+
+    Raises:
+        InputError: there are no scores, or one is not finite (a nan would be trimmed as if it were the best).
+    """
+    return stats.trim_mean(_finite(scores, "scores"), 0.25, axis=axis)
+
+
+def interval(
+    scores: npt.ArrayLike,
+    statistic: Statistic = iqm,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """A statistic of scores, and its percentile interval by stratified bootstrap.
+
+    As Agarwal et al. 2021 (arXiv 2108.13264): every resample draws, in each task by itself, as many seeds as
+    there are, with replacement, and takes the statistic over the scores of all tasks together. The tasks are
+    fixed: the interval says what other seeds would have given on these tasks. It takes the scores of
+    different tasks to be independent, which holds where every score has its own run. Where one trained agent
+    fills a whole row, average each row first, and give `[seeds]`.
+
+    Percentile intervals of few seeds are too narrow: those of a mean of normal scores, asked for 95%, cover
+    the truth in 83% of cases with 5 seeds, 90% with 10, 94% with 50.
+
+    Args:
+        scores: float64[seeds] or [seeds, tasks], two seeds or more.
+        statistic: what is estimated; see `Statistic`.
+        confidence: the share of repetitions in which the interval should cover the truth, within (0, 1).
+        resamples: bootstrap samples; 10,000 place the ends of a 95% interval to about 1% of its width.
+        seed: of the resampling; the same arguments give the same interval.
+
+    Returns:
+        The statistic of `scores`, and its interval.
+
+    Raises:
+        InputError: fewer than two seeds, a score that is not finite, or an argument out of range.
+    """
+    table = _by_seed(scores, "scores")
+    if not 0 < confidence < 1:
+        raise InputError(f"expected a number between 0 and 1, found {confidence}", field="confidence")
+    if resamples < 2:
+        raise InputError(f"expected 2 or more, found {resamples}", field="resamples")
+
+    def pooled(*tasks: npt.NDArray[np.float64], axis: int) -> Any:
+        """The statistic over all tasks: float64[resamples, seeds] a task."""
+        return statistic(np.concatenate(tasks, axis=axis), axis=axis)
+
+    # SciPy resamples each of several unpaired samples by itself: a sample a task makes it stratified.
+    bounds = stats.bootstrap(
+        tuple(table.T),
+        pooled,
+        n_resamples=resamples,
+        vectorized=True,
+        axis=-1,
+        confidence_level=confidence,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(pooled(*table.T, axis=-1)), float(bounds.low), float(bounds.high))
+
+
+def paired_difference(
+    a: npt.ArrayLike,
+    b: npt.ArrayLike,
+    statistic: Statistic = np.mean,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """How much `a` scores above `b` on the same seeds: `interval` of the differences, pair by pair.
+
+    Two agents with the same seed serve the same workload, and much of the spread of scores is the workload's.
+    Drawing pairs cancels that share; two separate intervals would count it twice.
+
+    The default is the mean, not the interquartile mean of Agarwal et al. 2021 (arXiv 2108.13264), for two
+    reasons. The mean of differences is the difference of the means, so it speaks of the two agents; the
+    interquartile mean of differences is in general not the difference of the interquartile means. And
+    agents often differ on few seeds only, those under pressure; trimming drops exactly these, and reports no
+    difference.
+
+    Args:
+        a: float64[seeds] or [seeds, tasks], two seeds or more.
+        b: as `a`: the entry of the same place is the score on the same seed and task.
+        statistic: of the differences; see `Statistic`.
+        confidence: as for `interval`.
+        resamples: as for `interval`.
+        seed: as for `interval`.
+
+    Returns:
+        The statistic of `a - b`, and its interval; `a` is better where `low` is above 0.
+
+    Raises:
+        InputError: as for `interval`, or `a` and `b` differ in shape.
+    """
+    first, second = _by_seed(a, "a"), _by_seed(b, "b")
+    if first.shape != second.shape:
+        raise InputError(
+            f"expected {first.shape[0]} seeds of {first.shape[1]} tasks, as in a, "
+            f"found {second.shape[0]} seeds of {second.shape[1]} tasks",
+            field="b",
+        )
+    return interval(
+        first - second, statistic=statistic, confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+def _by_seed(scores: npt.ArrayLike, field: str) -> npt.NDArray[np.float64]:
+    """Scores as float64[seeds, tasks]."""
+    table = _finite(scores, field)
+    if table.ndim not in (1, 2):
+        raise InputError(f"expected [seeds] or [seeds, tasks], found shape {table.shape}", field=field)
+    if len(table) < 2:
+        raise InputError("expected two seeds or more, found one", field=field)
+    return table.reshape(len(table), -1)
+
+
+def _finite(scores: npt.ArrayLike, field: str) -> npt.NDArray[np.float64]:
+    """Scores as float64, at least one, all finite."""
+    try:
+        table = np.asarray(scores, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError("expected numbers, as many in each row", field=field) from None
+    if not table.size:
+        raise InputError("expected scores, found none", field=field)
+    bad = np.argwhere(~np.isfinite(table))
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise InputError(f"expected finite scores, found {table[place]} at {list(place)}", field=field)
+    return table

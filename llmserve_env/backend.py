@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from llmserve_env.schema import ServeAction
+
+MAX_TENANTS = 32
+
+_TENANT = (MAX_TENANTS,)
+
+WINDOW = np.dtype(
+    [
+        ("start_s", np.float64),
+        ("end_s", np.float64),
+        ("arrived", np.int64),
+        ("arrived_prompt_tokens", np.int64),
+        ("completed", np.int64),
+        ("failed", np.int64),
+        ("cancelled", np.int64),
+        ("in_flight", np.int64),
+        ("waiting", np.int64),
+        ("running", np.int64),
+        ("oldest_wait_s", np.float64),
+        ("kv_occupancy", np.float64),
+        ("gpu_memory_gb", np.float64),
+        ("preemptions", np.int64),
+        ("prefill_tokens", np.int64),
+        ("cached_tokens", np.int64),
+        ("output_tokens", np.int64),
+        ("iterations", np.int64),
+        ("busy_s", np.float64),
+        ("mean_running", np.float64),
+        ("mean_kv_occupancy", np.float64),
+        ("evictions", np.int64),
+        ("drafted_tokens", np.int64),
+        ("accepted_tokens", np.int64),
+        ("transfers", np.int64),
+        ("first_tokens", np.int64),
+        ("mean_ttft_s", np.float64),
+        ("p50_ttft_s", np.float64),
+        ("p99_ttft_s", np.float64),
+        ("p50_gap_s", np.float64),
+        ("p99_gap_s", np.float64),
+        ("engines_up", np.int64),
+        ("engines_split", np.int64),
+        ("engines_tier", np.int64, (3,)),
+        ("tenant_arrived", np.int64, _TENANT),
+        ("tenant_completed", np.int64, _TENANT),
+        ("tenant_failed", np.int64, _TENANT),
+        ("tenant_in_flight", np.int64, _TENANT),
+        ("tenant_in_slo", np.int64, _TENANT),
+        ("tenant_output_tokens", np.int64, _TENANT),
+        ("tenant_first_tokens", np.int64, _TENANT),
+        ("tenant_ttft_s", np.float64, _TENANT),
+        ("tenant_headroom", np.float64, _TENANT),
+        ("tier_in_slo", np.int64, (3, *_TENANT)),
+    ],
+    align=True,
+)
+"""One window of one episode as a record; `WindowRecord` says what each field means. Tenants fill the first
+places of their fields, the others are 0."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +82,7 @@ class WindowRecord:
         start_s: start of the window (s).
         end_s: its end (s).
         arrived: requests that clients sent.
+        arrived_prompt_tokens: tokens of their prompts.
         completed: requests that got their last token.
         failed: requests that their client gave up before the first token.
         cancelled: requests refused on arrival, too long for the KV cache.
@@ -30,7 +90,9 @@ class WindowRecord:
             token is scheduled (gauge).
         waiting: requests in a queue or in transfer (gauge).
         running: requests in an engine's batch, until the batch with their last token has ended (gauge).
+        oldest_wait_s: age of the oldest request that waits for its first admission, 0 without one (s, gauge).
         kv_occupancy: share of all KV blocks that running requests hold (gauge).
+        gpu_memory_gb: weights and held KV blocks of all engines (GB, gauge).
         preemptions: running requests thrown back to the queue.
         prefill_tokens: tokens of prefill computed, recomputation included.
         cached_tokens: tokens of prefill spared by the prefix cache.
@@ -43,28 +105,47 @@ class WindowRecord:
         drafted_tokens: draft tokens proposed.
         accepted_tokens: draft tokens accepted.
         transfers: KV caches sent from prefill to decode engines.
+        first_tokens: requests that got their first token.
         mean_ttft_s: of first tokens in this window (s; nan without any).
+        p50_ttft_s: their median (s; nan without any); percentiles come from histograms with bins 7 to 12%
+            wide.
+        p99_ttft_s: their 99th percentile (s; nan without any).
+        p50_gap_s: median time between a sequence's steps (s; nan without any).
+        p99_gap_s: 99th percentile of the same (s; nan without any).
+        engines_up: engines that are neither draining nor reloading (gauge).
+        engines_split: engines in a prefill or decode pool, or loading for one (gauge).
+        engines_tier: int64[3], engines by the precision of their weights FP16, INT8, INT4; of what they load
+            while they do (gauge).
+        tenant_arrived: int64[tenant].
+        tenant_completed: int64[tenant].
+        tenant_failed: int64[tenant], given up or refused.
+        tenant_in_flight: int64[tenant] (gauge).
+        tenant_in_slo: int64[tenant], completed with TTFT and TPOT within the tenant's SLO.
+        tenant_output_tokens: int64[tenant], tokens of completed requests.
+        tenant_first_tokens: int64[tenant], requests that got their first token.
+        tenant_ttft_s: float64[tenant], sum of their TTFT (s).
+        tenant_headroom: float64[tenant], over requests within the SLO the sum of 1 - max(TTFT, TPOT), each as
+            a share of what was promised.
+        tier_in_slo: int64[3, tenant], requests within the SLO by the precision of the engine that ended them.
         ttft_histogram: int64[bins], first tokens by TTFT; edges in sim.state.histogram_edges_s.
         gap_histogram: int64[bins], steps of sequences by the time since the last; a step yields one token,
             under speculation several.
-        tenant_arrived: int64[tenant].
-        tenant_completed: int64[tenant].
-        tenant_failed: int64[tenant].
-        tenant_in_slo: int64[tenant], completed with TTFT and TPOT within the tenant's SLO.
-        tenant_output_tokens: int64[tenant], tokens of completed requests.
         not_applied: fields of the action that had no effect, with the reason.
     """
 
     start_s: float
     end_s: float
     arrived: int
+    arrived_prompt_tokens: int
     completed: int
     failed: int
     cancelled: int
     in_flight: int
     waiting: int
     running: int
+    oldest_wait_s: float
     kv_occupancy: float
+    gpu_memory_gb: float
     preemptions: int
     prefill_tokens: int
     cached_tokens: int
@@ -77,15 +158,52 @@ class WindowRecord:
     drafted_tokens: int
     accepted_tokens: int
     transfers: int
+    first_tokens: int
     mean_ttft_s: float
-    ttft_histogram: NDArray[np.int64]
-    gap_histogram: NDArray[np.int64]
+    p50_ttft_s: float
+    p99_ttft_s: float
+    p50_gap_s: float
+    p99_gap_s: float
+    engines_up: int
+    engines_split: int
+    engines_tier: NDArray[np.int64]
     tenant_arrived: NDArray[np.int64]
     tenant_completed: NDArray[np.int64]
     tenant_failed: NDArray[np.int64]
+    tenant_in_flight: NDArray[np.int64]
     tenant_in_slo: NDArray[np.int64]
     tenant_output_tokens: NDArray[np.int64]
+    tenant_first_tokens: NDArray[np.int64]
+    tenant_ttft_s: NDArray[np.float64]
+    tenant_headroom: NDArray[np.float64]
+    tier_in_slo: NDArray[np.int64]
+    ttft_histogram: NDArray[np.int64]
+    gap_histogram: NDArray[np.int64]
     not_applied: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        window: NDArray[np.void],
+        tenants: int,
+        ttft_histogram: NDArray[np.int64],
+        gap_histogram: NDArray[np.int64],
+        not_applied: Mapping[str, str],
+    ) -> WindowRecord:
+        """The record of one WINDOW row, its tenant fields cut to the number of tenants."""
+        values: dict[str, Any] = {}
+        for name in WINDOW.names or ():
+            value = window[name]
+            if value.ndim == 0:
+                values[name] = value.item()
+            else:
+                values[name] = value[..., :tenants].copy() if name != "engines_tier" else value.copy()
+        return cls(
+            **values,
+            ttft_histogram=ttft_histogram.copy(),
+            gap_histogram=gap_histogram.copy(),
+            not_applied=dict(not_applied),
+        )
 
 
 class Backend(Protocol):

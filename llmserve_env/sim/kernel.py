@@ -37,6 +37,7 @@ from llmserve_env.sim.state import (
     MAX_RUNNING,
     NEVER_PS,
     PREFILL,
+    PS_PER_S,
     RELOADING,
     RUNNING,
     TRANSFER,
@@ -537,6 +538,7 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
             out[request].finish_ps = deadline
             counters.failed += 1
             counters.tenant_failed[tenant] += 1
+            cell.tenant_in_flight[tenant] -= 1
             e.waiting -= 1
             e.unfinished -= 1
             if before >= 0:
@@ -770,11 +772,15 @@ def _finish(e, counters, cell, req, out, ten, tr, slot):
     counters.completed += 1
     counters.tenant_completed[tenant] += 1
     counters.tenant_output_tokens[tenant] += req[request].output_tokens
+    cell.tenant_in_flight[tenant] -= 1
     first = out[request].first_ps
     gaps = max(req[request].output_tokens - 1, 1)
-    in_ttft = first - req[request].arrival_ps <= ten.ttft_slo_ps[tenant]
-    if in_ttft and (e.busy_ps - first + gaps - 1) // gaps <= ten.tpot_slo_ps[tenant]:
-        counters.tenant_in_slo[tenant] += 1
+    ttft = first - req[request].arrival_ps
+    tpot = (e.busy_ps - first + gaps - 1) // gaps
+    if ttft <= ten.ttft_slo_ps[tenant] and tpot <= ten.tpot_slo_ps[tenant]:
+        counters.tier_in_slo[e.tier, tenant] += 1
+        used = max(ttft / ten.ttft_slo_ps[tenant], tpot / ten.tpot_slo_ps[tenant])
+        counters.tenant_headroom[tenant] += 1.0 - used
 
 
 @_inlined
@@ -943,8 +949,11 @@ def _end_prefill(e, counters, req, out, slot):
     if out[request].first_ps == 0:
         out[request].first_ps = e.busy_ps
         ttft = e.busy_ps - req[request].arrival_ps
+        tenant = req[request].tenant
         counters.first_tokens += 1
         counters.ttft_ps += float(ttft)
+        counters.tenant_first_tokens[tenant] += 1
+        counters.tenant_ttft_ps[tenant] += float(ttft)
         counters.ttft_histogram[_bin(ttft)] += 1
     else:
         _long_gap(e, counters, out, request)
@@ -1111,7 +1120,7 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     counters.iterations += 1
     counters.prefill_tokens += prefill_tokens
     counters.output_tokens += gained + ending
-    counters.draft_steps += n * depth
+    counters.drafted_tokens += n * depth
     counters.accepted_tokens += gained - n
     _count_batch_time(e, counters, duration, 0)
 
@@ -1294,13 +1303,16 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
         cell.next_request = request + 1
         tenant = req[request].tenant
         counters.arrived += 1
+        counters.arrived_prompt_tokens += req[request].prompt_tokens
         counters.tenant_arrived[tenant] += 1
         tokens = req[request].prompt_tokens + req[request].output_tokens + MAX_DEPTH
         if _blocks(tokens) > cell.most_blocks:
             out[request].status = CANCELLED
             out[request].finish_ps = now_ps
             counters.cancelled += 1
+            counters.tenant_failed[tenant] += 1
             continue
+        cell.tenant_in_flight[tenant] += 1
         if len(engines) == 1:
             if engines[0].next_ps < now_ps:
                 _advance(
@@ -1317,18 +1329,197 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             _expire(engines[i], counters, cell, req, out, ten, min(until_ps - 1, NEVER_PS - 1))
 
 
+# ------------------------------------------------------------------------------------ actions and the record
+
+
+@_compiled
+def _apply(engines, cell, action):
+    """Set what the next window runs under; what this cell cannot do stays as it is."""
+    cap = min(action.batch_cap, engines[0].token_budget)
+    for i in range(len(engines)):
+        e = engines[i]
+        e.batch_cap = cap
+        e.kv_fraction = action.kv_budget_fraction
+        e.block_cap = np.int64(action.kv_budget_fraction * e.blocks)
+        e.depth = action.speculation_depth
+        e.priority = action.priority_routing
+    if cell.has_tier[action.quantization_tier]:
+        cell.tier = action.quantization_tier
+    if cell.can_split or action.prefill_decode_split == 0:
+        cell.split = action.prefill_decode_split
+
+
+@_compiled
+def _clear(counters, tenants):
+    counters.arrived = 0
+    counters.arrived_prompt_tokens = 0
+    counters.completed = 0
+    counters.failed = 0
+    counters.cancelled = 0
+    counters.preemptions = 0
+    counters.iterations = 0
+    counters.prefill_tokens = 0
+    counters.cached_tokens = 0
+    counters.output_tokens = 0
+    counters.drafted_tokens = 0
+    counters.accepted_tokens = 0
+    counters.evictions = 0
+    counters.transfers = 0
+    counters.first_tokens = 0
+    counters.busy_ps = 0.0
+    counters.sequence_ps = 0.0
+    counters.block_ps = 0.0
+    counters.ttft_ps = 0.0
+    for i in range(HISTOGRAM_BINS):
+        counters.ttft_histogram[i] = 0
+        counters.gap_histogram[i] = 0
+    for tenant in range(tenants):
+        counters.tenant_arrived[tenant] = 0
+        counters.tenant_completed[tenant] = 0
+        counters.tenant_failed[tenant] = 0
+        counters.tenant_output_tokens[tenant] = 0
+        counters.tenant_first_tokens[tenant] = 0
+        counters.tenant_headroom[tenant] = 0.0
+        counters.tenant_ttft_ps[tenant] = 0.0
+        for tier in range(3):
+            counters.tier_in_slo[tier, tenant] = 0
+
+
+@_inlined
+def _quantile_s(histogram, total, q):
+    """Quantile of a histogram of durations, linear within a bin (s); nan if it is empty."""
+    if total == 0:
+        return np.nan
+    wanted = q * total
+    below = 0
+    for i in range(HISTOGRAM_BINS):
+        count = histogram[i]
+        if count > 0 and below + count >= wanted:
+            width = math.ldexp(0.125, (i >> 3) - 14)
+            low = math.ldexp(1.0 + (i & 7) / 8.0, (i >> 3) - 14)
+            return low + width * (wanted - below) / count
+        below += count
+    return np.nan
+
+
+@_compiled
+def _record(engines, counters, cell, req, out, start_ps, until_ps, window):
+    """Fill the WINDOW record of what was served from `start_ps` to `until_ps`."""
+    window.start_s = start_ps / PS_PER_S
+    window.end_s = until_ps / PS_PER_S if until_ps < NEVER_PS else np.inf
+    waiting = np.int64(cell.transfers)
+    running = np.int64(0)
+    limbo = np.int64(0)
+    held = np.int64(0)
+    blocks = np.int64(0)
+    oldest_ps = until_ps
+    memory = 0.0
+    up = np.int64(0)
+    split = np.int64(0)
+    for tier in range(3):
+        window.engines_tier[tier] = 0
+    for i in range(len(engines)):
+        e = engines[i]
+        waiting += e.waiting
+        running += e.running
+        # what has ended by the window's end no longer runs, though the engine frees it at its next decision
+        if e.limbo_ps <= until_ps:
+            running -= e.limbo_count
+        limbo += e.running - e.limbo_count
+        held += e.held
+        blocks += e.blocks
+        loading = e.condition == RELOADING
+        tier = e.next_tier if loading else e.tier
+        memory += cell.weight_bytes[tier] + cell.block_bytes * e.held
+        window.engines_tier[tier] += 1
+        up += e.condition == UP
+        split += (e.next_role if loading else e.role) != COLOCATED
+        for tenant in range(cell.tenants):
+            request = e.fresh_head[tenant]
+            if request >= 0 and out[request].status == WAITING:
+                oldest_ps = min(oldest_ps, req[request].arrival_ps)
+    window.in_flight = waiting + limbo
+    window.waiting = waiting
+    window.running = running
+    window.oldest_wait_s = (until_ps - oldest_ps) / PS_PER_S
+    window.kv_occupancy = held / blocks
+    window.gpu_memory_gb = memory / 1e9
+    window.engines_up = up
+    window.engines_split = split
+    window.arrived = counters.arrived
+    window.arrived_prompt_tokens = counters.arrived_prompt_tokens
+    window.completed = counters.completed
+    window.failed = counters.failed
+    window.cancelled = counters.cancelled
+    window.preemptions = counters.preemptions
+    window.prefill_tokens = counters.prefill_tokens
+    window.cached_tokens = counters.cached_tokens
+    window.output_tokens = counters.output_tokens
+    window.iterations = counters.iterations
+    window.evictions = counters.evictions
+    window.drafted_tokens = counters.drafted_tokens
+    window.accepted_tokens = counters.accepted_tokens
+    window.transfers = counters.transfers
+    window.first_tokens = counters.first_tokens
+    busy_ps = max(counters.busy_ps, 1.0)
+    window.busy_s = counters.busy_ps / PS_PER_S
+    window.mean_running = counters.sequence_ps / busy_ps
+    window.mean_kv_occupancy = counters.block_ps / busy_ps
+    first_tokens = counters.first_tokens
+    window.mean_ttft_s = counters.ttft_ps / first_tokens / PS_PER_S if first_tokens > 0 else np.nan
+    window.p50_ttft_s = _quantile_s(counters.ttft_histogram, first_tokens, 0.5)
+    window.p99_ttft_s = _quantile_s(counters.ttft_histogram, first_tokens, 0.99)
+    steps = np.int64(0)
+    for i in range(HISTOGRAM_BINS):
+        steps += counters.gap_histogram[i]
+    window.p50_gap_s = _quantile_s(counters.gap_histogram, steps, 0.5)
+    window.p99_gap_s = _quantile_s(counters.gap_histogram, steps, 0.99)
+    for tenant in range(cell.tenants):
+        window.tenant_arrived[tenant] = counters.tenant_arrived[tenant]
+        window.tenant_completed[tenant] = counters.tenant_completed[tenant]
+        window.tenant_failed[tenant] = counters.tenant_failed[tenant]
+        window.tenant_in_flight[tenant] = cell.tenant_in_flight[tenant]
+        window.tenant_output_tokens[tenant] = counters.tenant_output_tokens[tenant]
+        window.tenant_first_tokens[tenant] = counters.tenant_first_tokens[tenant]
+        window.tenant_headroom[tenant] = counters.tenant_headroom[tenant]
+        window.tenant_ttft_s[tenant] = counters.tenant_ttft_ps[tenant] / PS_PER_S
+        window.tenant_in_slo[tenant] = 0
+        for tier in range(3):
+            window.tier_in_slo[tier, tenant] = counters.tier_in_slo[tier, tenant]
+            window.tenant_in_slo[tenant] += counters.tier_in_slo[tier, tenant]
+
+
 # ----------------------------------------------------------------------------------------------- entry points
 
 
 @_compiled
 def _serve_episode(
-    i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+    i,
+    actions,
+    windows,
+    engines,
+    counters,
+    cells,
+    first,
+    req,
+    out,
+    ten,
+    pool,
+    pre,
+    cost,
+    tr,
+    start_ps,
+    until_ps,
 ):
+    if until_ps[i] < 0:
+        return
     low = first[i]
-    high = first[i + 1]
+    high = low + cells[i].requests
     offsets = pre.offsets[low + i : high + i + 1] if pre.per_id > 0 else pre.offsets
     own = Prefixes(offsets, pre.ids, pre.per_id)
     transfers = Transfers(tr.ready_ps[low:high], tr.request[low:high])
+    _apply(engines[i], cells[i], actions[i])
+    _clear(counters[i], cells[i].tenants)
     _serve_window(
         engines[i],
         counters[i],
@@ -1344,17 +1535,25 @@ def _serve_episode(
         start_ps[i],
         until_ps[i],
     )
+    _record(
+        engines[i], counters[i], cells[i], req[low:high], out[low:high], start_ps[i], until_ps[i], windows[i]
+    )
 
 
 @_compiled
-def serve(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
-    """Serve one window of every episode in turn.
+def serve(
+    actions, windows, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+):
+    """Apply an action to every episode, serve one window of each in turn, and record it.
 
     Args:
-        engines: ENGINE[episode, engine], changed in place, as are `counters`, `cells`, `out`, `pool`, `tr`.
-        counters: COUNTERS[episode], added to.
+        actions: ACTION[episode].
+        windows: WINDOW[episode], filled.
+        engines: ENGINE[episode, engine], changed in place, as are `cells`, `out`, `pool`, `tr`.
+        counters: COUNTERS[episode], of this window.
         cells: CELL[episode].
-        first: int64[episode + 1], episode i owns req[first[i]:first[i + 1]] and the same part of out and tr.
+        first: int64[episode], the requests of episode i are the cells[i].requests from req[first[i]] on, and
+            the same part of out and tr.
         req: REQUEST[n], in order of arrival within an episode.
         out: OUTCOME[n].
         ten: Tenants.
@@ -1363,26 +1562,58 @@ def serve(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, s
         cost: Cost.
         tr: Transfers.
         start_ps: int64[episode], start of the window.
-        until_ps: int64[episode], its end; every decision before it is taken.
+        until_ps: int64[episode], its end; every decision before it is taken. Negative: the episode
+            is left alone.
     """
     for i in range(len(engines)):
         _serve_episode(
-            i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+            i,
+            actions,
+            windows,
+            engines,
+            counters,
+            cells,
+            first,
+            req,
+            out,
+            ten,
+            pool,
+            pre,
+            cost,
+            tr,
+            start_ps,
+            until_ps,
         )
 
 
 @njit(cache=True, error_model="numpy", _nrt=False, parallel=True)
-def serve_parallel(engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
+def serve_parallel(
+    actions, windows, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+):
     """`serve` with the episodes spread over threads; the results are the same bit for bit."""
     for i in prange(len(engines)):
         _serve_episode(
-            i, engines, counters, cells, first, req, out, ten, pool, pre, cost, tr, start_ps, until_ps
+            i,
+            actions,
+            windows,
+            engines,
+            counters,
+            cells,
+            first,
+            req,
+            out,
+            ten,
+            pool,
+            pre,
+            cost,
+            tr,
+            start_ps,
+            until_ps,
         )
 
 
 @_compiled
-def reset_blocks(engines, pool, cost):
-    """Empty the KV cache of every engine: all blocks free, nothing cached."""
-    for i in range(engines.shape[0]):
-        for j in range(engines.shape[1]):
-            _reset_blocks(engines[i, j], i * engines.shape[1] + j, cost, pool)
+def reset_blocks(engines, first_g, pool, cost):
+    """Empty the KV cache of every engine of an episode, ENGINE[engine]: all blocks free, nothing cached."""
+    for j in range(len(engines)):
+        _reset_blocks(engines[j], first_g + j, cost, pool)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.backend import WindowRecord
+from llmserve_env.actions import to_array
+from llmserve_env.backend import MAX_TENANTS, WINDOW, WindowRecord
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.latency import MAX_TOKENS, compile_latency
@@ -28,7 +29,6 @@ from llmserve_env.sim.state import (
     MAX_BLOCKS,
     MAX_CLASSES,
     MAX_RUNNING,
-    MAX_TENANTS,
     NEVER_PS,
     OUTCOME,
     PREFILL,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from llmserve_env.workloads.workload import Workload
 
 
+_SMALL_ID = 1 << 40
 _LONGEST_S = 4e6
 """Last arrival that leaves room to serve out before NEVER_PS."""
 
@@ -141,25 +142,17 @@ class SimulatorBatch:
         if not workloads:
             raise InputError("expected at least one", field="workloads")
         self.profile = profile
-        self.workloads = tuple(workloads)
-        self.now_s = 0.0
-        self._over = False
         self._parallel = parallel
-        self._tenants = self.workloads[0].tenants
-        if any(workload.tenants != self._tenants for workload in self.workloads):
-            raise InputError("the episodes of a batch need the same tenants", field="workloads")
-        self._tenant_arrays, drafting = _tenants(self.workloads[0])
+        self._tenants = workloads[0].tenants
+        self._tenant_arrays, drafting = _tenants(workloads[0])
         self._cost = _cost(profile)
         if kv_blocks is not None:
             self._cost = self._cost._replace(blocks=np.full_like(self._cost.blocks, kv_blocks))
-        self._first = np.concatenate([[0], np.cumsum([len(workload) for workload in self.workloads])])
-        self.requests = _requests(self.workloads)
-        self.outcomes = np.zeros(len(self.requests), OUTCOME)
-        self.outcomes["next"] = -1
-        self.outcomes["segment"] = -1
-        self._prefixes = _prefixes(self.workloads) if prefix_cache else _no_prefixes()
-        self.engines = _engines(len(self.workloads), engines, budget)
-        self.cells = np.zeros(len(self.workloads), CELL)
+        episodes = len(workloads)
+        self.workloads: list[Workload] = list(workloads)
+        self._own_action = action or ServeAction()
+        self.engines = _engines(episodes, engines, budget)
+        self.cells = np.zeros(episodes, CELL)
         self.cells["classes"] = self._tenant_arrays.speculation_class.max() + 1
         self.cells["tenants"] = len(self._tenants)
         self.cells["prefix_cache"] = prefix_cache
@@ -167,14 +160,106 @@ class SimulatorBatch:
         self.cells["prefill_engines"] = engines // 2 if prefill_engines is None else prefill_engines
         self.cells["draft_layers"] = drafting[0] * compile_latency(profile).draft_layer_fraction
         self.cells["draft_head"] = drafting[1]
+        self.cells["block_bytes"] = profile.model.kv_bytes_per_token * BLOCK_TOKENS
         if engines > 1 and not 1 <= self.cells["prefill_engines"][0] < engines:
             raise InputError(f"expected 1..{engines - 1}, found {prefill_engines}", field="prefill_engines")
         self._set_switching()
-        self._pool = _pool(self.engines, self._cost, self._prefixes.per_id > 0)
-        transfers = len(self.requests) if engines > 1 else 0
+        self._prefix_tokens = _prefix_tokens(workloads) if prefix_cache else 0
+        self._pool = _pool(self.engines, self._cost, self._prefix_tokens > 0)
+        self.counters = np.zeros(episodes, COUNTERS)
+        self.windows = np.zeros(episodes, WINDOW)
+        self.now_s = np.zeros(episodes)
+        self._over = np.zeros(episodes, bool)
+        self._room(
+            np.array([len(workload) for workload in workloads]),
+            np.array([len(workload.prefix_ids) for workload in workloads]),
+        )
+        for episode, workload in enumerate(workloads):
+            self.reset(episode, workload)
+
+    def _room(self, requests: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
+        """Make room for the requests and the prefix ids of each episode, int64[episode] both."""
+        self._first = np.concatenate([[0], np.cumsum(requests)])
+        self._first_id = np.concatenate([[0], np.cumsum(ids)]) if self._prefix_tokens else np.zeros(1, int)
+        total = int(self._first[-1])
+        self.requests = np.zeros(total, REQUEST)
+        self.outcomes = np.zeros(total, OUTCOME)
+        self._prefixes = _no_prefixes()
+        if self._prefix_tokens:
+            self._prefixes = Prefixes(
+                np.zeros(total + len(requests), np.int64),
+                np.zeros(self._first_id[-1], np.int64),
+                self._prefix_tokens // BLOCK_TOKENS,
+            )
+        transfers = total if self.engines.shape[1] > 1 else 0
         self._transfers = Transfers(np.zeros(transfers, np.int64), np.zeros(transfers, np.int32))
-        self.counters = np.zeros(len(self.workloads), COUNTERS)
-        self._start(action or ServeAction())
+
+    def _grow(self, episode: int, workload: Workload) -> None:
+        """Make room for a longer workload; a quarter more, as others of its kind will come."""
+        old = (self._first, self._first_id, self.requests, self.outcomes, self._prefixes, self._transfers)
+        first, first_id, requests, outcomes, prefixes, transfers = old
+        sizes, ids = np.diff(first), np.diff(first_id)
+        sizes[:] = np.maximum(sizes, len(workload) * 5 // 4)
+        if self._prefix_tokens:
+            ids[:] = np.maximum(ids, len(workload.prefix_ids) * 5 // 4)
+        self._room(sizes, ids)
+        for other in range(len(self.cells)):
+            count, source, target = int(self.cells["requests"][other]), first[other], self._first[other]
+            self.requests[target : target + count] = requests[source : source + count]
+            self.outcomes[target : target + count] = outcomes[source : source + count]
+            if len(transfers.request):
+                part = slice(source, source + count)
+                self._transfers.ready_ps[target : target + count] = transfers.ready_ps[part]
+                self._transfers.request[target : target + count] = transfers.request[part]
+            if self._prefix_tokens and other != episode:
+                offsets = prefixes.offsets[source + other : source + other + count + 1]
+                shift = self._first_id[other] - first_id[other]
+                self._prefixes.offsets[target + other : target + other + count + 1] = offsets + shift
+                ids_kept = prefixes.ids[offsets[0] : offsets[-1]]
+                low = self._first_id[other]
+                self._prefixes.ids[low : low + len(ids_kept)] = ids_kept
+
+    def reset(self, episode: int, workload: Workload) -> None:
+        """Begin an episode anew at time 0: empty engines in the starting configuration, another workload.
+
+        Raises:
+            InputError: the workload has other tenants, or prefix blocks of another size, than the batch.
+        """
+        if workload.tenants != self._tenants:
+            raise InputError("the episodes of a batch need the same tenants", field="workloads")
+        if self.cells["prefix_cache"][episode] and workload.prefix_block_tokens != self._prefix_tokens:
+            raise InputError("the episodes of a batch need the same prefix block size", field="workloads")
+        if workload.duration_s > _LONGEST_S:
+            raise InputError(
+                f"expected at most {_LONGEST_S:,.0f} s, found {workload.duration_s}", field="arrival_s"
+            )
+        fits = len(workload) <= self._first[episode + 1] - self._first[episode]
+        if self._prefix_tokens:
+            fits = fits and len(workload.prefix_ids) <= self._first_id[episode + 1] - self._first_id[episode]
+        if not fits:
+            self._grow(episode, workload)
+        low = int(self._first[episode])
+        part = slice(low, low + len(workload))
+        requests, outcomes = self.requests[part], self.outcomes[part]
+        requests["arrival_ps"] = np.rint(workload.arrival_s * PS_PER_S)
+        requests["prompt_tokens"] = workload.prompt_tokens
+        requests["output_tokens"] = workload.output_tokens
+        requests["tenant"] = workload.tenant
+        outcomes[:] = np.zeros(1, OUTCOME)
+        outcomes["next"] = -1
+        outcomes["segment"] = -1
+        if self._prefix_tokens:
+            offsets = workload.prefix_offsets + self._first_id[episode]
+            self._prefixes.offsets[low + episode : low + episode + len(workload) + 1] = offsets
+            self._prefixes.ids[offsets[0] : offsets[-1]] = _small(workload.prefix_ids)
+        cell: Any = self.cells[episode]
+        cell["requests"], cell["next_request"], cell["transfers"] = len(workload), 0, 0
+        cell["tenant_in_flight"] = 0
+        self.workloads[episode] = workload
+        self.now_s[episode] = 0.0
+        self._over[episode] = False
+        self.windows[episode] = np.zeros(1, WINDOW)[0]
+        self._start(episode)
 
     def _set_switching(self) -> None:
         shared, profile = constants(), self.profile
@@ -184,68 +269,85 @@ class SimulatorBatch:
             if tier is not None:
                 load_s = tier.weight_bytes / (shared.switching.weight_load_gb_per_s * 1e9)
                 self.cells["load_ps"][:, index] = round(load_s * PS_PER_S)
-        self._no_split = "a cell of one engine cannot be split" if self.engines.shape[1] == 1 else ""
-        if self._no_split:
-            return
+                self.cells["weight_bytes"][:, index] = tier.weight_bytes
+                self.cells["has_tier"][:, index] = True
+        self._no_split = self._set_link()
+        self.cells["can_split"] = not self._no_split
+
+    def _set_link(self) -> str:
+        """Set what a KV transfer takes; returns why the cell cannot split, "" if it can."""
+        if self.engines.shape[1] == 1:
+            return "a cell of one engine cannot be split"
+        gpu = self.profile.gpu
         try:
-            link = shared.kv_link(profile.gpu.name)
+            link = constants().kv_link(gpu.name)
         except InputError as error:
-            self._no_split = str(error)
-            return
+            return str(error)
         latency_s = link.duration_s(0)
-        token_s = link.duration_s(profile.model.kv_bytes_per_token, profile.gpu.count) - latency_s
+        token_s = link.duration_s(self.profile.model.kv_bytes_per_token, gpu.count) - latency_s
         self.cells["transfer_latency_ps"] = round(latency_s * PS_PER_S)
         self.cells["transfer_ps_per_token"] = round(token_s * PS_PER_S)
+        return ""
 
-    def _start(self, action: ServeAction) -> None:
-        """Put every cell in the configuration of an action, at no cost."""
-        self._not_applied: list[dict[str, str]] = [{} for _ in self.workloads]
-        for episode in range(len(self.workloads)):
-            self._apply(episode, action)
-        for index in range(self.engines.shape[1]):
-            roles = np.where(index < self.cells["prefill_engines"], PREFILL, DECODE)
-            self.engines["role"][:, index] = np.where(self.cells["split"], roles, COLOCATED)
-        self.engines["tier"] = self.cells["tier"][:, None]
-        self.engines["next_role"] = self.engines["role"]
-        self.engines["next_tier"] = self.engines["tier"]
-        kernel.reset_blocks(self.engines, self._pool, self._cost)
+    def _start(self, episode: int) -> None:
+        """Put a cell in the configuration that it starts with, at no cost."""
+        engines, cell, action = self.engines[episode], self.cells[episode], self._own_action
+        engines[:] = _engines(1, len(engines), int(engines["token_budget"][0]))[0]
+        missing = self.not_applied(action)
+        cell["tier"] = 0 if "quantization_tier" in missing else TIERS.index(action.quantization_tier.value)
+        cell["split"] = action.prefill_decode_split and "prefill_decode_split" not in missing
+        roles = np.where(np.arange(len(engines)) < cell["prefill_engines"], PREFILL, DECODE)
+        engines["role"] = engines["next_role"] = roles if cell["split"] else COLOCATED
+        engines["tier"] = engines["next_tier"] = cell["tier"]
+        kernel.reset_blocks(engines, episode * len(engines), self._pool, self._cost)
 
-    def _apply(self, episode: int, action: ServeAction) -> None:
-        engines, cell, missing = self.engines[episode], self.cells[episode], {}
-        budget = int(engines["token_budget"][0])
-        engines["batch_cap"] = min(action.batch_cap, budget)
+    def not_applied(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that have no effect on these cells, with the reason."""
+        missing = {}
+        budget = int(self.engines["token_budget"][0, 0])
         if action.batch_cap > budget:
             missing["batch_cap"] = f"{budget} tokens an iteration are room for {budget} running sequences"
-        engines["kv_fraction"] = action.kv_budget_fraction
-        engines["block_cap"] = (action.kv_budget_fraction * engines["blocks"]).astype(np.int64)
-        engines["depth"] = action.speculation_depth
-        engines["priority"] = action.priority_routing
         tier = action.quantization_tier.value
-        if tier in self.profile.tier_names:
-            cell["tier"] = TIERS.index(tier)
-        else:
+        if tier not in self.profile.tier_names:
             missing["quantization_tier"] = f"profile '{self.profile.name}' has no {tier} weights"
         if action.prefill_decode_split and self._no_split:
             missing["prefill_decode_split"] = self._no_split
-        else:
-            cell["split"] = action.prefill_decode_split
-        self._not_applied[episode] = missing
+        return missing
 
-    def serve(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
-        """Apply one action to each episode, serve all for `window_s` seconds (inf: until nothing is left)."""
-        if self._over:
+    def advance(
+        self, actions: NDArray[np.void], window_s: float, which: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.void]:
+        """Apply one action to each episode and serve all for `window_s` seconds.
+
+        Args:
+            actions: ACTION[episode].
+            window_s: length of the window (s; inf: until nothing is left).
+            which: bool[episode], the episodes to serve (default: all); the others stay as they are.
+
+        Returns:
+            WINDOW[episode], the batch's own `windows`: the next call overwrites it.
+
+        Raises:
+            InputError: an episode is over, or the window is not positive.
+        """
+        if (self._over if which is None else self._over & which).any():
             raise InputError("the episodes are over: what was unfinished has failed")
         if not window_s > 0:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
-        if len(actions) != len(self.workloads):
-            raise InputError(f"expected {len(self.workloads)}, found {len(actions)}", field="actions")
-        for episode, action in enumerate(actions):
-            self._apply(episode, action)
-        start_s, self.now_s = self.now_s, self.now_s + window_s
-        self.counters[:] = 0
-        bounds = [np.full(len(actions), _ps(time_s), np.int64) for time_s in (start_s, self.now_s)]
+        if len(actions) != len(self.cells):
+            raise InputError(f"expected {len(self.cells)}, found {len(actions)}", field="actions")
+        start_ps = _ps(self.now_s)
+        until_s = self.now_s + window_s
+        until_ps = _ps(until_s)
+        if which is None:
+            self.now_s = until_s
+        else:
+            self.now_s = np.where(which, until_s, self.now_s)
+            until_ps[~which] = -1
         call = kernel.serve_parallel if self._parallel else kernel.serve
         call(
+            actions,
+            self.windows,
             self.engines,
             self.counters,
             self.cells,
@@ -257,75 +359,46 @@ class SimulatorBatch:
             self._prefixes,
             self._cost,
             self._transfers,
-            *bounds,
+            start_ps,
+            until_ps,
         )
-        return [self._record(episode, start_s) for episode in range(len(actions))]
+        return self.windows
 
-    def _record(self, episode: int, start_s: float) -> WindowRecord:
-        counters, engines = self.counters[episode], self.engines[episode]
-        tenants = len(self._tenants)
-        # what has ended by the window's end no longer runs, though the engine frees it at its next decision
-        over = np.where(engines["limbo_ps"] <= _ps(self.now_s), engines["limbo_count"], 0)
-        running = int((engines["running"] - over).sum())
-        transfers = int(self.cells[episode]["transfers"])
-        waiting = int(engines["waiting"].sum()) + transfers
-        busy_ps = max(float(counters["busy_ps"]), 1.0)
-        blocks = int(engines["blocks"].sum())
-        first_tokens = int(counters["first_tokens"])
-        return WindowRecord(
-            start_s=start_s,
-            end_s=self.now_s,
-            arrived=int(counters["arrived"]),
-            completed=int(counters["completed"]),
-            failed=int(counters["failed"]),
-            cancelled=int(counters["cancelled"]),
-            in_flight=waiting + int((engines["running"] - engines["limbo_count"]).sum()),
-            waiting=waiting,
-            running=running,
-            kv_occupancy=float(engines["held"].sum()) / blocks,
-            preemptions=int(counters["preemptions"]),
-            prefill_tokens=int(counters["prefill_tokens"]),
-            cached_tokens=int(counters["cached_tokens"]),
-            output_tokens=int(counters["output_tokens"]),
-            iterations=int(counters["iterations"]),
-            busy_s=busy_ps / PS_PER_S,
-            mean_running=float(counters["sequence_ps"]) / busy_ps,
-            mean_kv_occupancy=float(counters["block_ps"]) / busy_ps,
-            evictions=int(counters["evictions"]),
-            drafted_tokens=int(counters["draft_steps"]),
-            accepted_tokens=int(counters["accepted_tokens"]),
-            transfers=int(counters["transfers"]),
-            mean_ttft_s=float(counters["ttft_ps"]) / first_tokens / PS_PER_S
-            if first_tokens
-            else float("nan"),
-            ttft_histogram=counters["ttft_histogram"].copy(),
-            gap_histogram=counters["gap_histogram"].copy(),
-            tenant_arrived=counters["tenant_arrived"][:tenants].copy(),
-            tenant_completed=counters["tenant_completed"][:tenants].copy(),
-            tenant_failed=counters["tenant_failed"][:tenants].copy(),
-            tenant_in_slo=counters["tenant_in_slo"][:tenants].copy(),
-            tenant_output_tokens=counters["tenant_output_tokens"][:tenants].copy(),
-            not_applied=self._not_applied[episode],
+    def serve(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
+        """As `advance` for all episodes, with actions and records of the schema."""
+        self.advance(to_array(actions), window_s)
+        return [self.record(episode, action) for episode, action in enumerate(actions)]
+
+    def record(self, episode: int, action: ServeAction) -> WindowRecord:
+        """The record of an episode's last window, in which `action` was set."""
+        counters = self.counters[episode]
+        return WindowRecord.of(
+            self.windows[episode],
+            len(self._tenants),
+            counters["ttft_histogram"],
+            counters["gap_histogram"],
+            self.not_applied(action),
         )
 
     def fail_unfinished(self) -> int:
         """End the episodes here: what has arrived and is not over fails; returns how many requests did."""
-        unfinished = np.isin(self.outcomes["status"], (WAITING, RUNNING, TRANSFER))
-        self.outcomes["status"][unfinished] = FAILED
-        for episode in range(len(self.workloads)):
-            part = slice(self._first[episode], self._first[episode + 1])
+        total = 0
+        for episode, now_s in enumerate(self.now_s):
+            part = slice(self._first[episode], self._first[episode] + self.cells["requests"][episode])
+            requests, outcomes = self.requests[part], self.outcomes[part]
+            unfinished = np.isin(outcomes["status"], (WAITING, RUNNING, TRANSFER))
             # served out: the end is when the last engine stopped
-            end_ps = min(_ps(self.now_s), NEVER_PS - 1)
-            if self.now_s == float("inf"):
-                end_ps = int(self.engines["busy_ps"][episode].max())
-            own = np.flatnonzero(unfinished[part]) + part.start
-            self.outcomes["finish_ps"][own] = np.maximum(end_ps, self.requests["arrival_ps"][own])
-        self._over = self._over or bool(unfinished.any())
-        return int(unfinished.sum())
+            end_ps = self.engines["busy_ps"][episode].max() if np.isinf(now_s) else _ps(self.now_s)[episode]
+            outcomes["status"][unfinished] = FAILED
+            outcomes["finish_ps"][unfinished] = np.maximum(end_ps, requests["arrival_ps"][unfinished])
+            self._over[episode] |= unfinished.any()
+            total += int(unfinished.sum())
+        return total
 
     def outcomes_of(self, episode: int) -> Outcomes:
         """What became of each request of an episode so far."""
-        low, high = self._first[episode], self._first[episode + 1]
+        low = self._first[episode]
+        high = low + self.cells["requests"][episode]
         return _outcomes(self.requests[low:high], self.outcomes[low:high])
 
 
@@ -345,7 +418,7 @@ class Simulator:
     @property
     def now_s(self) -> float:
         """Time up to which the cell has served (s)."""
-        return self.batch.now_s
+        return float(self.batch.now_s[0])
 
     def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
         """Apply an action, serve for `window_s` seconds (inf: until nothing is left), tell what happened."""
@@ -363,25 +436,9 @@ class Simulator:
         return self.batch.outcomes_of(0)
 
 
-def _ps(time_s: float) -> int:
-    return NEVER_PS if time_s * PS_PER_S >= NEVER_PS else round(time_s * PS_PER_S)
-
-
-def _requests(workloads: Sequence[Workload]) -> NDArray[np.void]:
-    requests = np.zeros(sum(len(workload) for workload in workloads), REQUEST)
-    low = 0
-    for workload in workloads:
-        if workload.duration_s > _LONGEST_S:
-            raise InputError(
-                f"expected at most {_LONGEST_S:,.0f} s, found {workload.duration_s}", field="arrival_s"
-            )
-        part = requests[low : low + len(workload)]
-        part["arrival_ps"] = np.rint(workload.arrival_s * PS_PER_S)
-        part["prompt_tokens"] = workload.prompt_tokens
-        part["output_tokens"] = workload.output_tokens
-        part["tenant"] = workload.tenant
-        low += len(workload)
-    return requests
+def _ps(time_s: NDArray[np.float64]) -> NDArray[np.int64]:
+    ps: NDArray[np.int64] = np.rint(np.minimum(time_s * PS_PER_S, NEVER_PS)).astype(np.int64)
+    return np.minimum(ps, NEVER_PS)
 
 
 def _engines(episodes: int, count: int, budget: int) -> NDArray[np.void]:
@@ -414,13 +471,13 @@ def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
     drafting = max((known[name].draft_layers, known[name].draft_head) for name in classes)
     return (
         Tenants(
-            patience_ps=np.array([min(_ps(tenant.patience_s), NEVER_PS) for tenant in tenants], np.int64),
+            patience_ps=_ps(np.array([tenant.patience_s for tenant in tenants])),
             rank=np.array([ranks.index(tenant.priority) for tenant in tenants], np.int64),
             speculation_class=np.array(
                 [classes.index(tenant.speculation_class) for tenant in tenants], np.int64
             ),
-            ttft_slo_ps=np.array([_ps(tenant.ttft_slo_s) for tenant in tenants], np.int64),
-            tpot_slo_ps=np.array([_ps(tenant.tpot_slo_s) for tenant in tenants], np.int64),
+            ttft_slo_ps=_ps(np.array([tenant.ttft_slo_s for tenant in tenants])),
+            tpot_slo_ps=_ps(np.array([tenant.tpot_slo_s for tenant in tenants])),
             accept=np.rint(accept * ACCEPT_ONE).astype(np.int64),
         ),
         drafting,
@@ -459,22 +516,19 @@ def _no_prefixes() -> Prefixes:
     return Prefixes(np.zeros(1, np.int64), np.zeros(0, np.int64), 0)
 
 
-def _prefixes(workloads: Sequence[Workload]) -> Prefixes:
-    tokens = {workload.prefix_block_tokens for workload in workloads}
-    if tokens == {0}:
-        return _no_prefixes()
-    if len(tokens) > 1:
-        raise InputError("the episodes of a batch need the same prefix block size", field="workloads")
-    per_id, rest = divmod(tokens.pop(), BLOCK_TOKENS)
-    if rest:
+def _prefix_tokens(workloads: Sequence[Workload]) -> int:
+    """Tokens in a prefix block of the workloads, 0 if no prompts share any."""
+    tokens = workloads[0].prefix_block_tokens
+    if tokens % BLOCK_TOKENS:
         raise InputError(f"expected a multiple of {BLOCK_TOKENS}", field="prefix_block_tokens")
-    offsets, low = [], 0
-    for workload in workloads:
-        offsets.append(workload.prefix_offsets + low)
-        low += len(workload.prefix_ids)
-    # small numbers for the ids: any integer may name a block, and keys are multiples of them
-    ids = np.unique(np.concatenate([w.prefix_ids for w in workloads]), return_inverse=True)[1]
-    return Prefixes(np.concatenate(offsets), ids.astype(np.int64), per_id)
+    return tokens
+
+
+def _small(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Small numbers for prefix ids: any integer may name a block; the kernel's keys are multiples of them."""
+    if len(ids) == 0 or (ids.min() >= 0 and ids.max() < _SMALL_ID):
+        return ids
+    return np.unique(ids, return_inverse=True)[1].astype(np.int64)
 
 
 def _pool(engines: NDArray[np.void], cost: Cost, shared: bool) -> Pool:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llmserve_env.backend import MAX_TENANTS
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -21,7 +23,6 @@ MAX_RUNNING = 512
 """Sequences that one engine can run at once (upper end of ServeAction.batch_cap)."""
 MAX_BLOCKS = 1 << 24
 """KV blocks of one engine: 268 million tokens, a thousand times what one server of today holds."""
-MAX_TENANTS = 32
 MAX_CLASSES = 4
 """Speculation classes in one workload."""
 BLOCK_TOKENS = 16
@@ -151,6 +152,7 @@ COUNTERS = np.dtype(
         (name, np.int64)
         for name in (
             "arrived",
+            "arrived_prompt_tokens",
             "completed",
             "failed",
             "cancelled",
@@ -159,7 +161,7 @@ COUNTERS = np.dtype(
             "prefill_tokens",
             "cached_tokens",
             "output_tokens",
-            "draft_steps",
+            "drafted_tokens",
             "accepted_tokens",
             "evictions",
             "transfers",
@@ -176,14 +178,18 @@ COUNTERS = np.dtype(
         ("tenant_arrived", np.int64, (MAX_TENANTS,)),
         ("tenant_completed", np.int64, (MAX_TENANTS,)),
         ("tenant_failed", np.int64, (MAX_TENANTS,)),
-        ("tenant_in_slo", np.int64, (MAX_TENANTS,)),
         ("tenant_output_tokens", np.int64, (MAX_TENANTS,)),
+        ("tenant_first_tokens", np.int64, (MAX_TENANTS,)),
+        ("tenant_ttft_ps", np.float64, (MAX_TENANTS,)),
+        ("tenant_headroom", np.float64, (MAX_TENANTS,)),
+        ("tier_in_slo", np.int64, (3, MAX_TENANTS)),
     ],
     align=True,
 )
 
 CELL = np.dtype(
     [
+        ("requests", np.int64),  # of its workload
         ("next_request", np.int64),
         ("transfers", np.int64),  # KV transfers under way
         ("classes", np.int64),
@@ -200,6 +206,12 @@ CELL = np.dtype(
         ("tier", np.int64),
         ("restart_ps", np.int64),
         ("load_ps", np.int64, (3,)),
+        # what the cell can do, and how much it holds
+        ("can_split", np.int64),
+        ("has_tier", np.int64, (3,)),
+        ("weight_bytes", np.float64, (3,)),  # of one engine
+        ("block_bytes", np.float64),
+        ("tenant_in_flight", np.int64, (MAX_TENANTS,)),
     ],
     align=True,
 )

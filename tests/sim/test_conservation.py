@@ -26,8 +26,13 @@ def served(batch, windows):
         check(batch)
         for name in COUNTS:
             totals[name] += getattr(record, name)
-        for name in ("arrived", "completed", "failed"):
-            assert getattr(record, f"tenant_{name}").sum() == getattr(record, name)
+        for name in ("arrived", "completed", "first_tokens"):
+            assert getattr(record, f"tenant_{name.removeprefix('tenant_')}").sum() == getattr(record, name)
+        assert record.tenant_failed.sum() == record.failed + record.cancelled
+        assert record.tenant_in_flight.sum() == record.in_flight
+        assert (record.tier_in_slo.sum(axis=0) == record.tenant_in_slo).all()
+        assert ((record.tenant_headroom >= 0) & (record.tenant_headroom <= record.tenant_in_slo)).all()
+        assert record.engines_tier.sum() == batch.engines.shape[1] >= record.engines_up
         totals["tenant_output_tokens"] += int(record.tenant_output_tokens.sum())
         totals["tenant_in_slo"] += int(record.tenant_in_slo.sum())
         totals["ttft"] += int(record.ttft_histogram.sum())

@@ -21,7 +21,7 @@ from .cells import PROFILE, random_action, random_episode, random_workload, requ
 
 SUMS = (
     "iterations", "output_tokens", "prefill_tokens", "cached_tokens", "evictions", "busy_ps", "preemptions",
-    "failed", "transfers", "ttft_ps", "draft_steps", "accepted_tokens",
+    "failed", "transfers", "ttft_ps", "drafted_tokens", "accepted_tokens",
 )  # fmt: skip
 RESULT = ["first_ps", "finish_ps", "generated", "preemptions", "status"]
 

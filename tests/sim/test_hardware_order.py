@@ -37,9 +37,11 @@ def test_more_engines_serve_sooner():
 
 def test_a_larger_batch_cap_serves_a_backlog_sooner():
     workload = open_workload("poisson://?rate=20&duration=30")
-    e2e_s = [Simulator(PROFILE, workload, action=ServeAction(batch_cap=cap)) for cap in (4, 16, 64)]
-    e2e_s = [s.serve(ServeAction(batch_cap=int(s.batch.engines["batch_cap"][0, 0])), math.inf) and
-             s.outcomes().e2e_s.mean() for s in e2e_s]  # fmt: skip
+    e2e_s = []
+    for cap in (4, 16, 64):
+        simulator = Simulator(PROFILE, workload)
+        simulator.serve(ServeAction(batch_cap=cap), math.inf)
+        e2e_s.append(simulator.outcomes().e2e_s.mean())
     assert e2e_s == sorted(e2e_s, reverse=True)
 
 

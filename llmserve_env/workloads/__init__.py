@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmserve_env.workloads.description import Description, describe
     from llmserve_env.workloads.lengths import length_law
     from llmserve_env.workloads.loaders import LoadReport, load, load_lengths
+    from llmserve_env.workloads.scenario import Scenario, parse_scenario
     from llmserve_env.workloads.sources import open_reported, open_workload
     from llmserve_env.workloads.tenants import TenantMix, tenant_mix
     from llmserve_env.workloads.workload import Tenant, Workload
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Description",
     "LoadReport",
+    "Scenario",
     "Tenant",
     "TenantMix",
     "Workload",
@@ -28,12 +30,14 @@ __all__ = [
     "load_lengths",
     "open_reported",
     "open_workload",
+    "parse_scenario",
     "tenant_mix",
 ]
 
 _HOMES = {
     "Description": "description",
     "LoadReport": "loaders",
+    "Scenario": "scenario",
     "Tenant": "workload",
     "TenantMix": "tenants",
     "Workload": "workload",
@@ -43,6 +47,7 @@ _HOMES = {
     "load_lengths": "loaders",
     "open_reported": "sources",
     "open_workload": "sources",
+    "parse_scenario": "scenario",
     "tenant_mix": "tenants",
 }
 

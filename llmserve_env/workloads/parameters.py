@@ -107,6 +107,11 @@ def written(value: object) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
+def is_number(value: object) -> bool:
+    """Whether TOML gave a number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def read(cls: type[P], given: Mapping[str, str], **others: object) -> P:
     """Build a record from URI parameters; those of other records are left alone.
 

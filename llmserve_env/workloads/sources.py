@@ -25,10 +25,11 @@ from llmserve_env.workloads.generators import (
     generate,
 )
 from llmserve_env.workloads.generators.generate import MAX_REQUESTS
-from llmserve_env.workloads.lengths import length_law
+from llmserve_env.workloads.lengths import DEFAULT_LENGTHS, length_law
 from llmserve_env.workloads.loaders import LoadReport, load
 from llmserve_env.workloads.parameters import Parameters, parameter
-from llmserve_env.workloads.presets import preset, presets
+from llmserve_env.workloads.presets import preset, presets, read_toml
+from llmserve_env.workloads.scenario import parse_scenario
 from llmserve_env.workloads.tenants import tenant_mix
 from llmserve_env.workloads.uri import WorkloadURI, parse_uri
 from llmserve_env.workloads.workload import Workload
@@ -44,8 +45,6 @@ GENERATORS: dict[str, type[Generator]] = {
     "sessions": Sessions,
     "servegen": ServeGenClients,
 }
-
-DEFAULT_LENGTHS = "azure-conv"
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,21 @@ class TraceOptions(Parameters):
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
 
 
+@dataclass(frozen=True)
+class ScenarioOptions(Parameters):
+    """What a scenario's URI takes."""
+
+    duration_s: float = parameter("duration", 600.0, "time to cover (s)", above=0)
+    seed: int = parameter("seed", 0, "the same seed gives the same requests", at_least=0)
+    scale: float = parameter("scale", 1.0, "factor on all rates", above=0)
+
+
 def open_workload(source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False) -> Workload:
     """Open a workload by URI, or a trace by its path.
 
     Args:
-        source: such as "gamma://?rate=8&shape=0.25", "trace://FILE?scale=1.5", or a path. Any generator works
-            without parameters, except servegen, which needs its table's path.
+        source: such as "gamma://?rate=8&shape=0.25", "trace://FILE?scale=1.5", "scenario://FILE.toml", or a
+            path. Any generator works without parameters, except servegen, which needs its table's path.
         seed: goes before the URI's own seed.
         skip_bad_rows: skip rows of a file that cannot be read, rather than refuse the file.
 
@@ -101,14 +109,17 @@ def open_workload(source: str | Path, *, seed: int | None = None, skip_bad_rows:
 def open_reported(
     source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False
 ) -> tuple[Workload, LoadReport | None]:
-    """As `open_workload`; with what became of a trace's rows, None for a generator."""
+    """As `open_workload`; with what became of a trace's rows, None for a generator or scenario."""
     uri = parse_uri(str(source))
     if seed is not None:
         uri = replace(uri, query={**uri.query, "seed": str(seed)})
     if uri.scheme == "trace":
         return _open_trace(uri, skip_bad_rows)
+    if uri.scheme == "scenario":
+        return _open_scenario(uri), None
     if uri.scheme not in GENERATORS:
-        raise InputError(f"unknown scheme {uri.scheme!r}: expected one of trace, {', '.join(GENERATORS)}")
+        known = ", ".join(["trace", *GENERATORS, "scenario"])
+        raise InputError(f"unknown scheme {uri.scheme!r}: expected one of {known}")
     return _open_generator(uri, skip_bad_rows), None
 
 
@@ -131,6 +142,22 @@ def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadRe
     if mix is not None:
         workload = mix.assign(workload, seed=options.seed, own_lengths=False)
     return replace(workload, source=str(uri) if uri.query else uri.path), report
+
+
+def _open_scenario(uri: WorkloadURI) -> Workload:
+    if not uri.path:
+        raise InputError("scenario:// needs a file: scenario://FILE.toml")
+    _refuse_unknown(uri, parameters.names(ScenarioOptions))
+    options = parameters.read(ScenarioOptions, uri.query)
+    table = read_toml(Path(uri.path))
+    try:
+        scenario = parse_scenario(table.get("workload", table))
+    except InputError as error:
+        raise InputError(error.reason, file=uri.path, field=error.field) from None
+    workload = scenario.scaled(options.scale).sample(options.seed, options.duration_s)
+    if len(workload) == 0:
+        raise InputError(f"no request arrives in {options.duration_s:g} s", field="duration")
+    return _sourced(workload, uri, options.seed)
 
 
 def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:
@@ -156,7 +183,12 @@ def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:
     if mix is not None:
         own_lengths = "lengths" not in uri.query and not isinstance(generator, Sessions)
         workload = mix.assign(workload, seed=options.seed, own_lengths=own_lengths)
-    return replace(workload, source=str(replace(uri, query={**uri.query, "seed": str(options.seed)})))
+    return _sourced(workload, uri, options.seed)
+
+
+def _sourced(workload: Workload, uri: WorkloadURI, seed: int) -> Workload:
+    """With the address that opens it again, whatever seed is then the default."""
+    return replace(workload, source=str(replace(uri, query={**uri.query, "seed": str(seed)})))
 
 
 def _preset_values(uri: WorkloadURI) -> Mapping[str, str]:

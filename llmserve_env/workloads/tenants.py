@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
 from llmserve_env.workloads.lengths import LengthLaw, length_law
+from llmserve_env.workloads.parameters import is_number
 from llmserve_env.workloads.presets import preset, read_toml
 from llmserve_env.workloads.workload import Tenant, Workload
 
 _TENANT_KEYS = tuple(entry.name for entry in fields(Tenant) if entry.name != "name")
-_KEYS = ("share", "slo", "lengths", *_TENANT_KEYS)
 _STREAM = 2**31 + 1  # spawn key, apart from those of arrivals and lengths
 
 
@@ -72,34 +74,58 @@ def tenant_mix(text: str) -> TenantMix:
     tenants, shares, lengths = [], [], []
     for name, entry in entries.items():
         try:
-            tenant, share = _tenant(name, entry)
-            lengths.append(length_law(entry["lengths"]) if "lengths" in entry else None)
+            tenant, law = parse_tenant(name, entry, others=("share",))
+            share = _share(entry)
         except InputError as error:
-            raise InputError(error.reason, file=place, field=f"{name}.{error.field or 'lengths'}") from None
+            raise InputError(error.reason, file=place, field=f"{name}.{error.field}") from None
         tenants.append(tenant)
         shares.append(share)
+        lengths.append(law)
     if not tenants:
         raise InputError("expected at least one table, one for each tenant", file=place, field="tenants")
     return TenantMix(tuple(tenants), np.array(shares) / sum(shares), tuple(lengths))
 
 
-def _tenant(name: str, entry: Any) -> tuple[Tenant, float]:
-    if not isinstance(entry, dict):
-        raise InputError(f"expected a table, found {entry!r}", field="share")
+def parse_tenant(name: str, entry: Any, *, others: tuple[str, ...] = ()) -> tuple[Tenant, LengthLaw | None]:
+    """A tenant from its table, and its own length law if the table names one.
+
+    Args:
+        name: of the tenant.
+        entry: what TOML gave for it.
+        others: further keys of the table, which the caller reads.
+
+    Raises:
+        InputError: names the key and what was expected.
+    """
+    keys = (*others, "slo", "lengths", *_TENANT_KEYS)
+    if not isinstance(entry, Mapping):
+        raise InputError(f"expected a table, found {entry!r}", field=keys[0])
     for key, value in entry.items():
-        if key not in _KEYS:
-            raise InputError(f"expected one of {', '.join(_KEYS)}", field=key)
+        if key not in keys:
+            raise InputError(f"expected one of {', '.join(keys)}", field=key)
+        if key in others:
+            continue
         if key in ("slo", "lengths", "speculation_class"):
             if not isinstance(value, str):
                 raise InputError(f"expected a name, found {value!r}", field=key)
         elif key == "priority":
             if type(value) is not int:
                 raise InputError(f"expected a whole number, found {value!r}", field=key)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        elif not is_number(value) or not value > 0:
             raise InputError(f"expected a number > 0, found {value!r}", field=key)
-    share = float(entry.get("share", 1.0))
-    if not np.isfinite(share):
-        raise InputError(f"expected a finite number, found {share}", field="share")
     promises = preset("slos", entry["slo"], field="slo") if "slo" in entry else {}
     merged = {**promises, **entry}
-    return Tenant(name=name, **{key: merged[key] for key in _TENANT_KEYS if key in merged}), share
+    tenant = Tenant(name=name, **{key: merged[key] for key in _TENANT_KEYS if key in merged})
+    try:
+        return tenant, length_law(entry["lengths"]) if "lengths" in entry else None
+    except InputError as error:  # of a file of lengths the message keeps the place in it
+        raise InputError(error.reason if error.file is None else str(error), field="lengths") from None
+
+
+def _share(entry: Mapping[str, Any]) -> float:
+    share = entry.get("share", 1.0)
+    if not is_number(share) or not share > 0:
+        raise InputError(f"expected a number > 0, found {share!r}", field="share")
+    if not math.isfinite(share):
+        raise InputError(f"expected a finite number, found {share}", field="share")
+    return float(share)

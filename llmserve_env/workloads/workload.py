@@ -117,10 +117,7 @@ class Workload:
         """The requests at `index` (int64[k], in order of arrival), with their prefixes and names."""
         offsets, ids = self.prefix_offsets, self.prefix_ids
         if self.prefix_block_tokens:
-            counts = np.diff(offsets)[index]
-            starts = offsets[:-1][index]
-            offsets = np.concatenate(([0], np.cumsum(counts)))
-            ids = ids[np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)]
+            offsets, ids = taken_blocks(offsets, ids, index)
         return replace(
             self,
             arrival_s=self.arrival_s[index],
@@ -160,3 +157,13 @@ class Workload:
             prefix_ids=np.zeros(0, np.int64),
             request_ids=(),
         )
+
+
+def taken_blocks(
+    offsets: NDArray[np.int64], ids: NDArray[np.int64], index: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prefix offsets and ids, as in `Workload`, of the requests at `index` (int64[k])."""
+    counts = np.diff(offsets)[index]
+    starts = offsets[:-1][index]
+    taken = np.concatenate(([0], np.cumsum(counts)))
+    return taken, ids[np.arange(taken[-1]) + np.repeat(starts - taken[:-1], counts)]

@@ -17,7 +17,7 @@ from llmserve_env.workloads import open_reported, open_workload, parameters
 from llmserve_env.workloads.description import BURSTY_CV, BURSTY_DISPERSION, SPARSE_SILENT_SHARE
 from llmserve_env.workloads.loaders import FORMATS
 from llmserve_env.workloads.presets import presets
-from llmserve_env.workloads.sources import GENERATORS, GeneratorOptions, TraceOptions
+from llmserve_env.workloads.sources import GENERATORS, GeneratorOptions, ScenarioOptions, TraceOptions
 from llmserve_env.workloads.uri import WorkloadURI, parse_uri
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -142,7 +142,7 @@ def test_a_uri_goes_before_its_preset():
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "workloads.md"
 
 
-@pytest.mark.parametrize("cls", [*GENERATORS.values(), GeneratorOptions, TraceOptions])
+@pytest.mark.parametrize("cls", [*GENERATORS.values(), GeneratorOptions, TraceOptions, ScenarioOptions])
 def test_the_documented_parameters_are_those_of_the_code(cls):
     document = DOCUMENT.read_text()
     for name, default, meaning in parameters.table(cls):

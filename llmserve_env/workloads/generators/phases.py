@@ -45,7 +45,29 @@ class PhasedArrivals(ArrivalProcess):
         length_s = np.concatenate(lengths)
         real = np.concatenate(([0.0], np.cumsum(length_s)))
         operational = np.concatenate(([0.0], np.cumsum(length_s * np.concatenate(rates))))
-        end = float(np.interp(duration_s, real, operational))
-        count = running_sum(lambda n: gap_rng.standard_gamma(self.gap_shape, n) / self.gap_shape, end)
-        times = np.interp(count[count < end], operational, real)
-        return times[times < duration_s]
+        return times_at(real, operational, gap_rng, self.gap_shape, duration_s)
+
+
+def times_at(
+    real: NDArray[np.float64],
+    operational: NDArray[np.float64],
+    rng: np.random.Generator,
+    gap_shape: float,
+    duration_s: float,
+) -> NDArray[np.float64]:
+    """Arrivals whose gaps are Gamma in operational time.
+
+    Args:
+        real: float64[k], ascending; knots, the last one at least `duration_s` (s).
+        operational: float64[k], non-decreasing from 0; requests expected up to each knot.
+        rng: of the gaps.
+        gap_shape: Gamma shape of the gaps; 1 is Poisson.
+        duration_s: end of the times (s).
+
+    Returns:
+        float64[n], ascending times in real[0]..duration_s (s). Further knots and a later end only append.
+    """
+    end = float(np.interp(duration_s, real, operational))
+    count = running_sum(lambda n: rng.standard_gamma(gap_shape, n) / gap_shape, end, block=1024)
+    times = np.interp(count[count < end], operational, real)
+    return times[times < duration_s]

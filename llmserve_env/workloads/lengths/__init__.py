@@ -13,6 +13,7 @@ from llmserve_env.workloads.lengths.quantiles import QuantileCurve, QuantileLeng
 from llmserve_env.workloads.presets import preset, presets
 
 __all__ = [
+    "DEFAULT_LENGTHS",
     "EmpiricalLengths",
     "FixedLengths",
     "LengthLaw",
@@ -22,6 +23,9 @@ __all__ = [
     "QuantileLengths",
     "length_law",
 ]
+
+DEFAULT_LENGTHS = "azure-conv"
+"""Law of requests of which none is named."""
 
 _FIXED = "fixed:"
 

@@ -72,14 +72,16 @@ class ActionGrid:
             if (np.diff(codes) <= 0).any():
                 raise InputError(f"expected ascending values, found {list(values[name])}", field=name)
         self.nvec = np.array([len(codes) for codes in self._codes], np.int64)
+        self._all = np.empty(int(self.nvec.prod()), ACTION)
+        everything = np.indices(tuple(self.nvec.tolist())).reshape(len(self.nvec), -1)
+        for name, codes, index in zip(CONTROLS, self._codes, everything, strict=True):
+            self._all[name] = codes[index]
+        self._strides = np.append(np.cumprod(self.nvec[:0:-1])[::-1], 1)
 
     def actions(self, indices: NDArray[np.int64]) -> NDArray[np.void]:
         """ACTION[n] of int64[n, 6] indices."""
-        indices = np.asarray(indices)
-        array = np.empty(len(indices), ACTION)
-        for column, (name, codes) in enumerate(zip(CONTROLS, self._codes, strict=True)):
-            array[name] = codes[indices[:, column]]
-        return array
+        actions: NDArray[np.void] = self._all[(np.asarray(indices) * self._strides).sum(axis=1)]
+        return actions
 
     def indices(self, actions: NDArray[np.void]) -> NDArray[np.int64]:
         """int64[n, 6], for each action of ACTION[n] the nearest grid point (the lower of two as near)."""
@@ -91,7 +93,7 @@ class ActionGrid:
 
     def all(self) -> NDArray[np.void]:
         """ACTION[prod(nvec)], every combination; the last control changes fastest."""
-        return self.actions(np.indices(tuple(self.nvec.tolist())).reshape(len(self.nvec), -1).T)
+        return self._all.copy()
 
 
 def _code(name: str, value: Any) -> float:

@@ -24,12 +24,14 @@ class GpuFacts:
         name: as the driver reports it.
         memory_bytes: as a process sees it.
         bandwidth_gb_per_s: of the memory (GB/s).
+        usd_per_hour: rent of one (USD).
         source: where the figures come from.
     """
 
     name: str
     memory_bytes: int
     bandwidth_gb_per_s: float
+    usd_per_hour: float
     source: str
 
 

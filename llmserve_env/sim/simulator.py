@@ -258,7 +258,6 @@ class SimulatorBatch:
         self.workloads[episode] = workload
         self.now_s[episode] = 0.0
         self._over[episode] = False
-        self.windows[episode] = np.zeros(1, WINDOW)[0]
         self._start(episode)
 
     def _set_switching(self) -> None:
@@ -300,6 +299,14 @@ class SimulatorBatch:
         engines["role"] = engines["next_role"] = roles if cell["split"] else COLOCATED
         engines["tier"] = engines["next_tier"] = cell["tier"]
         kernel.reset_blocks(engines, episode * len(engines), self._pool, self._cost)
+        window: Any = np.zeros(1, WINDOW)[0]
+        for name in ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "p50_gap_s", "p99_gap_s"):
+            window[name] = np.nan
+        window["engines_up"] = len(engines)
+        window["engines_tier"][cell["tier"]] = len(engines)
+        window["engines_split"] = len(engines) * cell["split"]
+        window["gpu_memory_gb"] = len(engines) * cell["weight_bytes"][cell["tier"]] / 1e9
+        self.windows[episode] = window
 
     def not_applied(self, action: ServeAction) -> dict[str, str]:
         """Fields of an action that have no effect on these cells, with the reason."""

@@ -1,0 +1,107 @@
+"""What a window is worth: five parts, each earned by requests that met their SLO.
+
+A request that ends within its tenant's TTFT and TPOT promises earns its tenant's weight as a share of the
+weight of all requests of the episode; one that is late, given up, refused or unfinished earns nothing. Times
+the number of windows, so that a reward is near 1 where everything is served:
+
+    g = windows x sum over tenants of weight x requests in SLO / demand
+    reward = g x (goodput + latency x headroom + memory x free KV + cost x idle GPU + quality x precision)
+
+The weights (goodput to quality, `Task.reward`) sum to 1. Headroom is 1 - max(TTFT / SLO, TPOT / SLO) of the
+request; free KV is 1 while at most `KV_LIMIT` of the blocks are held on average over the window and falls to
+0 when all are; idle GPU is the share of engine time in which no batch ran; precision is that of the engine
+that ended the request. **The score of an episode is the mean of its rewards**, so it lies in 0..1, and
+learning the one is learning the other. Every part is earned by serving: nothing is gained by refusing,
+delaying or idling.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba import njit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmserve_env.tasks import Task
+
+COMPONENTS = ("goodput", "latency", "memory", "cost", "quality")
+
+KV_LIMIT = 0.9
+"""Share of KV blocks held above which memory is under pressure (an assumption)."""
+
+
+class Rewards:
+    """Rewards of the windows of a task.
+
+    Args:
+        task: gives weights, tenants, and the size of the cell.
+    """
+
+    def __init__(self, task: Task) -> None:
+        weights = task.reward
+        self._parts = np.array([getattr(weights, name) for name in COMPONENTS])
+        self._tenants = np.array([tenant.weight for tenant in task.tenants])
+        self._quality = np.array(task.quality)
+        self._engine_s = task.cell.engines * task.window_s
+        self._windows = task.windows
+
+    def demand(self, requests_by_tenant: NDArray[np.int64]) -> float:
+        """Weight of all requests of an episode, from int64[tenant]."""
+        return float((self._tenants * requests_by_tenant).sum())
+
+    def of(
+        self, windows: NDArray[np.void], demand: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Rewards of one window of each of n episodes.
+
+        Args:
+            windows: WINDOW[n].
+            demand: float64[n], of the whole episode.
+
+        Returns:
+            components: float64[n, 5], in the order of COMPONENTS; their sum is the reward.
+            costs: float64[n], weight of requests that missed their SLO in this window, in the unit of g.
+        """
+        components, costs = np.empty((len(windows), 5)), np.empty(len(windows))
+        _fill(
+            windows,
+            demand,
+            self._parts,
+            self._tenants,
+            self._quality,
+            self._engine_s,
+            self._windows,
+            components,
+            costs,
+        )
+        return components, costs
+
+
+@njit(cache=True, error_model="numpy")
+def _fill(windows, demand, parts, tenants, quality, engine_s, count, components, costs):  # type: ignore[no-untyped-def]
+    for i in range(len(windows)):
+        window = windows[i]
+        met = 0.0
+        headroom = 0.0
+        precision = 0.0
+        missed = 0.0
+        for tenant in range(len(tenants)):
+            weight = tenants[tenant]
+            in_slo = window.tenant_in_slo[tenant]
+            met += weight * in_slo
+            missed += weight * (window.tenant_completed[tenant] + window.tenant_failed[tenant] - in_slo)
+            headroom += weight * window.tenant_headroom[tenant]
+            for tier in range(3):
+                precision += weight * window.tier_in_slo[tier, tenant] * quality[tier]
+        unit = count / demand[i] if demand[i] > 0.0 else 0.0
+        pressure = (window.mean_kv_occupancy - KV_LIMIT) / (1.0 - KV_LIMIT)
+        idle = 1.0 - window.busy_s / engine_s
+        components[i, 0] = parts[0] * unit * met
+        components[i, 1] = parts[1] * unit * headroom
+        components[i, 2] = parts[2] * unit * met * min(max(1.0 - pressure, 0.0), 1.0)
+        components[i, 3] = parts[3] * unit * met * min(max(idle, 0.0), 1.0)
+        components[i, 4] = parts[4] * unit * precision
+        costs[i] = unit * missed

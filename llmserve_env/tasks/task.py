@@ -1,0 +1,232 @@
+"""A task: what is served, for whom, what an agent may set, and what counts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmserve_env.actions import CONTROLS, ActionGrid
+from llmserve_env.errors import InputError
+from llmserve_env.hardware import load_profile
+from llmserve_env.hardware.profile import TIERS, Profile, refusal
+from llmserve_env.schema import ServeAction
+from llmserve_env.workloads import open_workload
+from llmserve_env.workloads.scenario import Scenario, parse_scenario
+from llmserve_env.workloads.uri import parse_uri
+from llmserve_env.workloads.workload import Tenant, Workload
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_FOLDER = Path(__file__).parent
+_MODEL = ConfigDict(extra="forbid", frozen=True)
+_Share = Annotated[float, Field(ge=0, le=1)]
+_OFFSETS = 2**31 + 2  # spawn key of the draw of where in a trace an episode begins
+
+
+class Cell(BaseModel):
+    """The engines that serve.
+
+    Attributes:
+        profile: hardware and model of every engine: a shipped profile or the path of a .toml file.
+        engines: like engines behind one router.
+        prefill_engines: of those, how many prefill when prefill and decode are split (default: half).
+        max_num_batched_tokens: token budget of an iteration (default: the profile's).
+        prefix_cache: whether freed KV blocks can be found again.
+    """
+
+    model_config = _MODEL
+
+    profile: str
+    engines: int = Field(1, ge=1, le=64)
+    prefill_engines: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    prefix_cache: bool = True
+
+
+class RewardWeights(BaseModel):
+    """What a request that met its SLO is worth, in parts that sum to 1; see `llmserve_env.rewards`.
+
+    Attributes:
+        goodput: for having met it.
+        latency: times the headroom that it had under its SLO.
+        memory: times the KV headroom of the cell.
+        cost: times the share of GPU time left idle.
+        quality: times the quality of the weights' precision, from 0 at `acceptable_quality` to 1 at bf16's.
+        acceptable_quality: benchmark score relative to bf16 that earns nothing for quality.
+    """
+
+    model_config = _MODEL
+
+    goodput: _Share
+    latency: _Share
+    memory: _Share
+    cost: _Share
+    quality: _Share
+    acceptable_quality: float = Field(ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sum(self) -> RewardWeights:
+        total = self.goodput + self.latency + self.memory + self.cost + self.quality
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the weights must sum to 1, they sum to {total:g}")
+        return self
+
+
+class Task(BaseModel):
+    """A task, as its TOML file has it.
+
+    Attributes:
+        id: name of the task and of its file.
+        title: a line.
+        difficulty: easy, medium or hard.
+        description: what makes it a task.
+        cell: the engines.
+        window_s: time between two actions (s).
+        horizon_s: length of an episode (s), a whole number of windows.
+        start: configuration that the cell starts in, vLLM's defaults.
+        controls: for each control that the agent has, the ascending values of its grid.
+        workload: a scenario's table, or a workload URI. A generator's URI is opened with the episode's seed;
+            in a trace the seed draws where the episode begins.
+        reward: what counts.
+        max_in_flight: an episode terminates when more requests are in flight at a window's end (default:
+            never).
+    """
+
+    model_config = _MODEL
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    title: str
+    difficulty: str = Field(pattern="^(easy|medium|hard)$")
+    description: str
+    cell: Cell
+    window_s: float = Field(gt=0)
+    horizon_s: float = Field(gt=0)
+    start: ServeAction = ServeAction()
+    controls: dict[str, list[Any]]
+    workload: str | dict[str, Any]
+    reward: RewardWeights
+    max_in_flight: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Task:
+        count = self.horizon_s / self.window_s
+        if abs(count - round(count)) > 1e-9:
+            raise ValueError(f"horizon_s must be a whole number of windows, it is {count:g}")
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise ValueError(f"controls: expected some of {', '.join(CONTROLS)}, found {name}")
+        return self
+
+    @property
+    def windows(self) -> int:
+        """Windows in an episode."""
+        return round(self.horizon_s / self.window_s)
+
+    @cached_property
+    def grid(self) -> ActionGrid:
+        """The values from which the agent chooses; a control that it does not have stays as it starts."""
+        start = self.start.model_dump()
+        return ActionGrid({name: self.controls.get(name, [start[name]]) for name in CONTROLS})
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Hardware and model."""
+        return load_profile(self.cell.profile)
+
+    @cached_property
+    def scenario(self) -> Scenario | None:
+        """The scenario, if that is what the workload is."""
+        return None if isinstance(self.workload, str) else parse_scenario(self.workload)
+
+    @cached_property
+    def tenants(self) -> tuple[Tenant, ...]:
+        """Who sends requests."""
+        if self.scenario is not None:
+            return self.scenario.tenants
+        return self.requests(0).tenants
+
+    @cached_property
+    def quality(self) -> tuple[float, float, float]:
+        """What each precision FP16, INT8, INT4 earns for quality, 0..1."""
+        floor = self.reward.acceptable_quality
+        tiers = [self.profile.tier(name) for name in TIERS]
+        found = [max((tier.quality - floor) / (1 - floor), 0.0) if tier else 0.0 for tier in tiers]
+        return found[0], found[1], found[2]
+
+    def requests(self, seed: int) -> Workload:
+        """The workload of the episode with a seed: what arrives before the horizon."""
+        if self.scenario is not None:
+            return self.scenario.sample(seed, self.horizon_s)
+        assert isinstance(self.workload, str)
+        uri = parse_uri(self.workload)
+        if uri.scheme != "trace":
+            if "duration" not in uri.query and "requests" not in uri.query:
+                uri = replace(uri, query={**uri.query, "duration": str(self.horizon_s)})
+            return _before(open_workload(str(uri), seed=seed), self.horizon_s)
+        trace = _trace(str(uri))
+        latest_s = max(trace.duration_s - self.horizon_s, 0.0)
+        root = np.random.SeedSequence(seed, spawn_key=(_OFFSETS,))
+        start_s = float(np.random.default_rng(root).uniform(0, latest_s)) if latest_s else 0.0
+        index = np.flatnonzero((trace.arrival_s >= start_s) & (trace.arrival_s < start_s + self.horizon_s))
+        part = trace.take(index)
+        return replace(part, arrival_s=part.arrival_s - start_s)
+
+
+def list_tasks() -> tuple[str, ...]:
+    """Ids of the shipped tasks."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+
+
+def load_task(source: str | Path, **changes: Any) -> Task:
+    """A shipped task by its id, or a task file by its path.
+
+    Args:
+        source: id, or path of a .toml file.
+        changes: fields of the task to replace: `workload`, `window_s`, `horizon_s`, ...; `profile` and
+            `engines` are those of its cell.
+
+    Raises:
+        InputError: names the file and field, and what was expected.
+    """
+    path = Path(source)
+    if path.suffix != ".toml":
+        path = _FOLDER / f"{source}.toml"
+        if str(source) not in list_tasks():
+            raise InputError(f"expected one of {', '.join(list_tasks())}, found '{source}'", field="task_id")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+    cell = {name: changes.pop(name) for name in ("profile", "engines") if name in changes}
+    table = {**table, **changes}
+    if cell:
+        table["cell"] = {**table.get("cell", {}), **cell}
+    try:
+        task = Task.model_validate(table)
+        task.grid, task.profile, task.tenants, task.quality  # noqa: B018 - what they refuse is refused here
+    except ValidationError as error:
+        refused = refusal(error)
+        raise InputError(refused.reason, file=str(path), field=refused.field) from error
+    except InputError as error:
+        raise InputError(error.reason, file=error.file or str(path), field=error.field) from error
+    return task
+
+
+@lru_cache(maxsize=8)
+def _trace(uri: str) -> Workload:
+    return open_workload(uri)
+
+
+def _before(workload: Workload, end_s: float) -> Workload:
+    if workload.duration_s < end_s:
+        return workload
+    return workload.take(np.flatnonzero(workload.arrival_s < end_s))

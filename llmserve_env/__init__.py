@@ -1,16 +1,21 @@
 """LLMServe: a research environment in which an agent runs an LLM inference service.
 
-The names below are imported when they are first used, so `import llmserve_env` itself loads no library:
+Importing it registers the environments with Gymnasium; their code, and the names below, are imported when
+they are first used:
 
+    >>> import gymnasium as gym
     >>> import llmserve_env
     >>> llmserve_env.__version__
     '0.1.0'
+    >>> env = gym.make("LLMServe-v0", task_id="static_workload")
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+import gymnasium
 
 if TYPE_CHECKING:
     from llmserve_env.errors import InputError
@@ -42,6 +47,21 @@ _HOMES = {
     "load_profile": "llmserve_env.hardware",
     "open_workload": "llmserve_env.workloads",
 }
+
+_ENVIRONMENTS = {
+    "LLMServe-v0": ("serve_env:LLMServeEnv", "vector_env:LLMServeVectorEnv"),
+    "LLMServeContinuous-v0": ("wrappers:continuous_env", "wrappers:continuous_vector_env"),
+    "LLMServeDict-v0": ("wrappers:dict_env", None),
+}
+"""For each id what makes one environment, and many at once, in llmserve_env.envs."""
+
+for _id, (_one, _many) in _ENVIRONMENTS.items():
+    if _id not in gymnasium.registry:  # a module can be imported anew
+        gymnasium.register(
+            _id,
+            entry_point=f"llmserve_env.envs.{_one}",
+            vector_entry_point=_many and f"llmserve_env.envs.{_many}",
+        )
 
 
 def __getattr__(name: str) -> object:

@@ -18,7 +18,7 @@ from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
 from llmserve_env.sim.simulator import SimulatorBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -50,6 +50,15 @@ def record_bytes(window: NDArray[np.void], tenants: int) -> bytes:
         whole = value.ndim == 0 or name == "engines_tier"
         parts.append(np.ascontiguousarray(value if whole else value[..., :tenants]).tobytes())
     return b"".join(parts)
+
+
+def record_digests(windows: Iterable[NDArray[np.void]], tenants: int) -> list[str]:
+    """For each of an episode's WINDOW records in order, the hash of all up to it (hex)."""
+    digest, digests = hashlib.sha256(), []
+    for window in windows:
+        digest.update(record_bytes(window, tenants))
+        digests.append(digest.hexdigest())
+    return digests
 
 
 class EpisodeBatch:

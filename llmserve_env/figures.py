@@ -51,13 +51,8 @@ def check_suffix(path: Path) -> str:
 
 
 @contextmanager
-def picture_file(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """An empty figure of a size (inches), written to `path` when the block ends.
-
-    Raises:
-        InputError: the suffix is none of `SUFFIXES`, or the file cannot be written.
-    """
-    form = check_suffix(path)
+def new_figure(size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure of a size (inches) in the look of all pictures, which holds until the block ends."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,6 +60,18 @@ def picture_file(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
+        yield figure
+
+
+@contextmanager
+def picture_file(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure of a size (inches), written to `path` when the block ends.
+
+    Raises:
+        InputError: the suffix is none of `SUFFIXES`, or the file cannot be written.
+    """
+    form = check_suffix(path)
+    with new_figure(size) as figure:
         yield figure
         buffer = BytesIO()
         date = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}[form]

@@ -23,8 +23,9 @@ else:
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCK = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8")
+# Gymnasium, and NumPy with it, is there: environments are registered on import (0.1 s).
 HEAVY = {
-    "fastapi", "gymnasium", "matplotlib", "numba", "numpy", "openenv", "pandas", "pydantic", "scipy", "torch",
+    "fastapi", "matplotlib", "numba", "openenv", "pandas", "pydantic", "scipy", "stable_baselines3", "torch",
     "tqdm", "tyro",
 }  # fmt: skip
 

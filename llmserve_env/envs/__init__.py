@@ -1,0 +1,1 @@
+"""Gymnasium environments; `import llmserve_env` registers their ids."""

@@ -1,0 +1,303 @@
+"""LLMServe-v0: one episode at a time."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+
+import llmserve_env
+from llmserve_env.actions import to_action
+from llmserve_env.envs import spaces
+from llmserve_env.envs.recording import Recording
+from llmserve_env.episode import EpisodeBatch, record_digests
+from llmserve_env.errors import InputError
+from llmserve_env.hardware.profile import TIERS
+from llmserve_env.rewards import COMPONENTS
+from llmserve_env.schema import EpisodeLog
+from llmserve_env.tasks import TRAINING_SEEDS, Task, load_task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+RENDER_MODES = ("ansi", "rgb_array")
+
+
+class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
+    """An agent runs an LLM inference service, window by window.
+
+    ## Description
+
+    A cell of vLLM-like engines serves the requests of its tenants. At the start of every window the agent
+    sets the configuration of the service; it then sees what the window brought: queues, latencies, memory,
+    goodput. A task fixes the cell, the traffic, what the agent may set, the length of a window and of an
+    episode.
+
+    ## Action Space
+
+    A `MultiDiscrete` of six, for each control the index of a value of the task's grid (`task.grid.values`,
+    ascending). A control that a task does not grant has one value.
+
+    | Num | Control              | Values           | What it sets                                        |
+    |-----|----------------------|------------------|-----------------------------------------------------|
+    | 0   | batch_cap            | 1..512           | running sequences per engine                        |
+    | 1   | kv_budget_fraction   | 0.1..1.0         | share of KV blocks that running requests may hold   |
+    | 2   | speculation_depth    | 0..8             | draft tokens per step                               |
+    | 3   | quantization_tier    | FP16, INT8, INT4 | precision of the weights; a change drains, reloads  |
+    | 4   | prefill_decode_split | False, True      | prefill and decode in pools; a change drains        |
+    | 5   | priority_routing     | False, True      | urgent tenants are admitted first, preempted last   |
+
+    `step` also takes a record of dtype `actions.ACTION`, whose values may lie between those of the grid.
+    `action_masks()` tells which values the cell can apply.
+
+    ## Observation Space
+
+    A `Box` [0, 1] float32 of `len(observation.FEATURES)`, of the last window: features of the cell, what is
+    set (`set_*`), and of each of the first six tenants (`tenant_*`). A quantity without an upper bound is
+    mapped by x / (x + half). docs/environments.md lists them all.
+
+    ## Rewards
+
+    In each window, requests that met their SLO earn their weight as a share of the weight of all requests of
+    the episode, times the number of windows, parted into goodput, latency headroom, memory, cost and quality
+    by the task's weights. The mean of an episode's rewards is its score, 0..1; `llmserve_env.rewards` has
+    the formula.
+
+    ## Starting State
+
+    Empty engines in the task's starting configuration, vLLM's defaults. The traffic is drawn from the
+    episode's seed: `reset(seed=n)` plays episode n, every later `reset()` draws the next seed from the
+    training seeds with `np_random`. Seeds from 2**31 on are for evaluation (`tasks.EVALUATION_SEEDS`) and
+    never drawn.
+
+    ## Episode End
+
+    1. Truncation: the horizon is reached, after `task.windows` windows.
+    2. Termination: more than `task.max_in_flight` requests are in flight, where the task says so.
+
+    ## Info
+
+    The same keys after every reset and step: `reward_components` (float by name, they sum to the reward),
+    `cost` (weight of requests that missed their SLO, in the reward's unit), `score` (so far), `seed` (of the
+    episode), `action` (values in force by name), `not_applied` (controls without effect, with the reason).
+
+    ## Arguments
+
+    ```python
+    >>> import gymnasium as gym
+    >>> import llmserve_env
+    >>> env = gym.make("LLMServe-v0", task_id="static_workload", horizon_s=120.0)
+    >>> observation, info = env.reset(seed=1)
+    >>> observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+
+    ```
+
+    | Parameter     | Type            | Default             | Description                                    |
+    |---------------|-----------------|---------------------|------------------------------------------------|
+    | `task_id`     | str, Path, Task | `"static_workload"` | id of a shipped task, path of a file, a task   |
+    | `workload`    | str, dict       | the task's          | workload URI or scenario table                 |
+    | `profile`     | str             | the task's          | hardware and model of every engine             |
+    | `engines`     | int             | the task's          | engines in the cell                            |
+    | `window_s`    | float           | the task's          | time between two actions (s)                   |
+    | `horizon_s`   | float           | the task's          | length of an episode (s)                       |
+    | `render_mode` | str             | `None`              | `"ansi"` or `"rgb_array"`: a dashboard         |
+
+    ## Vectorized environment
+
+    `gym.make_vec("LLMServe-v0", num_envs=64)` gives `LLMServeVectorEnv`: the same episodes in one call of
+    the simulator, about ten times as fast a step.
+
+    ## Version History
+
+    * v0: Initial version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - as Env
+
+    def __init__(
+        self,
+        task_id: str | Path | Task = "static_workload",
+        *,
+        workload: str | dict[str, Any] | None = None,
+        profile: str | None = None,
+        engines: int | None = None,
+        window_s: float | None = None,
+        horizon_s: float | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode is not None and render_mode not in RENDER_MODES:
+            raise InputError(
+                f"expected one of {', '.join(RENDER_MODES)}, found '{render_mode}'", field="render_mode"
+            )
+        self.task = open_task(
+            task_id,
+            workload=workload,
+            profile=profile,
+            engines=engines,
+            window_s=window_s,
+            horizon_s=horizon_s,
+        )
+        self.render_mode = render_mode
+        self.observation_space = spaces.observation_space()
+        self.action_space = spaces.action_space(self.task.grid)
+        self.batch = EpisodeBatch(self.task)
+        self.recording = Recording()
+        self._not_applied: dict[tuple[Any, ...], dict[str, str]] = {}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: of the episode (default: the next one that `np_random` draws from the training seeds).
+            options: there are none.
+
+        Returns:
+            float32[features], and the info.
+        """
+        super().reset(seed=check_seed(seed))
+        check_options(options)
+        observations = self.batch.reset([draw_seed(self.np_random) if seed is None else seed])
+        self.recording = Recording()
+        return observations[0], self._info()
+
+    def step(
+        self, action: NDArray[np.int64] | NDArray[np.void]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Serve one window.
+
+        Args:
+            action: int[6] indices into the grid, or an ACTION record.
+
+        Returns:
+            float32[features], reward, terminated, truncated, info.
+
+        Raises:
+            InputError: an index out of its range; no episode has begun, or it is over.
+        """
+        result = self.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
+        reward, terminated = float(result.rewards[0]), bool(result.terminated[0])
+        self.recording.add(self.batch, reward, terminated)
+        return result.observations[0], reward, terminated, bool(result.truncated[0]), self._info()
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """bool[sum(nvec)], the values of the grid that the cell can apply, control after control.
+
+        Raises:
+            InputError: no episode has begun.
+        """
+        return spaces.action_mask(self.task.grid, self.batch.simulator.not_applied)
+
+    def render(self) -> Any:
+        """The episode so far as a dashboard: text (str) or a picture (uint8[height, width, 3])."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode: gym.make(..., render_mode='rgb_array')")
+            return None
+        from llmserve_env.envs import render
+
+        draw = {"ansi": render.dashboard_text, "rgb_array": render.dashboard_image}[self.render_mode]
+        recording = self.recording
+        return draw(self.task, recording.windows, recording.actions, recording.components)
+
+    def log(self) -> EpisodeLog:
+        """The log of the episode so far, as the grader takes it."""
+        recording = self.recording
+        return EpisodeLog(
+            package_version=llmserve_env.__version__,
+            task=self.task.model_dump(mode="json"),
+            seed=int(self.batch.seeds[0]),
+            actions=[to_action(row) for row in recording.actions],
+            rewards=recording.rewards,
+            digests=record_digests(recording.windows, len(self.task.tenants)),
+            terminated=recording.terminated,
+            score=float(self.batch.scores[0]),
+        )
+
+    def snapshot(self) -> bytes:
+        """The exact state, mid-episode too, for `restore` on an environment of the same task."""
+        return pickle.dumps((self.task.model_dump(), self.batch.snapshot(), self.recording, self.np_random))
+
+    def restore(self, snapshot: bytes) -> None:
+        """Return to a state that `snapshot` gave: never load one from an untrusted source.
+
+        Raises:
+            InputError: it is of another task.
+        """
+        task, batch, recording, generator = pickle.loads(snapshot)
+        if task != self.task.model_dump():
+            raise InputError(f"expected one of this task, found one of '{task['id']}'", field="snapshot")
+        self.batch.restore(batch)
+        self.recording = recording
+        self.np_random = generator
+
+    def _info(self) -> dict[str, Any]:
+        batch = self.batch
+        codes = batch.actions[0].item()
+        return {
+            "reward_components": dict(zip(COMPONENTS, batch.components[0].tolist(), strict=True)),
+            "cost": float(batch.costs[0]),
+            "score": float(batch.scores[0]),
+            "seed": int(batch.seeds[0]),
+            "action": {
+                "batch_cap": codes[0],
+                "kv_budget_fraction": codes[1],
+                "speculation_depth": codes[2],
+                "quantization_tier": TIERS[codes[3]],
+                "prefill_decode_split": bool(codes[4]),
+                "priority_routing": bool(codes[5]),
+            },
+            "not_applied": self._missing(codes).copy(),
+        }
+
+    def _missing(self, codes: tuple[Any, ...]) -> dict[str, str]:
+        """What the cell cannot apply of an action, remembered by the controls on which that depends."""
+        key = (codes[0], codes[3], codes[4])
+        if key not in self._not_applied:
+            action = to_action(self.batch.actions[0])
+            self._not_applied[key] = self.batch.simulator.not_applied(action)
+        return self._not_applied[key]
+
+
+def open_task(task_id: str | Path | Task, **changes: Any) -> Task:
+    """The task that an environment plays.
+
+    Args:
+        task_id: id of a shipped task, path of a task file, or a task.
+        changes: fields to replace, as `load_task` takes them; None leaves a field as it is.
+
+    Raises:
+        InputError: as `load_task`; or changes to what is a task already.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not isinstance(task_id, Task):
+        return load_task(task_id, **changes)
+    for name in changes:
+        raise InputError("a loaded task is played as it is: give the change to load_task", field=name)
+    return task_id
+
+
+def check_seed(seed: int | None) -> int | None:
+    """The seed, if it can be an episode's.
+
+    Raises:
+        InputError: negative, or too large.
+    """
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"expected 0..2**63 - 1, found {seed}", field="seed")
+    return seed
+
+
+def check_options(options: dict[str, Any] | None) -> None:
+    """Raise InputError if a reset was given any option."""
+    for name in options or {}:
+        raise InputError("reset takes no options; seed=n plays the episode of seed n", field=name)
+
+
+def draw_seed(generator: np.random.Generator) -> int:
+    """The next of the training seeds."""
+    return int(generator.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop))

@@ -198,10 +198,10 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
 
     def _info(self, which: NDArray[np.bool_]) -> dict[str, Any]:
         """Gymnasium's form of the infos of some episodes: arrays that are 0 elsewhere, and masks."""
-        batch = self.batch
+        batch, everyone = self.batch, which.all()
 
         def masked(values: NDArray[Any]) -> NDArray[Any]:
-            return np.where(which, values, np.zeros(1, values.dtype))
+            return values.copy() if everyone else np.where(which, values, np.zeros(1, values.dtype))
 
         parts: dict[str, Any] = {}
         for name, values in zip(COMPONENTS, batch.components.T, strict=True):

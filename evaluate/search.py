@@ -36,6 +36,8 @@ class Player:
         self, task: Task, size: int = 256, *, parallel: bool = False, progress: Progress = _ignore
     ) -> None:
         self.task = task
+        self._size = size
+        self._parallel = parallel
         self._batch = EpisodeBatch(task, size, parallel=parallel)
         self._progress = progress
 
@@ -141,5 +143,5 @@ def clairvoyant(
 
 def _ranked(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
     """Indices 0..count-1, the first ones more often."""
-    ranks: NDArray[np.int64] = np.minimum(rng.geometric(3 / count, size) - 1, count - 1)
+    ranks: NDArray[np.int64] = np.minimum(rng.geometric(min(3 / count, 1.0), size) - 1, count - 1)
     return ranks

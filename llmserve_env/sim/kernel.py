@@ -501,11 +501,12 @@ def _count_arrival(e, now_ps):
 
 
 @_inlined
-def _enqueue(e, req, out, request, now_ps):
+def _enqueue(e, req, out, ten, request, now_ps):
     tenant = req[request].tenant
     out[request].next = -1
     if out[request].status != TRANSFER:
         out[request].status = WAITING
+        e.soonest_ps = min(e.soonest_ps, req[request].arrival_ps + ten.patience_ps[tenant])
     if e.fresh_head[tenant] < 0:
         e.fresh_head[tenant] = request
     else:
@@ -516,7 +517,9 @@ def _enqueue(e, req, out, request, now_ps):
 
 @_inlined
 def _expire(e, counters, cell, req, out, ten, now_ps):
-    """Fail the requests whose client has given up by now; returns the next time that one will."""
+    """Fail the requests whose client has given up by now; returns a time before which no other will."""
+    if now_ps < e.soonest_ps:
+        return e.soonest_ps
     soonest = NEVER_PS
     for tenant in range(cell.tenants):
         patience = ten.patience_ps[tenant]
@@ -548,6 +551,7 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
             if after < 0:
                 e.fresh_tail[tenant] = before
             request = after
+    e.soonest_ps = soonest
     return soonest
 
 
@@ -1198,10 +1202,12 @@ def _route(engines, counters, cell, req, out, ten, now_ps, transferred):
 
 
 @_compiled
-def _enqueue_in_turn(e, cell, req, out, request, now_ps):
+def _enqueue_in_turn(e, cell, req, out, ten, request, now_ps):
     """Queue a request that waited elsewhere before: it stands where its waiting time puts it."""
     tenant = req[request].tenant
     queued = _queued_ps(cell, req, out, request)
+    if out[request].status != TRANSFER:
+        e.soonest_ps = min(e.soonest_ps, req[request].arrival_ps + ten.patience_ps[tenant])
     before = np.int64(-1)
     after = np.int64(e.fresh_head[tenant])
     while after >= 0 and (_queued_ps(cell, req, out, after), after) < (queued, np.int64(request)):
@@ -1238,7 +1244,7 @@ def _reroute(engines, i, counters, cell, req, out, ten, now_ps):
     while chain >= 0:
         after = np.int64(out[chain].next)
         target = _route(engines, counters, cell, req, out, ten, now_ps, out[chain].status == TRANSFER)
-        _enqueue_in_turn(engines[target], cell, req, out, chain, now_ps)
+        _enqueue_in_turn(engines[target], cell, req, out, ten, chain, now_ps)
         chain = after
 
 
@@ -1283,7 +1289,7 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             ready_ps = tr.ready_ps[0]
             request = _transfer_pop(cell, tr)
             target = _route(engines, counters, cell, req, out, ten, ready_ps, True)
-            _enqueue(engines[target], req, out, request, ready_ps)
+            _enqueue(engines[target], req, out, ten, request, ready_ps)
         elif cell.transfers == 0 or tr.ready_ps[0] >= until_ps:
             return
 
@@ -1318,11 +1324,11 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
                 _advance(
                     engines[0], counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps, False
                 )
-            _enqueue(engines[0], req, out, request, now_ps)
+            _enqueue(engines[0], req, out, ten, request, now_ps)
         else:
             _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
             target = _route(engines, counters, cell, req, out, ten, now_ps, False)
-            _enqueue(engines[target], req, out, request, now_ps)
+            _enqueue(engines[target], req, out, ten, request, now_ps)
     _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
     for i in range(len(engines)):
         if engines[i].waiting > 0:

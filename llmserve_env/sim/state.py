@@ -110,6 +110,7 @@ ENGINE = np.dtype(
         ("limbo_ps", np.int64),
         # waiting requests
         ("waiting", np.int64),
+        ("soonest_ps", np.int64),  # no client gives up before
         ("resumed_head", np.int64),
         ("unfinished", np.int64),
         ("clock", np.int64, (MAX_CLASSES,)),  # tokens that a sequence of the class has gained so far

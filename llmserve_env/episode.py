@@ -99,6 +99,7 @@ class EpisodeBatch:
         self.totals = np.zeros((num_episodes, len(COMPONENTS)))
         self.requests = np.zeros((num_episodes, 4), np.int64)
         self.over = np.ones(num_episodes, bool)
+        self._all = np.ones(num_episodes, bool)
         self._demand = np.zeros(num_episodes)
 
     @property
@@ -179,31 +180,23 @@ class EpisodeBatch:
         if (self.over if which is None else self.over & which).any():
             raise InputError("the episode is over: call reset")
         simulator.advance(actions, self.task.window_s, which)
-        components, costs = self._rewards.of(simulator.windows, self._demand)
+        windows = simulator.windows
+        self.components, self.costs = self._rewards.of(windows, self._demand)
         if which is None:
             self.actions = actions.copy()
-            self.steps += 1
         else:
-            components[~which] = 0.0
-            costs[~which] = 0.0
+            self.components[~which] = 0.0
+            self.costs[~which] = 0.0
             self.actions = np.where(which, actions, self.actions)
-            self.steps += which
-        self.components, self.costs = components, costs
-        self.totals += components / self.task.windows
-        windows = simulator.windows
-        served = slice(None) if which is None else which
-        self.requests[served, 0] += windows["arrived"][served]
-        self.requests[served, 1] += windows["completed"][served]
-        self.requests[served, 2] += windows["tenant_in_slo"][served].sum(axis=1)
-        self.requests[served, 3] += windows["failed"][served] + windows["cancelled"][served]
-        truncated = self.steps >= self.task.windows
+        served = self._all if which is None else which
+        self.steps += served
+        rewards = self._rewards.add(windows, served, self.components, self.totals, self.requests)
+        truncated = (self.steps >= self.task.windows) & served
         terminated = np.zeros(self.num_episodes, bool)
         if self.task.max_in_flight is not None:
-            terminated = (windows["in_flight"] > self.task.max_in_flight) & ~truncated
-        if which is not None:
-            truncated, terminated = truncated & which, terminated & which
+            terminated = (windows["in_flight"] > self.task.max_in_flight) & served & ~truncated
         self.over |= truncated | terminated
-        return StepResult(self.observations(), components.sum(axis=1), terminated, truncated)
+        return StepResult(self.observations(), rewards, terminated, truncated)
 
     def observations(self) -> NDArray[np.float32]:
         """float32[n, features], what the agents see now."""
@@ -216,6 +209,34 @@ class EpisodeBatch:
     def restore(self, snapshot: bytes) -> None:
         """Return to a state that `snapshot` of this process gave: never load one from an untrusted source."""
         vars(self).update(pickle.loads(snapshot))
+
+
+def episode_log(
+    batch: EpisodeBatch,
+    actions: Sequence[ServeAction],
+    rewards: Sequence[float],
+    digests: Sequence[str],
+    terminated: bool,
+) -> EpisodeLog:
+    """The log of the episode that a batch of one has played so far.
+
+    Args:
+        batch: gives task, seed and score.
+        actions: one for each window.
+        rewards: of each window.
+        digests: as `record_digests` makes them.
+        terminated: whether the task ended the episode.
+    """
+    return EpisodeLog(
+        package_version=llmserve_env.__version__,
+        task=batch.task.model_dump(mode="json"),
+        seed=int(batch.seeds[0]),
+        actions=list(actions),
+        rewards=list(rewards),
+        digests=list(digests),
+        terminated=terminated,
+        score=float(batch.scores[0]),
+    )
 
 
 class Episode:
@@ -284,13 +305,4 @@ class Episode:
 
     def log(self) -> EpisodeLog:
         """The log so far."""
-        return EpisodeLog(
-            package_version=llmserve_env.__version__,
-            task=self.task.model_dump(mode="json"),
-            seed=int(self.batch.seeds[0]),
-            actions=self._actions,
-            rewards=self._rewards,
-            digests=self._digests,
-            terminated=self._terminated,
-            score=float(self.batch.scores[0]),
-        )
+        return episode_log(self.batch, self._actions, self._rewards, self._digests, self._terminated)

@@ -170,25 +170,31 @@ class GradeResult(BaseModel):
     """The grade of an episode.
 
     Attributes:
-        task_id: the task.
+        task_id: what the log's task calls itself.
+        custom: whether that is another task than the shipped one of this id: such scores compare with no
+            others.
         seed: of the episode.
+        held_out: whether the seed is one of evaluation.
         score: 0..1, the mean reward over all windows of the horizon.
-        components: parts of the score by name, they sum to it.
+        components: parts of the score by name, they sum to it; none of a live episode.
         windows: windows that were played.
         complete: whether the episode reached its end; what is missing earned nothing.
-        held_out: whether the seed is one of evaluation.
-        requests: what became of the requests: arrived, completed, within the SLO, failed, unfinished.
-        verified: whether the score comes from a replay that matched the log.
+        requests: how many of the episode's requests arrived, completed, in_slo (completed within the SLO),
+            failed, unfinished (in flight at the end), to_come (not arrived yet): arrived = completed +
+            failed + unfinished. None of a live episode.
+        verified: whether the score comes from a replay that matched the log. False of a live episode, which
+            cannot be replayed: its score is what the log states.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task_id: str
+    custom: bool
     seed: int
+    held_out: bool
     score: float = Field(ge=0, le=1)
     components: dict[str, float]
     windows: int
     complete: bool
-    held_out: bool
     requests: dict[str, int]
     verified: bool

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-import llmserve_env
 from llmserve_env.actions import to_action
 from llmserve_env.envs import spaces
 from llmserve_env.envs.recording import Recording
-from llmserve_env.episode import EpisodeBatch, record_digests
+from llmserve_env.episode import EpisodeBatch, episode_log, record_digests
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.rewards import COMPONENTS
-from llmserve_env.schema import EpisodeLog
 from llmserve_env.tasks import TRAINING_SEEDS, Task, load_task
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from llmserve_env.schema import EpisodeLog
 
 RENDER_MODES = ("ansi", "rgb_array")
 
@@ -207,16 +207,9 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     def log(self) -> EpisodeLog:
         """The log of the episode so far, as the grader takes it."""
         recording = self.recording
-        return EpisodeLog(
-            package_version=llmserve_env.__version__,
-            task=self.task.model_dump(mode="json"),
-            seed=int(self.batch.seeds[0]),
-            actions=[to_action(row) for row in recording.actions],
-            rewards=recording.rewards,
-            digests=record_digests(recording.windows, len(self.task.tenants)),
-            terminated=recording.terminated,
-            score=float(self.batch.scores[0]),
-        )
+        actions = [to_action(row) for row in recording.actions]
+        digests = record_digests(recording.windows, len(self.task.tenants))
+        return episode_log(self.batch, actions, recording.rewards, digests, recording.terminated)
 
     def snapshot(self) -> bytes:
         """The exact state, mid-episode too, for `restore` on an environment of the same task."""

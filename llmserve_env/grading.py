@@ -1,0 +1,252 @@
+"""Grades: an episode's log is replayed in the simulator, and a log that does not match is refused.
+
+The score of a log is never read from it: it comes from the replay. docs/grading.md says what it means and
+what verification can and cannot tell.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import fsum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+import llmserve_env
+from llmserve_env.actions import to_array
+from llmserve_env.episode import EpisodeBatch, record_bytes
+from llmserve_env.errors import InputError
+from llmserve_env.files import write_atomic
+from llmserve_env.hardware import list_profiles
+from llmserve_env.hardware.profile import refusal
+from llmserve_env.rewards import COMPONENTS
+from llmserve_env.schema import EpisodeLog, GradeResult
+from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
+from llmserve_env.workloads.presets import presets
+from llmserve_env.workloads.sources import GENERATORS
+from llmserve_env.workloads.uri import parse_uri
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_OUTCOMES = ("arrived", "completed", "in_slo", "failed")
+
+
+def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
+    """Grade an episode by replaying its log.
+
+    Args:
+        log: of a whole episode, or of its first windows: what is missing earns nothing.
+        allow_files: whether the log's task may name files of this machine (a profile, a trace, a table of
+            lengths). Leave it off for a log that somebody else wrote.
+
+    Returns:
+        The grade. It is `verified` unless the log is of a live episode, which cannot be replayed: then the
+        score is the mean of the rewards that the log states.
+
+    Raises:
+        InputError: the log is of another version, or is not what the simulator did under its task, seed and
+            actions; names the field, such as "digests[17]", and what was expected.
+    """
+    _check_form(log)
+    task, custom = _task(log.task, allow_files)
+    if len(log.actions) > task.windows:
+        raise InputError(f"expected at most {task.windows}, found {len(log.actions)}", field="actions")
+    parts, requests = ({}, {}) if log.live else _replay(task, log)
+    score = fsum(log.rewards) / task.windows if log.live else log.score
+    if log.live:
+        _check_stated(log, task, score)
+    return GradeResult(
+        task_id=task.id,
+        custom=custom,
+        seed=log.seed,
+        held_out=log.seed in EVALUATION_SEEDS,
+        score=min(score, 1.0),  # where all of it was earned, rounding can end above
+        components=parts,
+        windows=len(log.actions),
+        complete=log.terminated or len(log.actions) == task.windows,
+        requests=requests,
+        verified=not log.live,
+    )
+
+
+def read_log(path: str | Path) -> EpisodeLog:
+    """Read a log that `write_log` wrote.
+
+    Args:
+        path: a JSON file, gzip'ed if it ends in .gz.
+
+    Raises:
+        InputError: it cannot be read or is no log; names the file and the field.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+    try:
+        return EpisodeLog.model_validate_json(content)
+    except ValidationError as error:
+        refused = _refusal(error)
+        raise InputError(refused.reason, file=str(path), field=refused.field) from error
+
+
+def write_log(path: str | Path, log: EpisodeLog) -> None:
+    """Write a log as JSON, gzip'ed if the path ends in .gz, atomically.
+
+    Raises:
+        InputError: the file cannot be written, or the task holds an infinity.
+    """
+    try:
+        text = json.dumps(log.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        reason = "holds a number that is not finite, which JSON has no word for: leave it out of the task"
+        raise InputError(reason, file=str(path), field="task") from error
+    content = text.encode()
+    # Without the time of day the same log gives the same file.
+    write_atomic(path, gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
+
+
+def _check_form(log: EpisodeLog) -> None:
+    """Refuse what no replay is needed for to see."""
+    version = llmserve_env.__version__
+    if log.package_version != version:
+        raise InputError(
+            f"expected {version}, the version that replays it, found {log.package_version}, whose dynamics "
+            f"may differ: grade it with llmserve-env {log.package_version}",
+            field="package_version",
+        )
+    if not 0 <= log.seed < 2**63:
+        raise InputError(f"expected 0..2**63 - 1, found {log.seed}", field="seed")
+    for name in ("rewards", "digests"):
+        found = len(getattr(log, name))
+        if found != len(log.actions):
+            raise InputError(f"expected {len(log.actions)}, one for each action, found {found}", field=name)
+
+
+def _replay(task: Task, log: EpisodeLog) -> tuple[dict[str, float], dict[str, int]]:
+    """Parts of the score and counts of requests, of a replay that gave what the log says."""
+    with _of_the_task():
+        batch = EpisodeBatch(task)
+        batch.reset([log.seed])
+    actions = to_array(log.actions)
+    digest = hashlib.sha256()
+    terminated = False
+    for index in range(len(actions)):
+        if batch.over[0]:
+            raise InputError(
+                f"expected {index}: the episode is over by then, found {len(actions)}", field="actions"
+            )
+        result = batch.step(actions[index : index + 1])
+        terminated = bool(result.terminated[0])
+        digest.update(record_bytes(batch.windows[0], len(task.tenants)))
+        if log.digests[index] != digest.hexdigest():
+            raise InputError(
+                f"expected {digest.hexdigest()}, found {log.digests[index]}: under the log's task, seed and "
+                "actions the simulator does something else in this window",
+                field=f"digests[{index}]",
+            )
+        _expect(float(result.rewards[0]), log.rewards[index], f"rewards[{index}]")
+    _expect(terminated, log.terminated, "terminated")
+    _expect(float(batch.scores[0]), log.score, "score")
+    parts = dict(zip(COMPONENTS, batch.totals[0].tolist(), strict=True))
+    return parts, _requests(batch.requests[0], batch.windows[0], len(task.requests(log.seed)))
+
+
+def _expect(expected: object, found: object, field: str) -> None:
+    if found != expected:
+        raise InputError(f"expected {expected}, found {found}", field=field)
+
+
+def _requests(counts: NDArray[np.int64], window: NDArray[np.void], total: int) -> dict[str, int]:
+    """What became of an episode's requests, by the names of `GradeResult.requests`."""
+    found = dict(zip(_OUTCOMES, counts.tolist(), strict=True))
+    return {**found, "unfinished": int(window["in_flight"]), "to_come": total - found["arrived"]}
+
+
+def _check_stated(log: EpisodeLog, task: Task, score: float) -> None:
+    """Refuse what a live log cannot have earned."""
+    for index, reward in enumerate(log.rewards):
+        if not 0 <= reward <= task.windows:
+            raise InputError(f"expected 0..{task.windows}, found {reward}", field=f"rewards[{index}]")
+    if not (abs(log.score - score) <= 1e-9 and score <= 1 + 1e-9):
+        expected = f"the sum of the rewards over {task.windows} windows, {score:g}, at most 1"
+        raise InputError(f"expected {expected}, found {log.score}", field="score")
+
+
+def _task(table: dict[str, Any], allow_files: bool) -> tuple[Task, bool]:
+    """The task of a log, and whether it is another than the shipped one of its id."""
+    with _of_the_task():
+        task = Task.model_validate(table)
+        if task.id in list_tasks():
+            shipped = load_task(task.id)
+            # Equal tables can list tenants in another order, which is another task: what is called the
+            # shipped one is replayed as shipped.
+            if task.model_dump(mode="json") == shipped.model_dump(mode="json"):
+                return shipped, False
+        if not allow_files:
+            _refuse_files(task)
+        task.grid, task.profile, task.tenants, task.quality  # noqa: B018 - what they refuse is refused here
+    return task, True
+
+
+def _refuse_files(task: Task) -> None:
+    """Refuse a task that would have files read: it may name only what is shipped, and generators."""
+    _choose(task.cell.profile, list_profiles(), "cell.profile")
+    if isinstance(task.workload, str):
+        uri = parse_uri(task.workload)
+        _choose(uri.scheme, [name for name in GENERATORS if name != "servegen"], "workload")
+        _choose(uri.path, [""], "workload")
+        _check_lengths(uri.query.get("lengths"), "workload")
+        if "tenants" in uri.query:
+            _choose(uri.query["tenants"], presets("tenants"), "workload")
+        return
+    tenants = task.workload.get("tenants")
+    for name, entry in tenants.items() if isinstance(tenants, Mapping) else ():
+        if isinstance(entry, Mapping):
+            _check_lengths(entry.get("lengths"), f"workload.tenants.{name}.lengths")
+
+
+def _check_lengths(text: object, field: str) -> None:
+    if isinstance(text, str) and not text.startswith("fixed:"):
+        _choose(text, presets("lengths"), field)
+
+
+def _choose(found: str, known: Any, field: str) -> None:
+    if found not in known:
+        choice = ", ".join(name or "no path" for name in known)
+        raise InputError(
+            f"expected {choice}, found {found!r}; a log may name files only where allow_files is set",
+            field=field,
+        )
+
+
+@contextmanager
+def _of_the_task() -> Iterator[None]:
+    """Name a fault in the log's task by its place in the log."""
+    try:
+        yield
+    except ValidationError as error:
+        refused = _refusal(error)
+        raise InputError(
+            refused.reason, field=f"task.{refused.field}" if refused.field else "task"
+        ) from error
+    except InputError as error:
+        field = f"task.{error.field}" if error.field else "task"
+        raise InputError(error.reason, file=error.file, line=error.line, field=field) from error
+
+
+def _refusal(error: ValidationError) -> InputError:
+    """The first fault, with indices as the log's readers write them: actions[3].batch_cap."""
+    refused = refusal(error)
+    field = re.sub(r"\.(\d+)", r"[\1]", refused.field) if refused.field else None
+    return InputError(refused.reason, field=field)

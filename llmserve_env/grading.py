@@ -104,13 +104,13 @@ def write_log(path: str | Path, log: EpisodeLog) -> None:
     """Write a log as JSON, gzip'ed if the path ends in .gz, atomically.
 
     Raises:
-        InputError: the file cannot be written, or the task holds an infinity.
+        InputError: the file cannot be written, or the log holds a number that is not finite.
     """
     try:
         text = json.dumps(log.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
     except ValueError as error:
-        reason = "holds a number that is not finite, which JSON has no word for: leave it out of the task"
-        raise InputError(reason, file=str(path), field="task") from error
+        reason = "cannot be written: the log holds a number that is not finite, and JSON has none"
+        raise InputError(reason, file=str(path)) from error
     content = text.encode()
     # Without the time of day the same log gives the same file.
     write_atomic(path, gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)

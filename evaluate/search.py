@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmserve_env.actions import ACTION, CONTROLS
 from llmserve_env.episode import EpisodeBatch
 
 if TYPE_CHECKING:
@@ -19,122 +20,156 @@ Progress = Callable[[int], object]
 
 
 def _ignore(episodes: int) -> None:
-    """No progress is shown."""
+    """Show no progress."""
 
 
 class Player:
-    """Plays many plans on episodes of a task.
+    """Plays plans on episodes of a task, many at once.
 
     Args:
         task: what is played.
         size: episodes side by side.
-        parallel: spread them over threads.
         progress: called after each batch.
     """
 
-    def __init__(
-        self, task: Task, size: int = 256, *, parallel: bool = False, progress: Progress = _ignore
-    ) -> None:
+    def __init__(self, task: Task, size: int = 32, *, progress: Progress = _ignore) -> None:
         self.task = task
-        self._size = size
-        self._parallel = parallel
-        self._batch = EpisodeBatch(task, size, parallel=parallel)
+        self._batch = EpisodeBatch(task, size)
         self._progress = progress
+        self.episodes = 0
 
-    def play(self, seeds: Sequence[int], plans: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Scores of plans: float64[n], from n seeds and grid indices int64[n, windows, 6] (or [n, 1, 6])."""
-        size, scores = self._batch.num_episodes, np.empty(len(plans))
-        for low in range(0, len(plans), size):
-            count = min(size, len(plans) - low)
-            part = np.resize(np.arange(low, low + count), size)
-            self._batch.reset([seeds[i] for i in part])
-            fixed = plans.shape[1] == 1
-            actions = self.task.grid.actions(plans[part, 0])
-            while not self._batch.over.all():
-                step = int(self._batch.steps.max())
-                if not fixed:
-                    actions = self.task.grid.actions(plans[part, step])
-                self._batch.step(actions, None if not self._batch.over.any() else ~self._batch.over)
-            scores[low : low + count] = self._batch.scores[:count]
-            self._progress(count)
+    def play(self, seeds: Sequence[int], plans: NDArray[np.void]) -> NDArray[np.float64]:
+        """Scores of plans: float64[n], from n seeds and ACTION[n, windows] (or [n, 1] for constants)."""
+        scores: NDArray[np.float64] = self.rewards(seeds, plans).mean(axis=1)
         return scores
 
+    def rewards(self, seeds: Sequence[int], plans: NDArray[np.void]) -> NDArray[np.float64]:
+        """As `play`, but the reward of each window: float64[n, windows]."""
+        batch = self._batch
+        rewards = np.zeros((len(plans), self.task.windows))
+        for low in range(0, len(plans), batch.num_episodes):
+            count = min(batch.num_episodes, len(plans) - low)
+            played = np.arange(batch.num_episodes) < count
+            rows = np.minimum(np.arange(low, low + batch.num_episodes), len(plans) - 1)
+            batch.reset([seeds[i] for i in rows])
+            for window in range(self.task.windows):
+                going = played & ~batch.over
+                result = batch.step(plans[rows, min(window, plans.shape[1] - 1)], going)
+                rewards[low : low + count, window] = result.rewards[:count]
+            self.episodes += count
+            self._progress(count)
+        return rewards
 
-def best_constant(
-    player: Player, seeds: Sequence[int], *, few: int = 3, keep: int = 64
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The constant action with the best mean score over seeds, of all on the task's grid.
 
-    All are played on the first `few` seeds, the best `keep` on all.
+def candidates(task: Task, at_least: int, seed: int) -> NDArray[np.void]:
+    """ACTION[n]: the task's whole grid and, up to `at_least` in all, random actions between its ends."""
+    grid = task.grid
+    everything = grid.all()
+    extra = max(at_least - len(everything), 0)
+    rng = np.random.default_rng(seed)
+    drawn = grid.actions(rng.integers(grid.nvec, size=(extra, len(CONTROLS))))
+    low, high = np.log([grid.values["batch_cap"][0], grid.values["batch_cap"][-1]])
+    drawn["batch_cap"] = np.rint(np.exp(rng.uniform(low, high, extra)))
+    fractions = grid.values["kv_budget_fraction"]
+    drawn["kv_budget_fraction"] = np.round(rng.uniform(fractions[0], fractions[-1], extra), 2)
+    return np.concatenate([everything, drawn])
+
+
+def best_constants(
+    player: Player,
+    seeds: Sequence[int],
+    *,
+    at_least: int = 2048,
+    rungs: Sequence[tuple[int, int]] = ((2, 256), (6, 48), (16, 16)),
+) -> tuple[NDArray[np.void], NDArray[np.float64]]:
+    """The constant actions with the best mean score, by successive halving.
+
+    Args:
+        player: plays.
+        seeds: of tuning, at least as many as the last rung asks for.
+        at_least: actions that are tried.
+        rungs: (seeds, how many of the best survive), in turn.
 
     Returns:
-        int64[k, 6], the grid indices of those played on all seeds, best first; float64[k], their mean scores.
+        ACTION[k], those that survive the last rung, best first; float64[k], their mean scores.
     """
-    everything = np.indices(tuple(player.task.grid.nvec.tolist())).reshape(6, -1).T
-    mean = _means(player, seeds[:few], everything)
-    chosen = everything[np.argsort(-mean, kind="stable")[:keep]]
-    mean = _means(player, seeds, chosen)
-    order = np.argsort(-mean, kind="stable")
-    return chosen[order], mean[order]
-
-
-def _means(player: Player, seeds: Sequence[int], indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    every = [seed for seed in seeds for _ in indices]
-    scores = player.play(every, np.tile(indices, (len(seeds), 1))[:, None])
-    mean: NDArray[np.float64] = scores.reshape(len(seeds), -1).mean(axis=0)
-    return mean
+    actions, total, played = candidates(player.task, at_least, seed=seeds[0]), np.zeros(0), 0
+    total = np.zeros(len(actions))
+    for count, keep in rungs:
+        for seed in seeds[played:count]:
+            total += player.play([seed] * len(actions), actions[:, None])
+        played = count
+        order = np.argsort(-total, kind="stable")[:keep]
+        actions, total = actions[order], total[order]
+    return actions, total / played
 
 
 def clairvoyant(
     player: Player,
     seed: int,
-    starts: NDArray[np.int64],
+    starts: NDArray[np.void],
     *,
-    rounds: int = 40,
-    children: int = 256,
+    rounds: int,
+    children: int = 128,
     width: int = 24,
-    fixed: Sequence[int] = (),
-) -> tuple[NDArray[np.int64], float]:
+    fixed: Sequence[str] = (),
+) -> tuple[NDArray[np.void], float]:
     """A plan for an episode that is known beforehand, by stochastic beam search.
 
-    The best `width` plans survive a round; in the next each child is one of them, half the time continued from a
-    random window on by another, with one to three edits: a control takes another value over a stretch of windows.
+    First, constant actions are played on the episode, to learn which does well when. Then the best `width`
+    plans survive each round. In the next, a child is one of them, at times continued from a random window on
+    by another, with one to three edits: over a stretch of windows, either all controls take the values of one
+    of the constants that did best there, or one control takes another value.
 
     Args:
         player: plays.
         seed: of the episode.
-        starts: int64[k, windows or 1, 6], plans to start from.
+        starts: ACTION[k, windows or 1], plans to start from.
         rounds: how often.
         children: plans played in a round.
         width: plans that survive.
-        fixed: indices of controls that keep the value that they have in the first of `starts`.
+        fixed: controls that keep the value of the first of `starts` in its first window.
 
     Returns:
-        int64[windows, 6], the best plan found, and its score.
+        ACTION[windows], the best plan found, and its score.
     """
-    task = player.task
-    rng = np.random.default_rng([seed, *fixed])
-    windows, nvec = task.windows, task.grid.nvec
-    plans = np.broadcast_to(starts, (len(starts), windows, 6)).copy()
-    plans[:, :, list(fixed)] = starts[0, 0, list(fixed)]
-    free = [control for control in range(6) if nvec[control] > 1 and control not in fixed]
+    task, grid = player.task, player.task.grid
+    windows = task.windows
+    rng = np.random.default_rng([seed, *(CONTROLS.index(name) for name in fixed)])
+    constants = grid.all()
+    constants = constants[rng.permutation(len(constants))[:children]]
+    plans = np.empty((len(starts), windows), ACTION)
+    plans[:] = starts
+    for name in fixed:
+        plans[name] = constants[name] = starts[0, 0][name]
+    constants = np.concatenate([np.unique(constants), np.unique(plans)])
+    earned = player.rewards([seed] * len(constants), constants[:, None]).cumsum(axis=1)
+    earned = np.concatenate([np.zeros((len(earned), 1)), earned], axis=1)
+    free = [name for name in CONTROLS if len(grid.values[name]) > 1 and name not in fixed]
+    values = {name: np.unique(grid.all()[name]) for name in free}
+
+    def edit(plan: NDArray[np.void]) -> None:
+        first = int(rng.integers(windows)) if rng.random() < 0.8 else 0
+        last = min(first + 1 + int(rng.exponential(windows / 8)), windows)
+        if rng.random() < 0.5:
+            best = np.argsort(earned[:, first] - earned[:, last], kind="stable")[:8]
+            plan[first:last] = constants[rng.choice(best)]
+        else:
+            name = free[rng.integers(len(free))]
+            plan[name][first:last] = rng.choice(values[name])
+
     scores = player.play([seed] * len(plans), plans)
     for _ in range(rounds):
         order = np.argsort(-scores, kind="stable")[:width]
         plans, scores = plans[order], scores[order]
-        born = plans[_ranked(rng, len(plans), children)].copy()
-        other = plans[_ranked(rng, len(plans), children)]
-        for child, mate in zip(born, other, strict=True):
-            if rng.random() < 0.5:
+        born = plans[_ranked(rng, len(plans), children)]
+        mates = plans[_ranked(rng, len(plans), children)]
+        for child, mate in zip(born, mates, strict=True):
+            if rng.random() < 0.4:
                 cut = int(rng.integers(windows))
                 child[cut:] = mate[cut:]
             for _ in range(rng.integers(1, 4)):
-                control = free[rng.integers(len(free))]
-                first = int(rng.integers(windows))
-                last = first + 1 + int(rng.exponential(windows / 8))
-                if rng.random() < 0.2:
-                    first = 0
-                child[first:last, control] = rng.integers(nvec[control])
+                edit(child)
         played = player.play([seed] * children, born)
         plans, scores = np.concatenate([plans, born]), np.concatenate([scores, played])
     best = int(scores.argmax())

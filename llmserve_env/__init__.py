@@ -18,33 +18,44 @@ from typing import TYPE_CHECKING
 import gymnasium
 
 if TYPE_CHECKING:
+    from llmserve_env.episode import Episode
     from llmserve_env.errors import InputError
+    from llmserve_env.grading import grade
     from llmserve_env.hardware import load_profile
     from llmserve_env.schema import ServeAction
     from llmserve_env.sim.simulator import Simulator
+    from llmserve_env.tasks import list_tasks, load_task
     from llmserve_env.workloads import open_workload
     from llmserve_env.workloads.workload import Tenant, Workload
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Episode",
     "InputError",
     "ServeAction",
     "Simulator",
     "Tenant",
     "Workload",
     "__version__",
+    "grade",
+    "list_tasks",
     "load_profile",
+    "load_task",
     "open_workload",
 ]
 
 _HOMES = {
+    "Episode": "llmserve_env.episode",
     "InputError": "llmserve_env.errors",
     "ServeAction": "llmserve_env.schema",
     "Simulator": "llmserve_env.sim.simulator",
     "Tenant": "llmserve_env.workloads.workload",
     "Workload": "llmserve_env.workloads.workload",
+    "grade": "llmserve_env.grading",
+    "list_tasks": "llmserve_env.tasks",
     "load_profile": "llmserve_env.hardware",
+    "load_task": "llmserve_env.tasks",
     "open_workload": "llmserve_env.workloads",
 }
 

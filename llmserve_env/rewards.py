@@ -79,6 +79,46 @@ class Rewards:
         )
         return components, costs
 
+    def add(
+        self,
+        windows: NDArray[np.void],
+        served: NDArray[np.bool_],
+        components: NDArray[np.float64],
+        totals: NDArray[np.float64],
+        requests: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """Add one window to what the episodes have earned and to what became of their requests.
+
+        Args:
+            windows: WINDOW[n].
+            served: bool[n], the episodes that the window is of; the others stay as they are.
+            components: float64[n, 5], of this window.
+            totals: float64[n, 5], parts of the score so far, changed in place.
+            requests: int64[n, 4], arrived, completed, within the SLO, failed so far, changed in place.
+
+        Returns:
+            float64[n], rewards: the sums of the components.
+        """
+        rewards = np.zeros(len(windows))
+        _add(windows, served, components, self._windows, totals, requests, rewards)
+        return rewards
+
+
+@njit(cache=True, error_model="numpy")
+def _add(windows, served, components, count, totals, requests, rewards):  # type: ignore[no-untyped-def]
+    for i in range(len(windows)):
+        if not served[i]:
+            continue
+        window = windows[i]
+        for part in range(components.shape[1]):
+            totals[i, part] += components[i, part] / count
+            rewards[i] += components[i, part]
+        requests[i, 0] += window.arrived
+        requests[i, 1] += window.completed
+        for tenant in range(len(window.tenant_in_slo)):
+            requests[i, 2] += window.tenant_in_slo[tenant]
+        requests[i, 3] += window.failed + window.cancelled
+
 
 @njit(cache=True, error_model="numpy")
 def _fill(windows, demand, parts, tenants, quality, engine_s, count, components, costs):  # type: ignore[no-untyped-def]

@@ -14,13 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmserve_env import load_profile, open_workload
+from llmserve_env import load_profile, load_task, open_workload
 from llmserve_env.commands._report import check_folders, write_json
 from llmserve_env.errors import InputError
 from llmserve_env.provenance import made_by
 
 _GENERATED = "mmpp://?preset=azure-conv&requests=20000"
 _SIZES = (10_000, 1_000_000, 10_000_000)
+_ENVIRONMENTS = ((1, 1), (64, 1), (64, 2), (256, 1), (256, 2))
+"""Copies and threads of the environments that are stepped."""
 
 
 def bench(
@@ -28,20 +30,24 @@ def bench(
     trace: str = _GENERATED,
     profile: str = "h100-llama-3.1-8b",
     requests: tuple[int, ...] = _SIZES,
+    task: str = "static_workload",
     runs: int = 5,
     json: Path | None = None,
 ) -> None:
-    """Measure the simulator: requests and iterations per second, start-up, memory.
+    """Measure the simulator (requests and iterations per second, start-up, memory) and the environments.
 
     Each figure is the median over runs; each size has a process of its own and one serial kernel call, every
     request recorded. The project's published figures replay the public Azure conversation trace
     (AzureLLMInferenceTrace_conv.csv of Azure/AzurePublicDataset); without a trace, arrivals and lengths are
     generated with its statistics.
 
+    The environments take vLLM's default action in every step, resets included.
+
     Args:
         trace: a trace file or workload URI, repeated end to end to each number of requests.
         profile: hardware and model.
         requests: numbers of requests to serve.
+        task: task whose environments are stepped.
         runs: repetitions of each measurement.
         json: also write the figures to this file.
     """
@@ -51,10 +57,11 @@ def bench(
     if min(requests, default=1) < 1:
         raise InputError(f"expected 1 or more, found {min(requests)}", field="requests")
     load_profile(profile)
+    load_task(task)
     open_workload(trace)
     report: dict[str, Any] = {"made_by": made_by(), "profile": profile, "runs": runs}
     worker = [sys.executable, "-m", "llmserve_env.commands.bench"]
-    with tqdm(total=3 + len(requests), unit="measurement", leave=False) as progress:
+    with tqdm(total=3 + len(requests) + len(_ENVIRONMENTS), unit="measurement", leave=False) as progress:
         report["import_s"] = _median(
             runs, [sys.executable, "-c", "import llmserve_env"], less=_interpreter(runs)
         )
@@ -72,6 +79,15 @@ def bench(
             ).stdout
             report["replay"].append(json_format.loads(output))
             progress.update()
+        report["task"], report["environments"] = task, []
+        for copies, threads in _ENVIRONMENTS:
+            output = subprocess.run(
+                [*worker, "step", task, str(copies), str(threads), str(runs)],
+                check=True,
+                stdout=subprocess.PIPE,
+            ).stdout
+            report["environments"].append(json_format.loads(output))
+            progress.update()
     print(_table(report))
     if json is not None:
         write_json(json, report)
@@ -82,12 +98,15 @@ def _table(report: dict[str, Any]) -> str:
     for row in report["replay"]:
         rates = f"{row['requests_per_s']:14,.0f}{row['iterations_per_s']:14,.0f}{row['ns_per_request']:12.0f}"
         lines.append(f"{row['requests']:12,}{rates}{row['peak_memory_mb']:10,.0f} MB")
+    lines += ["", f"{'copies':>12}{'threads':>10}{'steps/s':>12}   {report['task']}"]
+    for row in report["environments"]:
+        lines.append(f"{row['copies']:12,}{row['threads']:10}{row['steps_per_s']:12,.0f}")
     lines += [
         "",
         f"import llmserve_env       {report['import_s']:7.3f} s",
         f"first result, cold cache  {report['first_result_cold_s']:7.2f} s",
         f"first result, warm cache  {report['first_result_warm_s']:7.2f} s",
-        "\n{cpu}, Python {python}, one core".format(**report["made_by"]),
+        "\n{cpu}, Python {python}; one core unless threads are named".format(**report["made_by"]),
     ]
     return "\n".join(lines)
 
@@ -145,10 +164,43 @@ def _replay(profile: str, trace: str, requests: int, runs: int) -> dict[str, flo
     }
 
 
+def _step(task: str, copies: int, threads: int, runs: int) -> dict[str, float]:
+    """Play episodes of a task from reset to reset `runs` times; one copy is the single environment."""
+    import gymnasium as gym
+    import numpy as np
+
+    from llmserve_env import ServeAction, load_task
+    from llmserve_env.actions import to_array
+
+    start = load_task(task)
+    action = start.grid.indices(to_array([ServeAction()]))
+    environment: Any
+    if copies == 1:
+        environment = gym.make("LLMServe-v0", task_id=task)
+        actions = action[0]
+    else:
+        environment = gym.make_vec("LLMServe-v0", num_envs=copies, task_id=task, threads=threads)
+        actions = np.repeat(action, copies, axis=0)
+    environment.reset(seed=0)
+    seconds = []
+    for episode in range(runs + 1):
+        begun = time.perf_counter()
+        for _ in range(start.windows):
+            environment.step(actions)
+        if copies == 1:
+            environment.reset()
+        if episode:  # the first compiles, or loads what is compiled
+            seconds.append(time.perf_counter() - begun)
+    median = statistics.median(seconds)
+    return {"copies": copies, "threads": threads, "steps_per_s": start.windows * copies / median}
+
+
 if __name__ == "__main__":
     try:
         if sys.argv[1] == "first":
             _first(sys.argv[2])
+        elif sys.argv[1] == "step":
+            print(json_format.dumps(_step(sys.argv[2], *(int(each) for each in sys.argv[3:6]))))
         else:
             print(json_format.dumps(_replay(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
     except KeyboardInterrupt:  # the command that started this one says so

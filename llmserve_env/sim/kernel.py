@@ -1203,13 +1203,18 @@ def _route(engines, counters, cell, req, out, ten, now_ps, transferred):
 
 @_compiled
 def _enqueue_in_turn(e, cell, req, out, ten, request, now_ps):
-    """Queue a request that waited elsewhere before: it stands where its waiting time puts it."""
+    """Queue a request that waited elsewhere before: it stands where its waiting time puts it.
+
+    Requests come in order of waiting, so the search goes on from where the last one was put.
+    """
     tenant = req[request].tenant
     queued = _queued_ps(cell, req, out, request)
     if out[request].status != TRANSFER:
         e.soonest_ps = min(e.soonest_ps, req[request].arrival_ps + ten.patience_ps[tenant])
-    before = np.int64(-1)
-    after = np.int64(e.fresh_head[tenant])
+    before = np.int64(e.merged[tenant])
+    if before >= 0 and out[before].status == FAILED:  # given up since
+        before = np.int64(-1)
+    after = np.int64(out[before].next) if before >= 0 else np.int64(e.fresh_head[tenant])
     while after >= 0 and (_queued_ps(cell, req, out, after), after) < (queued, np.int64(request)):
         before = after
         after = np.int64(out[after].next)
@@ -1220,6 +1225,7 @@ def _enqueue_in_turn(e, cell, req, out, ten, request, now_ps):
         e.fresh_head[tenant] = request
     if after < 0:
         e.fresh_tail[tenant] = request
+    e.merged[tenant] = request
     _count_arrival(e, now_ps)
 
 
@@ -1241,6 +1247,9 @@ def _reroute(engines, i, counters, cell, req, out, ten, now_ps):
             chain = request
         out[request].next = -1
         last = request
+    for j in range(len(engines)):
+        for tenant in range(cell.tenants):
+            engines[j].merged[tenant] = -1
     while chain >= 0:
         after = np.int64(out[chain].next)
         target = _route(engines, counters, cell, req, out, ten, now_ps, out[chain].status == TRANSFER)

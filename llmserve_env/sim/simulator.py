@@ -169,6 +169,7 @@ class SimulatorBatch:
         self.counters = np.zeros(episodes, COUNTERS)
         self.windows = np.zeros(episodes, WINDOW)
         self.now_s = np.zeros(episodes)
+        self._now_ps = np.zeros(episodes, np.int64)
         self._over = np.zeros(episodes, bool)
         self._room(
             np.array([len(workload) for workload in workloads]),
@@ -257,6 +258,7 @@ class SimulatorBatch:
         cell["tenant_in_flight"] = 0
         self.workloads[episode] = workload
         self.now_s[episode] = 0.0
+        self._now_ps[episode] = 0
         self._over[episode] = False
         self._start(episode)
 
@@ -343,13 +345,14 @@ class SimulatorBatch:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
         if len(actions) != len(self.cells):
             raise InputError(f"expected {len(self.cells)}, found {len(actions)}", field="actions")
-        start_ps = _ps(self.now_s)
+        start_ps = self._now_ps
         until_s = self.now_s + window_s
         until_ps = _ps(until_s)
         if which is None:
-            self.now_s = until_s
+            self.now_s, self._now_ps = until_s, until_ps
         else:
             self.now_s = np.where(which, until_s, self.now_s)
+            self._now_ps = np.where(which, until_ps, start_ps)
             until_ps[~which] = -1
         call = kernel.serve_parallel if self._parallel else kernel.serve
         call(
@@ -395,7 +398,7 @@ class SimulatorBatch:
             requests, outcomes = self.requests[part], self.outcomes[part]
             unfinished = np.isin(outcomes["status"], (WAITING, RUNNING, TRANSFER))
             # served out: the end is when the last engine stopped
-            end_ps = self.engines["busy_ps"][episode].max() if np.isinf(now_s) else _ps(self.now_s)[episode]
+            end_ps = self.engines["busy_ps"][episode].max() if np.isinf(now_s) else self._now_ps[episode]
             outcomes["status"][unfinished] = FAILED
             outcomes["finish_ps"][unfinished] = np.maximum(end_ps, requests["arrival_ps"][unfinished])
             self._over[episode] |= unfinished.any()

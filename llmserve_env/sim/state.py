@@ -141,6 +141,7 @@ ENGINE = np.dtype(
         ("batch_slot", np.int32, (MAX_RUNNING,)),  # prefills that end in the batch being built
         ("fresh_head", np.int32, (MAX_TENANTS,)),
         ("fresh_tail", np.int32, (MAX_TENANTS,)),
+        ("merged", np.int32, (MAX_TENANTS,)),  # last request that a reroute put into the queue
     ],
     align=True,
 )

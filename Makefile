@@ -9,8 +9,9 @@ OUT ?= out/demo
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# Where PyTorch keeps the wheels without CUDA; asked only where pip's own settings do not lead to the pinned one.
-TORCH_CPU := https://download.pytorch.org/whl/cpu
+# For the tests against RL libraries, pinned here: which build it is (CPU, CUDA) is for pip's settings to say, so that
+# the lock can name neither its hash nor what a CUDA build brings along.
+TORCH := torch==2.13.0
 PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -27,8 +28,8 @@ $(STAMP): requirements-dev.lock pyproject.toml llmserve_env/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing requirements-dev.lock"
-	@$(PY) $(PIP) install --require-hashes -r requirements-dev.lock || \
-	    $(PY) $(PIP) install --require-hashes --extra-index-url $(TORCH_CPU) -r requirements-dev.lock
+	@$(PY) $(PIP) install --no-deps --require-hashes -r requirements-dev.lock
+	@$(PY) $(PIP) install --upgrade-strategy only-if-needed "$(TORCH)"
 	@$(PY) $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -51,13 +52,13 @@ bench: $(STAMP) ## measure the simulator's speed
 	$(PY) -m llmserve_env bench $(ARGS)
 
 # Newest releases that pyproject.toml allows, for every Python and platform, with hashes and without index hosts.
-# Where PIP_FIND_LINKS names a folder with a torch wheel without CUDA, that one is pinned for its Python and platform.
+# Without torch and what only its CUDA builds need.
 lock: ## write requirements-dev.lock anew
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv --clear build/lock && build/lock/bin/python $(PIP) install uv; }
 	build/lock/bin/uv pip compile pyproject.toml --group dev --universal --python-version 3.10 --upgrade \
-	    $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
 	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --quiet \
-	    --custom-compile-command "make lock" --output-file requirements-dev.lock
+	    --custom-compile-command "make lock" --output-file build/lock/all.txt
+	awk '/^[a-z]/ { left = /^(torch|triton|nvidia-|cuda-)/ } !left' build/lock/all.txt > requirements-dev.lock
 
 clean: ## remove what builds, tests and runs leave behind
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,10 +14,10 @@ import tyro
 from numpy.typing import NDArray
 
 from evaluate.headroom import RESULTS
-from evaluate.stats import Interval, interval, paired_difference
 from llmserve_env.actions import CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.figures import BLUE, GREY, ORANGE, picture_file
+from llmserve_env.stats import Interval, interval, paired_difference
 
 AGENTS = {
     "random": "random",

@@ -9,8 +9,8 @@ import statistics
 import numpy as np
 import pytest
 
-from evaluate.stats import Interval, interval, iqm, paired_difference
 from llmserve_env.errors import InputError
+from llmserve_env.stats import Interval, interval, iqm, paired_difference
 
 
 def naive_iqm(scores):

@@ -20,6 +20,7 @@ from llmserve_env.errors import InputError
 COMMANDS = {
     "demo": "serve one workload from start to finish, with figures and pictures",
     "simulate": "serve a workload in the simulator and say what its users got",
+    "tasks": "list the tasks, or tell everything about one",
     "grade": "replay an episode's log and say what it scores",
     "workload": "describe a workload: a trace or a generator",
     "profiles": "list the hardware and model profiles with their sources",

@@ -102,4 +102,4 @@ def _code(name: str, value: Any) -> float:
         checked = getattr(ServeAction(**{name: value}), name)
     except ValueError as error:
         raise InputError(f"not a value of ServeAction: {value!r}", field=name) from error
-    return TIERS.index(checked.value) if name == "quantization_tier" else checked
+    return TIERS.index(checked.value) if name == "quantization_tier" else checked + 0

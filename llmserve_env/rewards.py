@@ -43,7 +43,7 @@ class Rewards:
     def __init__(self, task: Task) -> None:
         weights = task.reward
         self._parts = np.array([getattr(weights, name) for name in COMPONENTS])
-        self._tenants = np.array([tenant.weight for tenant in task.tenants])
+        self._tenants = np.array([tenant.weight for tenant in task.tenants], float)
         self._quality = np.array(task.quality)
         self._engine_s = task.cell.engines * task.window_s
         self._windows = task.windows

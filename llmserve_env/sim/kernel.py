@@ -1451,7 +1451,9 @@ def _record(engines, counters, cell, req, out, start_ps, until_ps, window):
         split += (e.next_role if loading else e.role) != COLOCATED
         for tenant in range(cell.tenants):
             request = e.fresh_head[tenant]
-            if request >= 0 and out[request].status == WAITING:
+            while request >= 0 and out[request].status != WAITING:  # in transfer
+                request = out[request].next
+            if request >= 0:
                 oldest_ps = min(oldest_ps, req[request].arrival_ps)
     window.in_flight = waiting + limbo
     window.waiting = waiting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -29,6 +30,7 @@ else:
 _FOLDER = Path(__file__).parent
 _MODEL = ConfigDict(extra="forbid", frozen=True)
 _Share = Annotated[float, Field(ge=0, le=1)]
+_MOST_WINDOWS = 1_000_000
 _OFFSETS = 2**31 + 2  # spawn key of the draw of where in a trace an episode begins
 
 
@@ -47,9 +49,15 @@ class Cell(BaseModel):
 
     profile: str
     engines: int = Field(1, ge=1, le=64)
-    prefill_engines: int | None = Field(None, ge=1)
+    prefill_engines: int | None = Field(None, ge=1, le=63)
     max_num_batched_tokens: int | None = Field(None, ge=1)
     prefix_cache: bool = True
+
+    @model_validator(mode="after")
+    def _pools(self) -> Cell:
+        if self.prefill_engines is not None and self.prefill_engines >= self.engines:
+            raise ValueError(f"prefill_engines must leave one of {self.engines} engines to decode")
+        return self
 
 
 class RewardWeights(BaseModel):
@@ -108,8 +116,8 @@ class Task(BaseModel):
     difficulty: str = Field(pattern="^(easy|medium|hard)$")
     description: str
     cell: Cell
-    window_s: float = Field(gt=0)
-    horizon_s: float = Field(gt=0)
+    window_s: float = Field(ge=1e-3, le=1e5)
+    horizon_s: float = Field(gt=0, le=1e6)
     start: ServeAction = ServeAction()
     controls: dict[str, list[Any]]
     workload: str | dict[str, Any]
@@ -119,8 +127,11 @@ class Task(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Task:
         count = self.horizon_s / self.window_s
-        if abs(count - round(count)) > 1e-9:
-            raise ValueError(f"horizon_s must be a whole number of windows, it is {count:g}")
+        if abs(count - round(count)) > 1e-9 or not 1 <= count <= _MOST_WINDOWS:
+            raise ValueError(f"horizon_s must be 1 to {_MOST_WINDOWS:,} whole windows, it is {count:g}")
+        for name, tenant in _tenants_of(self.workload):
+            if tenant.get("patience_s") == math.inf:
+                raise ValueError(f"workload.tenants.{name}.patience_s: leave it out for clients who never go")
         for name in self.controls:
             if name not in CONTROLS:
                 raise ValueError(f"controls: expected some of {', '.join(CONTROLS)}, found {name}")
@@ -172,7 +183,8 @@ class Task(BaseModel):
             if "duration" not in uri.query and "requests" not in uri.query:
                 uri = replace(uri, query={**uri.query, "duration": str(self.horizon_s)})
             return _before(open_workload(str(uri), seed=seed), self.horizon_s)
-        trace = _trace(str(uri))
+        path = Path(uri.path)
+        trace = _trace(str(uri), path.stat().st_mtime_ns if path.is_file() else 0)
         latest_s = max(trace.duration_s - self.horizon_s, 0.0)
         root = np.random.SeedSequence(seed, spawn_key=(_OFFSETS,))
         start_s = float(np.random.default_rng(root).uniform(0, latest_s)) if latest_s else 0.0
@@ -221,8 +233,17 @@ def load_task(source: str | Path, **changes: Any) -> Task:
     return task
 
 
+def _tenants_of(workload: str | dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Tables of a scenario's tenants by name; what is not a table is for the scenario to refuse."""
+    tenants = {} if isinstance(workload, str) else workload.get("tenants")
+    if not isinstance(tenants, dict):
+        return []
+    return [(name, table) for name, table in tenants.items() if isinstance(table, dict)]
+
+
 @lru_cache(maxsize=8)
-def _trace(uri: str) -> Workload:
+def _trace(uri: str, changed_ns: int) -> Workload:
+    """The trace, read once as long as its file (and with it `changed_ns`) stays the same."""
     return open_workload(uri)
 
 

@@ -18,6 +18,7 @@ from llmserve_env.workloads.presets import preset, read_toml
 from llmserve_env.workloads.workload import Tenant, Workload
 
 _TENANT_KEYS = tuple(entry.name for entry in fields(Tenant) if entry.name != "name")
+_MOST = 1e6  # of weights and seconds
 _STREAM = 2**31 + 1  # spawn key, apart from those of arrivals and lengths
 
 
@@ -113,6 +114,8 @@ def parse_tenant(name: str, entry: Any, *, others: tuple[str, ...] = ()) -> tupl
                 raise InputError(f"expected a whole number, found {value!r}", field=key)
         elif not is_number(value) or not value > 0:
             raise InputError(f"expected a number > 0, found {value!r}", field=key)
+        elif value > _MOST and not (key == "patience_s" and value == math.inf):
+            raise InputError(f"expected at most {_MOST:g}, found {value!r}", field=key)
     promises = preset("slos", entry["slo"], field="slo") if "slo" in entry else {}
     merged = {**promises, **entry}
     tenant = Tenant(name=name, **{key: merged[key] for key in _TENANT_KEYS if key in merged})

@@ -225,7 +225,7 @@ def _short_of(task_id: str) -> LLMServeEnv:
     ("action", "message"),
     [
         ([7, 0, 0, 0, 0, 0], r"action\[0\] \(batch_cap\)': expected 0..6, found 7"),
-        ([0, -1, 0, 0, 0, 0], r"kv_budget_fraction\)': expected 0..3, found -1"),
+        ([0, -1, 0, 0, 0, 0], r"kv_budget_fraction\)': expected 0..5, found -1"),
         ([0, 0, 0, 0, 0], "expected 6 whole numbers"),
         ([0.0] * 6, "expected 6 whole numbers"),
         (3, "expected 6 whole numbers"),

@@ -38,7 +38,8 @@ def _walk(first, after):
 def check(batch):
     """Check all cells of a batch; between two windows every one of these holds."""
     for episode in range(len(batch.cells)):
-        low, high = batch._first[episode : episode + 2]
+        low = batch._first[episode]
+        high = low + batch.cells["requests"][episode]
         places = Counter()
         for index in range(batch.engines.shape[1]):
             places.update(_Engine(batch, episode, index).check())
@@ -77,7 +78,8 @@ class _Engine:
         self.batch = batch
         self.e = batch.engines[episode, index]
         self.g = episode * batch.engines.shape[1] + index
-        self.low, self.high = batch._first[episode : episode + 2]
+        self.low = batch._first[episode]
+        self.high = self.low + batch.cells["requests"][episode]
         self.episode = episode
         self.out, self.req = batch.outcomes[self.low : self.high], batch.requests[self.low : self.high]
         self.clock = self.e["clock"]

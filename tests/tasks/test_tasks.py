@@ -140,10 +140,10 @@ def test_fields_can_be_replaced():
 @pytest.mark.parametrize(
     ("changes", "field", "reason"),
     [
-        ({"horizon_s": 1.5}, None, "whole number of windows, it is 1.5"),
+        ({"horizon_s": 1.5}, None, "whole number of windows, 1 to 1,000,000, it is 1.5"),
         ({"horizon_s": 0.0}, "horizon_s", "greater than 0"),
-        ({"horizon_s": float("nan")}, "horizon_s", "greater than 0"),
-        ({"window_s": -1.0}, "window_s", "greater than 0"),
+        ({"horizon_s": float("nan")}, "horizon_s", "less than or equal to 1000000"),
+        ({"window_s": -1.0}, "window_s", "greater than or equal to 0.001"),
         ({"window_s": "long"}, "window_s", "number"),
         ({"engines": 0}, "cell.engines", "greater than or equal to 1"),
         ({"engines": 65}, "cell.engines", "less than or equal to 64"),
@@ -201,7 +201,7 @@ def test_a_copy_of_a_shipped_file_is_the_shipped_task(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "field", "reason"),
     [
-        ("window_s = 1.0", "window_s = 0", "window_s", "greater than 0"),
+        ("window_s = 1.0", "window_s = 0", "window_s", "greater than or equal to 0.001"),
         ("window_s = 1.0", "window_s = ", None, "line"),
         ("window_s = 1.0", "", "window_s", "required"),
         ("horizon_s = 300.0", "horizon_s = 300.5", None, "whole number of windows"),

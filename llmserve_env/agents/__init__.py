@@ -1,0 +1,56 @@
+"""Reference agents: what a learned one has to beat.
+
+>>> task = load_task("bursty_workload")
+>>> play(load_agent("reactive", task), task, range(8)).scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from llmserve_env.agents.agent import Agent
+from llmserve_env.agents.constant import ConstantAgent
+from llmserve_env.agents.play import Played, play
+from llmserve_env.agents.random import RandomAgent
+from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule
+from llmserve_env.agents.tuned import tuned_constant, tuned_rule
+from llmserve_env.errors import InputError
+
+if TYPE_CHECKING:
+    from llmserve_env.tasks import Task
+
+__all__ = [
+    "AGENTS",
+    "Agent",
+    "ConstantAgent",
+    "Played",
+    "RandomAgent",
+    "ReactiveAgent",
+    "ReactiveRule",
+    "load_agent",
+    "play",
+]
+
+AGENTS: dict[str, Callable[[Task], Agent]] = {
+    "random": lambda task: RandomAgent(),
+    "defaults": lambda task: ConstantAgent(task.start, "defaults"),
+    "best-constant": lambda task: ConstantAgent(tuned_constant(task.id), "best-constant"),
+    "reactive": lambda task: ReactiveAgent(tuned_rule(task.id)),
+}
+"""The reference agents by name, in the order of every table: how to make one for a task."""
+
+
+def load_agent(name: str, task: Task) -> Agent:
+    """A reference agent.
+
+    Args:
+        name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`).
+        task: what it will play; the last two were tuned to the shipped task of this id.
+
+    Raises:
+        InputError: there is no such agent, or it was not tuned to the task.
+    """
+    if name not in AGENTS:
+        raise InputError(f"expected one of {', '.join(AGENTS)}, found '{name}'", field="agent")
+    return AGENTS[name](task)

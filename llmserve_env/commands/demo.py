@@ -1,64 +1,118 @@
-"""`llmserve demo`: one workload on two machines, from start to finish."""
+"""`llmserve demo`: the reference agents play the tasks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
-    from llmserve_env.commands._serving import Served
-
-_TRAFFIC = "mmpp://?preset=azure-conv&tenants=premium-standard&duration=600&rate={rate:g}"
-_CELLS = (("h100-llama-3.1-8b", 20.0), ("rtxpro6000-llama-3.1-8b", 8.5))
-"""Profiles, and the mean rates (requests/s) that bring each near its capacity."""
+    from llmserve_env.agents import Agent
+    from llmserve_env.tasks import Task
 
 
-def demo(*, out: Path = Path("out/demo")) -> None:
-    """Serve ten minutes of chat traffic on an H100 and on an RTX PRO 6000, each near its capacity.
+def demo(
+    *,
+    out: Path = Path("out/demo"),
+    tasks: tuple[str, ...] = (
+        "bursty_workload",
+        "adversarial_multitenant",
+        "static_workload",
+        "trace_replay",
+    ),
+    agents: tuple[str, ...] = ("random", "defaults", "best-constant", "reactive"),
+    seeds: int = 10,
+) -> None:
+    """Play the tasks with the reference agents: what a learned agent has to beat.
 
-    Arrivals and lengths have the published statistics of Azure's conversation trace; two tenants with
-    different promises send them. Prints what they got, and writes a row a request, the figures and a picture.
+    Prints each agent's score on each task, the interquartile mean over seeds of evaluation with its 95%
+    interval, and writes all scores and a picture of an episode: the first task under the last agent.
 
     Args:
         out: folder for the files.
+        tasks: ids of tasks.
+        agents: names of reference agents.
+        seeds: episodes of each task, 2 or more.
     """
-    from llmserve_env.commands._picture import draw_demo
-    from llmserve_env.commands._report import table, write_json
-    from llmserve_env.commands._serving import write_requests
-    from llmserve_env.commands._summary import rows, summarise
+    from tqdm import tqdm
 
+    from llmserve_env.agents import load_agent
+    from llmserve_env.commands._report import table, write_json
+    from llmserve_env.commands._serving import announce_compilation
+    from llmserve_env.provenance import made_by
+    from llmserve_env.stats import interval
+    from llmserve_env.tasks import EVALUATION_SEEDS, load_task
+
+    if seeds < 2:
+        raise InputError(f"expected 2 or more, found {seeds}", field="seeds")
+    for field, given in (("tasks", tasks), ("agents", agents)):
+        if not given:
+            raise InputError("expected one or more, found none", field=field)
+    loaded = [load_task(task) for task in tasks]
+    players = [[load_agent(name, task) for name in agents] for task in loaded]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot be made: {error.strerror or error}", file=str(out)) from error
-    runs = [(profile, _serve(profile, rate)) for profile, rate in _CELLS]
-    summaries = {profile: summarise(served) for profile, served in runs}
-    written = [out / "summary.json", out / "picture.png"]
-    write_json(written[0], summaries)
-    draw_demo(runs, "Ten minutes of chat traffic with the statistics of Azure's trace", written[1])
-    for profile, served in runs:
-        written.append(out / f"requests-{profile}.csv")
-        write_requests(written[-1], served)
-    left, right = (rows(summary) for summary in summaries.values())
-    header = ["", *summaries]
-    lines = [[label, mine, other] for (label, mine), (_, other) in zip(left, right, strict=True)]
-    print(f"\n{table(header, lines, left=3)}\n")
+    chosen = EVALUATION_SEEDS[:seeds]
+    results: dict[str, dict[str, Any]] = {}
+    columns = []
+    announce_compilation()
+    with tqdm(total=len(loaded) * len(agents) * seeds, unit="episode") as bar:
+        for task, row in zip(loaded, players, strict=True):
+            results[task.id] = {}
+            cells = []
+            for agent in row:
+                bar.set_description(f"{task.id}, {agent.name}")
+                results[task.id][agent.name] = _result(agent, task, chosen)
+                cells.append(str(interval(results[task.id][agent.name]["scores"])))
+                bar.update(seeds)
+            columns.append(cells)
+    written = [out / "scores.json", out / "episode.png"]
+    write_json(written[0], {"made_by": made_by(), "seeds": list(chosen), "tasks": results})
+    _draw(players[0][-1], loaded[0], chosen[0], written[1])
+    lines = [[name, *cells] for name, cells in zip(agents, zip(*columns, strict=True), strict=True)]
+    print(f"\nscores, interquartile mean over {seeds} seeds of evaluation with its 95% interval\n")
+    print(f"{table(['', *results], lines)}\n")
     for path in written:
         print(f"wrote {path}")
 
 
-def _serve(name: str, rate: float) -> Served:
-    from llmserve_env.commands._serving import Cell, serve
-    from llmserve_env.hardware import load_profile
-    from llmserve_env.hardware.memory import kv_blocks
-    from llmserve_env.schema import ServeAction
-    from llmserve_env.workloads import open_workload
+def _result(agent: Agent, task: Task, seeds: range) -> dict[str, Any]:
+    """An agent's scores on a task as they go into the file."""
+    from dataclasses import asdict
 
-    workload = open_workload(_TRAFFIC.format(rate=rate))
-    print(f"serving {len(workload):,} requests on {name}: {workload.source}", flush=True)
-    profile = load_profile(name)
-    action = ServeAction(batch_cap=profile.engine.max_num_seqs)
-    cell = Cell(profile, action, profile.engine.max_num_batched_tokens, kv_blocks(profile))
-    return serve(workload, cell, windows=400, name=name)
+    from llmserve_env.agents import play
+    from llmserve_env.rewards import COMPONENTS
+    from llmserve_env.stats import interval
+
+    played = play(agent, task, seeds, parallel=True)
+    return {
+        "iqm": asdict(interval(played.scores)),
+        "scores": played.scores.tolist(),
+        "components": dict(zip(COMPONENTS, played.components.mean(axis=0).tolist(), strict=True)),
+        "requests": dict(
+            zip(
+                ("arrived", "completed", "in_slo", "failed"),
+                played.requests.sum(axis=0).tolist(),
+                strict=True,
+            )
+        ),
+    }
+
+
+def _draw(agent: Agent, task: Task, seed: int, path: Path) -> None:
+    """Draw an episode."""
+    from llmserve_env.agents import play
+    from llmserve_env.envs.recording import Recording
+    from llmserve_env.envs.render import draw_episode
+
+    episode = Recording()
+    play(
+        agent,
+        task,
+        [seed],
+        watch=lambda batch, result: episode.add(batch, float(result.rewards[0]), bool(result.terminated[0])),
+    )
+    draw_episode(path, task, episode.windows, episode.actions, episode.components)

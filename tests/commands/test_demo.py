@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
+import numpy as np
+import pytest
+
+from llmserve_env.agents import load_agent, play
 from llmserve_env.cli import main
+from llmserve_env.rewards import COMPONENTS
+from llmserve_env.stats import interval
+from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 
 
 def test_demo_writes_its_files(tmp_path, capsys):
     out = tmp_path / "a" / "demo"
-    assert main(["demo", "--out", str(out)]) == 0
+    agents = ["random", "defaults", "reactive"]
+    asked = ["--tasks", "static_workload", "--agents", *agents, "--seeds", "3"]
+    assert main(["demo", "--out", str(out), *asked]) == 0
     told = capsys.readouterr().out
-    summary = json.loads((out / "summary.json").read_text())
-    assert len(summary) == 2
-    names = ["summary.json", "picture.png", *(f"requests-{profile}.csv" for profile in summary)]
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
-    assert all(f"wrote {out / name}" in told for name in names)
-    assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    for profile, found in summary.items():
-        with (out / f"requests-{profile}.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        count = found["requests"]
-        assert len(rows) == count["total"] == count["completed"] + count["failed"] + count["cancelled"]
-        assert sum(row["status"] == "completed" for row in rows) == count["completed"]
-        # near capacity: some promises are kept and some are not
-        assert all(0.2 < tenant["attainment"] < 1 for tenant in found["tenants"].values())
-    for label in ("TTFT", "TPOT", "in SLO: premium", "throughput", "KV occupancy", "preemptions"):
-        assert label in told
+    found = json.loads((out / "scores.json").read_text())
+    assert {path.name for path in out.iterdir()} == {"scores.json", "episode.png"}
+    assert all(f"wrote {path}" in told for path in out.iterdir())
+    assert (out / "episode.png").read_bytes().startswith(b"\x89PNG")
+    assert found["seeds"] == list(EVALUATION_SEEDS[:3])
+    assert set(found["made_by"]) == {"command", "commit", "cpu", "python"}
+    assert list(found["tasks"]) == ["static_workload"]
+    assert list(found["tasks"]["static_workload"]) == agents
+    task = load_task("static_workload")
+    for name, result in found["tasks"]["static_workload"].items():
+        played = play(load_agent(name, task), task, EVALUATION_SEEDS[:3])
+        assert result["scores"] == played.scores.tolist()
+        assert list(result["components"]) == list(COMPONENTS)
+        assert np.isclose(sum(result["components"].values()), np.mean(result["scores"]))
+        assert (
+            result["requests"]["in_slo"] <= result["requests"]["completed"] <= result["requests"]["arrived"]
+        )
+        row = next(line for line in told.splitlines() if line.startswith(name))
+        assert str(interval(result["scores"])) in row
+    worst, defaults, rule = (found["tasks"]["static_workload"][name]["iqm"]["estimate"] for name in agents)
+    assert worst < defaults < rule
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--seeds", "1"], "field 'seeds': expected 2 or more, found 1"),
+        (["--tasks", "nonesuch"], "nonesuch"),
+        (["--agents", "nonesuch"], "random, defaults, best-constant, reactive"),
+        (["--agents"], "field 'agents': expected one or more"),
+    ],
+)
+def test_demo_refuses_before_it_writes(tmp_path, capsys, asked, told):
+    assert main(["demo", "--out", str(tmp_path / "demo"), *asked]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_demo_refuses_a_file_as_its_folder(tmp_path, capsys):

@@ -57,9 +57,9 @@ class Settings:
     task: str
     seeds: int = 10
     constants: int = 2048
-    rounds: int = 24
+    rounds: int = 20
     children: int = 128
-    more_rounds: int = 6
+    more_rounds: int = 5
 
 
 def main(

@@ -128,7 +128,9 @@ class Task(BaseModel):
     def _fits(self) -> Task:
         count = self.horizon_s / self.window_s
         if abs(count - round(count)) > 1e-9 or not 1 <= count <= _MOST_WINDOWS:
-            raise ValueError(f"horizon_s must be a whole number of windows, 1 to {_MOST_WINDOWS:,}, it is {count:g}")
+            raise ValueError(
+                f"horizon_s must be a whole number of windows, 1 to {_MOST_WINDOWS:,}, it is {count:g}"
+            )
         for name, tenant in _tenants_of(self.workload):
             if tenant.get("patience_s") == math.inf:
                 raise ValueError(f"workload.tenants.{name}.patience_s: leave it out for clients who never go")

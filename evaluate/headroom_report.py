@@ -92,7 +92,7 @@ def _row(label: str, cells: list[str]) -> str:
 
 def _draw(path: Path, measured: dict[str, dict[str, NDArray[np.float64]]]) -> None:
     with picture_file(path, (10.0, 4.6)) as figure:
-        axes = figure.subplots(2, len(measured), squeeze=False, height_ratios=[5, 6])
+        axes = figure.subplots(2, len(measured), sharex="row", squeeze=False, height_ratios=[5, 6])
         for column, (task, scores) in enumerate(measured.items()):
             above, below = axes[0, column], axes[1, column]
             for place, name in enumerate(reversed(AGENTS)):
@@ -110,7 +110,7 @@ def _draw(path: Path, measured: dict[str, dict[str, NDArray[np.float64]]]) -> No
                 _point(below, place, dropped, scores["clairvoyant"] - scores[f"fixed {control}"], ORANGE)
             below.set_yticks(range(len(CONTROLS)), list(reversed(CONTROLS)) if column == 0 else [])
             below.axvline(0, color=GREY, linewidth=0.8)
-            below.set_xlabel("what changing it is worth to the clairvoyant plan")
+            below.set_xlabel("lost by the plan if it is fixed")
 
 
 def _point(axes: Any, place: int, found: Interval, scores: NDArray[np.float64], colour: str) -> None:

@@ -18,14 +18,14 @@ from llmserve_env import __version__
 from llmserve_env.errors import InputError
 
 COMMANDS = {
-    "demo": "serve one workload from start to finish, with figures and pictures",
+    "demo": "play the tasks with the reference agents: scores and a picture",
     "simulate": "serve a workload in the simulator and say what its users got",
     "tasks": "list the tasks, or tell everything about one",
     "grade": "replay an episode's log and say what it scores",
     "workload": "describe a workload: a trace or a generator",
     "profiles": "list the hardware and model profiles with their sources",
     "validate": "compare the simulator with measurements of real engines",
-    "bench": "measure the simulator's speed",
+    "bench": "measure the speed of the simulator and of the environments",
     "calibrate kernels": "fit a profile's latency model to measured kernel times",
     "calibrate predictions": "fit a profile's latency model to a predictor's iterations",
 }

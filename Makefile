@@ -48,7 +48,7 @@ format: $(STAMP) ## format the code and make the fixes that ruff calls safe
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP) ## measure the simulator's speed
+bench: $(STAMP) ## measure the speed of simulator and environments
 	$(PY) -m llmserve_env bench $(ARGS)
 
 # Newest releases that pyproject.toml allows, for every Python and platform, with hashes and without index hosts.

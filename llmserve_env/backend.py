@@ -193,17 +193,20 @@ class WindowRecord:
         """The record of one WINDOW row, its tenant fields cut to the number of tenants."""
         values: dict[str, Any] = {}
         for name in WINDOW.names or ():
-            value = window[name]
-            if value.ndim == 0:
-                values[name] = value.item()
-            else:
-                values[name] = value[..., :tenants].copy() if name != "engines_tier" else value.copy()
+            value = window_field(window, name, tenants)
+            values[name] = value.item() if value.ndim == 0 else value.copy()
         return cls(
             **values,
             ttft_histogram=ttft_histogram.copy(),
             gap_histogram=gap_histogram.copy(),
             not_applied=dict(not_applied),
         )
+
+
+def window_field(window: NDArray[np.void], name: str, tenants: int) -> Any:
+    """A field of one WINDOW record; those of tenants without the places of tenants that are not there."""
+    value = window[name]
+    return value if value.ndim == 0 or name == "engines_tier" else value[..., :tenants]
 
 
 class Backend(Protocol):

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import llmserve_env
-from llmserve_env.actions import to_array
+from llmserve_env.actions import to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.observation import Observer, describe
+from llmserve_env.recording import Recording
 from llmserve_env.rewards import COMPONENTS, Rewards
 from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
 from llmserve_env.sim.simulator import SimulatorBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -40,25 +39,6 @@ class StepResult:
     rewards: NDArray[np.float64]
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
-
-
-def record_bytes(window: NDArray[np.void], tenants: int) -> bytes:
-    """A WINDOW record as bytes, without the padding and the places of tenants that are not there."""
-    parts = []
-    for name in window.dtype.names or ():
-        value = window[name]
-        whole = value.ndim == 0 or name == "engines_tier"
-        parts.append(np.ascontiguousarray(value if whole else value[..., :tenants]).tobytes())
-    return b"".join(parts)
-
-
-def record_digests(windows: Iterable[NDArray[np.void]], tenants: int) -> list[str]:
-    """For each of an episode's WINDOW records in order, the hash of all up to it (hex)."""
-    digest, digests = hashlib.sha256(), []
-    for window in windows:
-        digest.update(record_bytes(window, tenants))
-        digests.append(digest.hexdigest())
-    return digests
 
 
 class EpisodeBatch:
@@ -211,34 +191,6 @@ class EpisodeBatch:
         vars(self).update(pickle.loads(snapshot))
 
 
-def episode_log(
-    batch: EpisodeBatch,
-    actions: Sequence[ServeAction],
-    rewards: Sequence[float],
-    digests: Sequence[str],
-    terminated: bool,
-) -> EpisodeLog:
-    """The log of the episode that a batch of one has played so far.
-
-    Args:
-        batch: gives task, seed and score.
-        actions: one for each window.
-        rewards: of each window.
-        digests: as `record_digests` makes them.
-        terminated: whether the task ended the episode.
-    """
-    return EpisodeLog(
-        package_version=llmserve_env.__version__,
-        task=batch.task.model_dump(mode="json"),
-        seed=int(batch.seeds[0]),
-        actions=list(actions),
-        rewards=list(rewards),
-        digests=list(digests),
-        terminated=terminated,
-        score=float(batch.scores[0]),
-    )
-
-
 class Episode:
     """One episode at the level of the schema, with its log.
 
@@ -256,18 +208,12 @@ class Episode:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.batch = EpisodeBatch(task)
-        self._actions: list[ServeAction] = []
-        self._rewards: list[float] = []
-        self._digests: list[str] = []
-        self._hash = hashlib.sha256()
-        self._terminated = False
+        self.recording = Recording()
 
     def reset(self, seed: int) -> ServeObservation:
         """Begin the episode with a seed."""
         self.batch.reset([seed])
-        self._actions, self._rewards, self._digests = [], [], []
-        self._hash = hashlib.sha256()
-        self._terminated = False
+        self.recording = Recording()
         return self.observation()
 
     def step(self, action: ServeAction) -> ServeObservation:
@@ -277,11 +223,7 @@ class Episode:
             InputError: the episode has not begun or is over.
         """
         result = self.batch.step(to_array([action]))
-        self._hash.update(record_bytes(self.batch.windows[0], len(self.task.tenants)))
-        self._actions.append(action)
-        self._rewards.append(float(result.rewards[0]))
-        self._digests.append(self._hash.hexdigest())
-        self._terminated = bool(result.terminated[0])
+        self.recording.add(self.batch, float(result.rewards[0]), bool(result.terminated[0]))
         return self.observation()
 
     @property
@@ -292,17 +234,18 @@ class Episode:
     def observation(self) -> ServeObservation:
         """What the agent sees now."""
         batch = self.batch
-        reward = self._rewards[-1] if self._rewards else 0.0
+        begun = bool(self.recording.rewards)
         metadata: dict[str, Any] = {
             "seed": int(batch.seeds[0]),
             "reward_components": dict(zip(COMPONENTS, batch.components[0].tolist(), strict=True)),
             "cost": float(batch.costs[0]),
-            "not_applied": batch.simulator.not_applied(self._actions[-1]) if self._actions else {},
+            "not_applied": batch.simulator.not_applied(to_action(batch.actions[0])) if begun else {},
         }
+        reward = self.recording.rewards[-1] if begun else 0.0
         return describe(
             self.task, batch.windows[0], int(batch.steps[0]), reward=reward, done=self.done, metadata=metadata
         )
 
     def log(self) -> EpisodeLog:
         """The log so far."""
-        return episode_log(self.batch, self._actions, self._rewards, self._digests, self._terminated)
+        return self.recording.log(self.batch)

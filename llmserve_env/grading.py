@@ -21,11 +21,12 @@ from pydantic import ValidationError
 
 import llmserve_env
 from llmserve_env.actions import to_array
-from llmserve_env.episode import EpisodeBatch, record_bytes
+from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware import list_profiles
 from llmserve_env.hardware.profile import refusal
+from llmserve_env.recording import record_bytes
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task

@@ -105,8 +105,8 @@ def _result(agent: Agent, task: Task, seeds: range) -> dict[str, Any]:
 def _draw(agent: Agent, task: Task, seed: int, path: Path) -> None:
     """Draw an episode."""
     from llmserve_env.agents import play
-    from llmserve_env.envs.recording import Recording
     from llmserve_env.envs.render import draw_episode
+    from llmserve_env.recording import Recording
 
     episode = Recording()
     play(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llmserve_env.envs.serve_env import LLMServeEnv
-from llmserve_env.episode import EpisodeBatch, record_digests
+from llmserve_env.episode import EpisodeBatch
+from llmserve_env.recording import record_digests
 from llmserve_env.tasks import list_tasks
 
 from .episodes import anything, played, short, sticky, uniform

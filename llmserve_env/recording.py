@@ -1,19 +1,41 @@
-"""What an environment keeps of the episode that it plays, for its log and its pictures."""
+"""What is kept of an episode that is played, for its log and its pictures."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import ACTION
-from llmserve_env.backend import WINDOW
+import llmserve_env
+from llmserve_env.actions import ACTION, to_action
+from llmserve_env.backend import WINDOW, window_field
 from llmserve_env.rewards import COMPONENTS
+from llmserve_env.schema import EpisodeLog
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from llmserve_env.episode import EpisodeBatch
+
+
+def record_bytes(window: NDArray[np.void], tenants: int) -> bytes:
+    """A WINDOW record as bytes, without the padding and the places of tenants that are not there."""
+    parts = []
+    for name in window.dtype.names or ():
+        parts.append(np.ascontiguousarray(window_field(window, name, tenants)).tobytes())
+    return b"".join(parts)
+
+
+def record_digests(windows: Iterable[NDArray[np.void]], tenants: int) -> list[str]:
+    """For each of an episode's WINDOW records in order, the hash of all up to it (hex)."""
+    digest, digests = hashlib.sha256(), []
+    for window in windows:
+        digest.update(record_bytes(window, tenants))
+        digests.append(digest.hexdigest())
+    return digests
 
 
 class Recording:
@@ -54,3 +76,16 @@ class Recording:
     def components(self) -> NDArray[np.float64]:
         """float64[k, 5], parts of each reward."""
         return np.frombuffer(bytes(self._components)).reshape(-1, len(COMPONENTS))
+
+    def log(self, batch: EpisodeBatch) -> EpisodeLog:
+        """The log of the episode so far, of the batch of one that plays it."""
+        return EpisodeLog(
+            package_version=llmserve_env.__version__,
+            task=batch.task.model_dump(mode="json"),
+            seed=int(batch.seeds[0]),
+            actions=[to_action(row) for row in self.actions],
+            rewards=list(self.rewards),
+            digests=record_digests(self.windows, len(batch.task.tenants)),
+            terminated=self.terminated,
+            score=float(batch.scores[0]),
+        )

@@ -37,7 +37,8 @@ def to_array(actions: Sequence[ServeAction]) -> NDArray[np.void]:
     array = np.empty(len(actions), ACTION)
     for row, action in zip(array, actions, strict=True):
         for name in CONTROLS:
-            row[name] = _code(name, getattr(action, name))
+            value = getattr(action, name)
+            row[name] = TIERS.index(value.value) if name == "quantization_tier" else value
     return array
 
 

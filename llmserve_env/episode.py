@@ -234,14 +234,19 @@ class Episode:
     def observation(self) -> ServeObservation:
         """What the agent sees now."""
         batch = self.batch
-        begun = bool(self.recording.rewards)
+        action = to_action(batch.actions[0])
+        rewards = self.recording.rewards
         metadata: dict[str, Any] = {
             "seed": int(batch.seeds[0]),
             "reward_components": dict(zip(COMPONENTS, batch.components[0].tolist(), strict=True)),
             "cost": float(batch.costs[0]),
-            "not_applied": batch.simulator.not_applied(to_action(batch.actions[0])) if begun else {},
+            "score": float(batch.scores[0]),
+            "action": action.model_dump(mode="json"),
+            "not_applied": batch.simulator.not_applied(action) if rewards else {},
+            "terminated": self.recording.terminated,
+            "truncated": self.done and not self.recording.terminated,
         }
-        reward = self.recording.rewards[-1] if begun else 0.0
+        reward = rewards[-1] if rewards else 0.0
         return describe(
             self.task, batch.windows[0], int(batch.steps[0]), reward=reward, done=self.done, metadata=metadata
         )

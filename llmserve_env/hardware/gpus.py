@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from llmserve_env.errors import InputError
 
@@ -35,10 +38,11 @@ class GpuFacts:
     source: str
 
 
-def known_gpus() -> dict[str, GpuFacts]:
+@lru_cache(maxsize=1)
+def known_gpus() -> Mapping[str, GpuFacts]:
     """All GPUs of the shipped list by name."""
     table = tomllib.loads(_FILE.read_text(encoding="utf-8"))
-    return {name: GpuFacts(name=name, **facts) for name, facts in table.items()}
+    return MappingProxyType({name: GpuFacts(name=name, **facts) for name, facts in table.items()})
 
 
 def gpu_facts(name: str) -> GpuFacts:

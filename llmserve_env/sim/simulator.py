@@ -547,10 +547,10 @@ def _pool(engines: NDArray[np.void], cost: Cost, shared: bool) -> Pool:
     blocks = int(cost.blocks.max())
     ring = 1 << (2 * blocks + 4096).bit_length() if shared else 4096
     nodes = blocks if shared else 0
-    table = 1 << (2 * blocks).bit_length() if shared else 1
+    table = 1 << (3 * blocks // 2).bit_length() if shared else 1  # at most two thirds full
     return Pool(
-        queue_owner=np.full((count, ring), -1, np.int64),
-        queue_length=np.zeros((count, ring), np.int64),
+        queue_owner=np.full((count, ring), -1, np.int32),
+        queue_length=np.zeros((count, ring), np.int32),
         node_key=np.zeros((count, nodes), np.int64),
         node_references=np.zeros((count, nodes), np.int32),
         node_segment=np.zeros((count, nodes), np.int64),

@@ -264,8 +264,8 @@ class Pool(NamedTuple):
     cached prefix node (-2 - node).
     """
 
-    queue_owner: NDArray[np.int64]
-    queue_length: NDArray[np.int64]
+    queue_owner: NDArray[np.int32]
+    queue_length: NDArray[np.int32]
     node_key: NDArray[np.int64]
     node_references: NDArray[np.int32]
     node_segment: NDArray[np.int64]

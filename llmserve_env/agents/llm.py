@@ -1,0 +1,404 @@
+"""An agent that asks a language model behind an OpenAI-compatible endpoint.
+
+It works at the level of the schema, `ServeObservation` in and `ServeAction` out, rather than with records as
+the `Agent`s do: one episode at a time (a call takes seconds, so nothing is won by many side by side), in any
+world, HTTP included, where records do not reach.
+
+The model is asked for a JSON object, by a schema that lists each control's values (`response_format`
+json_schema, strict). The schema keeps to what OpenAI's strict mode and vLLM's guided decoding both take:
+type, enum, required, additionalProperties. Answers are checked against it again: not every endpoint obeys.
+**Whatever is no usable answer leaves the configuration in force as it is**, and is counted by its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmserve_env.agents.brief import TaskBrief
+from llmserve_env.errors import InputError
+from llmserve_env.schema import ServeAction, ServeObservation
+
+if TYPE_CHECKING:
+    import openai
+
+NO_ANSWER = ("connection", "timeout", "rate_limited", "server_error", "rejected", "malformed")
+"""Reasons of the endpoint's: no connection, no answer in time, 429, 5xx, another 4xx, no chat completion."""
+NO_ACTION = ("truncated", "refused", "empty", "not_json", "not_in_schema")
+"""Reasons of the model's: cut off at its limit, refused or filtered, no text, no JSON, a value outside."""
+
+_TOLD_ELSEWHERE = {"metadata", "task_id", "done", "step_index", "time_s"}
+
+
+@dataclass(frozen=True)
+class LLMSettings:
+    """How a model is asked.
+
+    Attributes:
+        model: its name at the endpoint.
+        endpoint: base URL with its /v1 (default: OPENAI_BASE_URL, else OpenAI's).
+        api_key: (default: OPENAI_API_KEY; an endpoint that is named needs none).
+        windows_per_call: windows for which an answer holds.
+        history: windows that a prompt shows, at most.
+        max_prompt_chars: bound of a prompt; the oldest windows are left out to keep it (characters).
+        max_answer_tokens: bound of an answer (tokens).
+        temperature: of sampling; None leaves it to the endpoint, as some models demand.
+        timeout_s: bound of one try (s).
+        max_retries: further tries after no connection, 408, 409, 429 or 5xx. The client waits 0.5 s, twice as
+            long each time, up to 8 s, with jitter, or what Retry-After says up to two minutes.
+        give_up_after: calls in a row without any answer after which the episode is given up: it would show
+            what the configuration in force does, not what the model does.
+    """
+
+    model: str
+    endpoint: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    windows_per_call: int = 1
+    history: int = 4
+    max_prompt_chars: int = 12_000
+    max_answer_tokens: int = 512
+    temperature: float | None = 0.0
+    timeout_s: float = 60.0
+    max_retries: int = 4
+    give_up_after: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("windows_per_call", "history", "max_answer_tokens", "give_up_after"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected 1 or more, found {getattr(self, name)}", field=name)
+        if self.max_retries < 0:
+            raise InputError(f"expected 0 or more, found {self.max_retries}", field="max_retries")
+
+
+@dataclass
+class LLMUsage:
+    """What asking came to in an episode.
+
+    Attributes:
+        calls: to the endpoint, retries not counted.
+        retries: of the client's.
+        fallbacks: calls without a usable answer by reason (NO_ANSWER, NO_ACTION).
+        prompt_tokens: as the endpoint counted them.
+        completion_tokens: as the endpoint counted them.
+        uncounted: answers for which the endpoint gave no token counts.
+        latency_s: of each call, retries and waits included (s).
+    """
+
+    calls: int = 0
+    retries: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    uncounted: int = 0
+    latency_s: list[float] = field(default_factory=list)
+
+
+class Unusable(Exception):
+    """There is no usable answer; `reason` is one of NO_ANSWER and NO_ACTION."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class LLMPolicy:
+    """Plays episodes by asking a model.
+
+    Args:
+        settings: how it is asked.
+
+    Attributes:
+        settings: as given.
+        usage: of the episode.
+
+    Raises:
+        InputError: there is neither an endpoint nor a key, or the `openai` package is missing.
+
+    Example:
+        >>> with LLMPolicy(LLMSettings("tiny", "http://127.0.0.1:8101/v1")) as policy:
+        ...     policy.reset(TaskBrief.of(task), seed)
+        ...     while not observation.done:
+        ...         observation = episode.step(policy.act(observation))
+    """
+
+    def __init__(self, settings: LLMSettings) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise InputError("the openai package is missing: install llmserve-env[server]") from error
+        self.settings = settings
+        self.usage = LLMUsage()
+        key = settings.api_key or ("none" if settings.endpoint else None)
+        try:
+            self._client = openai.OpenAI(
+                base_url=settings.endpoint,
+                api_key=key,
+                timeout=settings.timeout_s,
+                max_retries=settings.max_retries,
+            )
+        except openai.OpenAIError as error:
+            raise InputError(f"expected an endpoint, or a key in OPENAI_API_KEY: {error}") from error
+        self._brief: TaskBrief | None = None
+        self._in_force = ServeAction()
+        self._seen: deque[ServeObservation] = deque(maxlen=settings.history)
+        self._seed = self._windows = self._without_answer = 0
+
+    def __enter__(self) -> LLMPolicy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Base URL without credentials."""
+        return self._client.base_url.copy_with(username=None, password=None, query=None).__str__()
+
+    def reset(self, brief: TaskBrief, seed: int) -> None:
+        """Begin an episode.
+
+        Args:
+            brief: of the task.
+            seed: of the episode; the endpoint gets its remainder by 2**31, which every one takes.
+
+        Raises:
+            InputError: the bound of the prompt leaves no room for a window.
+        """
+        self._brief, self._in_force, self._seed = brief, brief.start, seed % 2**31
+        self._windows = self._without_answer = 0
+        self._seen.clear()
+        self.usage = LLMUsage()
+
+    def act(self, observation: ServeObservation) -> ServeAction:
+        """The configuration for the next window.
+
+        Raises:
+            InputError: no episode has begun; the endpoint turned the key or the model's name down (401, 403,
+                404), or gave no answer `give_up_after` times in a row.
+        """
+        if self._brief is None:
+            raise InputError("call reset before act")
+        self._seen.append(observation)
+        self._windows += 1
+        if (self._windows - 1) % self.settings.windows_per_call:
+            return self._in_force
+        self.usage.calls += 1
+        begun = time.perf_counter()
+        try:
+            self._in_force = parse(self._ask(self._brief), self._brief)
+        except Unusable as error:
+            self.usage.fallbacks[error.reason] += 1
+            self._without_answer = self._without_answer + 1 if error.reason in NO_ANSWER else 0
+            if self._without_answer >= self.settings.give_up_after:
+                raise InputError(
+                    f"{self.endpoint} gave no answer {self._without_answer} times in a row, the last: {error}"
+                ) from error
+        else:
+            self._without_answer = 0
+        finally:
+            self.usage.latency_s.append(time.perf_counter() - begun)
+        return self._in_force
+
+    def _ask(self, brief: TaskBrief) -> str:
+        """The text of the model's answer.
+
+        Raises:
+            Unusable: there is none.
+            InputError: no further call can have one.
+        """
+        import openai
+
+        try:
+            answer = self._client.chat.completions.with_raw_response.create(**self._request(brief))
+            self.usage.retries += answer.retries_taken
+            return self._text(answer.parse())
+        except openai.APIError as error:
+            self.usage.retries += int(error.request.headers.get("x-stainless-retry-count", 0))
+            if isinstance(error, openai.APIStatusError) and error.status_code in (401, 403, 404):
+                raise InputError(f"{self.endpoint}: {error.message}", field="endpoint") from error
+            raise Unusable(_reason(error), error.message) from error
+        except ValueError as error:  # a body that is no JSON
+            raise Unusable("malformed", str(error)) from error
+
+    def _request(self, brief: TaskBrief) -> dict[str, Any]:
+        request: dict[str, Any] = {
+            "model": self.settings.model,
+            "messages": prompt(
+                brief,
+                list(self._seen),
+                self._in_force,
+                held_s=brief.window_s * self.settings.windows_per_call,
+                max_chars=self.settings.max_prompt_chars,
+            ),
+            "max_completion_tokens": self.settings.max_answer_tokens,
+            "seed": self._seed,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "configuration", "strict": True, "schema": answer_schema(brief)},
+            },
+        }
+        if self.settings.temperature is not None:
+            request["temperature"] = self.settings.temperature
+        return request
+
+    def _text(self, completion: openai.types.chat.ChatCompletion) -> str:
+        # The client does not validate what it parses: anything can be missing or of another type.
+        try:
+            choice = completion.choices[0]
+            message, end = choice.message, choice.finish_reason
+            refusal, content = message.refusal, message.content
+        except (AttributeError, IndexError, TypeError) as error:
+            raise Unusable("malformed", "no chat completion") from error
+        try:
+            assert completion.usage is not None
+            self.usage.prompt_tokens += completion.usage.prompt_tokens
+            self.usage.completion_tokens += completion.usage.completion_tokens
+        except (AssertionError, AttributeError, TypeError):
+            self.usage.uncounted += 1
+        if refusal or end == "content_filter":
+            raise Unusable("refused", str(refusal or end))
+        if end == "length":
+            raise Unusable("truncated", f"at {self.settings.max_answer_tokens} tokens")
+        if not isinstance(content, str) or not content.strip():
+            raise Unusable("empty", "no text")
+        return content
+
+
+def answer_schema(brief: TaskBrief) -> dict[str, Any]:
+    """JSON schema of an answer: an object with every control that the task grants, each one of its values."""
+    properties = {name: {"type": _type(values[0]), "enum": values} for name, values in brief.controls.items()}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def parse(text: str, brief: TaskBrief) -> ServeAction:
+    """The action that an answer holds; a control that the task does not grant stays as it starts.
+
+    Raises:
+        Unusable: it is not what `answer_schema` describes.
+    """
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable("not_json", str(error)) from error
+    if not isinstance(answer, dict) or set(answer) != set(brief.controls):
+        raise Unusable("not_in_schema", f"expected an object with {', '.join(brief.controls)}")
+    for name, value in answer.items():
+        values = brief.controls[name]
+        if isinstance(value, bool) != isinstance(values[0], bool) or value not in values:
+            raise Unusable("not_in_schema", f"{name}: expected one of {values}")
+    return ServeAction(**{**brief.start.model_dump(), **answer})
+
+
+def prompt(
+    brief: TaskBrief,
+    seen: list[ServeObservation],
+    in_force: ServeAction,
+    *,
+    held_s: float,
+    max_chars: int,
+) -> list[dict[str, str]]:
+    """Messages that ask for a configuration.
+
+    Args:
+        brief: of the task.
+        seen: the last windows, oldest first.
+        in_force: the configuration of the moment.
+        held_s: time for which the answer will hold (s).
+        max_chars: bound of all text; as many of the last windows are shown as fit.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    system = _system(brief, held_s)
+    setting = {name: in_force.model_dump(mode="json")[name] for name in brief.controls}
+    lines = [_compact(_shown(observation)) for observation in seen]
+    while True:
+        user = "\n".join(
+            ["Last windows, oldest first:", *lines, f"In force: {_compact(setting)}", "Configuration:"]
+        )
+        if len(system) + len(user) <= max_chars:
+            return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        if len(lines) == 1:
+            raise InputError(
+                f"expected {len(system) + len(user)} or more, as {brief.id} needs with one window, found "
+                f"{max_chars}",
+                field="max_prompt_chars",
+            )
+        lines.pop(0)
+
+
+def _system(brief: TaskBrief, held_s: float) -> str:
+    tenants = [
+        f"- {each.name}: {each.ttft_slo_ms:g} ms, {each.tpot_slo_ms:g} ms, weight {each.weight:g}, "
+        f"priority {each.priority}"
+        for each in brief.tenants
+    ]
+    fields = ServeAction.model_fields
+    controls = [
+        f"- {name}, one of {json.dumps(values)}: {fields[name].description or ''}"
+        for name, values in brief.controls.items()
+    ]
+    return "\n".join(
+        [
+            f"You run an LLM inference service of {brief.engines} engine(s). {brief.description}",
+            f"You set its configuration for the next {held_s:g} s from what the last windows of "
+            f"{brief.window_s:g} s showed.",
+            "A request earns its tenant's weight if it keeps both promises: time to first token, time per "
+            "output token. Headroom, free KV memory, idle GPUs and precise weights earn a little more.",
+            "Tenants (lower priority is more urgent):",
+            *tenants,
+            "Controls:",
+            *controls,
+            "Answer with one JSON object that sets every control, and nothing else.",
+        ]
+    )
+
+
+def _shown(observation: ServeObservation) -> dict[str, Any]:
+    """An observation without what the prompt says elsewhere, and without what is not there."""
+    fields = observation.model_dump(mode="json", exclude=_TOLD_ELSEWHERE, exclude_none=True)
+    shown: dict[str, Any] = _rounded(fields)
+    return shown
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _type(value: Any) -> str:
+    """JSON type of a control's value."""
+    if isinstance(value, bool):
+        return "boolean"
+    return {int: "integer", float: "number"}.get(type(value), "string")
+
+
+def _reason(error: openai.APIError) -> str:
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return "timeout"
+    if isinstance(error, openai.APIConnectionError):
+        return "connection"
+    if isinstance(error, openai.APIStatusError):
+        if error.status_code == 429:
+            return "rate_limited"
+        return "server_error" if error.status_code >= 500 else "rejected"
+    return "malformed"

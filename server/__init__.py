@@ -1,0 +1,1 @@
+"""LLMServe over HTTP, WebSocket, MCP and a web page, for OpenEnv."""

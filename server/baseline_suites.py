@@ -1,0 +1,184 @@
+"""The suites: reference agents, whose results are the same each time, and a language model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import llmserve_env
+from llmserve_env.agents import AGENTS, load_agent, play
+from llmserve_env.agents.llm import LLMPolicy, LLMSettings, LLMUsage
+from llmserve_env.rewards import COMPONENTS
+from llmserve_env.schema import GradeResult
+from llmserve_env.tasks import EVALUATION_SEEDS, list_tasks, load_task
+from server.baseline_player import BlindPolicy, InProcess, Runtime, play_episode
+from server.baseline_results import Results
+
+Progress = Callable[[float, int, str], object]
+"""Called with the episodes that are over (and the share of one being played), of how many, and which."""
+
+NOT_OVER_HTTP = {
+    "reactive": "reads window records, which HTTP does not carry",
+}
+"""Reference agents that cannot be played through the service, and why."""
+
+_OUTCOMES = ("arrived", "completed", "in_slo", "failed")
+
+
+def deterministic_suite(
+    task_ids: Sequence[str] = (),
+    episodes: int = 5,
+    progress: Progress = lambda done, total, what: None,
+    *,
+    seed: int = EVALUATION_SEEDS.start,
+    runtime: Runtime | None = None,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Play tasks with the reference agents.
+
+    Args:
+        task_ids: shipped tasks (default: all).
+        episodes: of each task and agent.
+        progress: see `Progress`.
+        seed: of the first episode; the others follow.
+        runtime: where to play (default: here); through HTTP all but NOT_OVER_HTTP can be.
+        output: JSON file, see `Results`.
+
+    Returns:
+        `settings`, `summary` by task and agent, `episodes`: JSON, and the same each time.
+    """
+    agents = [name for name in AGENTS if runtime is None or name not in NOT_OVER_HTTP]
+    settings = {
+        "mode": "deterministic",
+        "package_version": llmserve_env.__version__,
+        "runtime": "in-process" if runtime is None else "http",
+        "not_played": {} if runtime is None else NOT_OVER_HTTP,
+    }
+
+    def play_one(task_id: str, agent: str, seed: int, watch: Callable[[float], object]) -> dict[str, Any]:
+        if runtime is None:
+            return _played(agent, task_id, seed)
+        return _graded(play_episode(runtime, BlindPolicy(agent), task_id, seed, watch))
+
+    return _run(
+        Results(settings, output), play_one, task_ids, agents, range(seed, seed + episodes), progress=progress
+    )
+
+
+def openai_suite(
+    llm: LLMSettings,
+    task_ids: Sequence[str] = (),
+    episodes: int = 1,
+    progress: Progress = lambda done, total, what: None,
+    *,
+    seed: int = EVALUATION_SEEDS.start,
+    runtime: Runtime | None = None,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Play tasks with a language model.
+
+    Args:
+        llm: how the model is asked.
+        task_ids: shipped tasks (default: all).
+        episodes: of each task.
+        progress: see `Progress`.
+        seed: of the first episode; the others follow.
+        runtime: where to play (default: here).
+        output: JSON file, see `Results`.
+
+    Returns:
+        `settings`, `summary` by task, `episodes` with what asking came to (`llm`): JSON.
+
+    Raises:
+        InputError: the endpoint cannot be used, or gave up answering; finished episodes are in `output`.
+    """
+    with LLMPolicy(llm) as policy:
+        asked = {name: value for name, value in asdict(llm).items() if name != "api_key"}
+        settings = {
+            "mode": "openai",
+            "package_version": llmserve_env.__version__,
+            "runtime": "in-process" if runtime is None else "http",
+            **asked,
+            "endpoint": policy.endpoint,
+            "fallback": "an answer that cannot be used leaves the configuration in force as it is",
+        }
+
+        def play_one(task_id: str, agent: str, seed: int, watch: Callable[[float], object]) -> dict[str, Any]:
+            begun = time.perf_counter()
+            found = _graded(play_episode(runtime or InProcess(), policy, task_id, seed, watch))
+            return {**found, "llm": _told(policy.usage), "wall_s": time.perf_counter() - begun}
+
+        results = Results(settings, output)
+        return _run(results, play_one, task_ids, [llm.model], range(seed, seed + episodes), progress=progress)
+
+
+def _run(
+    results: Results,
+    play_one: Callable[[str, str, int, Callable[[float], object]], dict[str, Any]],
+    task_ids: Sequence[str],
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Play what is not finished yet."""
+    for task_id in task_ids:
+        load_task(task_id)  # refuses what there is not, before anything is played
+    jobs = [
+        (task_id, agent, seed) for task_id in task_ids or list_tasks() for agent in agents for seed in seeds
+    ]
+    for done, (task_id, agent, seed) in enumerate(jobs):
+        what = f"{task_id}, {agent}"
+        progress(done, len(jobs), what)
+        if not results.has(task_id, agent, seed):
+
+            def watch(share: float, done: int = done, what: str = what) -> None:
+                progress(done + share, len(jobs), what)
+
+            found = play_one(task_id, agent, seed, watch)
+            results.add({"task_id": task_id, "agent": agent, "seed": seed, **found})
+    progress(len(jobs), len(jobs), "done")
+    return results.content()
+
+
+def _played(agent: str, task_id: str, seed: int) -> dict[str, Any]:
+    """An episode of a reference agent."""
+    task = load_task(task_id)
+    played = play(load_agent(agent, task), task, [seed])
+    return {
+        "score": min(float(played.scores[0]), 1.0),  # as grades are bounded
+        "components": dict(zip(COMPONENTS, played.components[0].tolist(), strict=True)),
+        "requests": dict(zip(_OUTCOMES, played.requests[0].tolist(), strict=True)),
+    }
+
+
+def _graded(result: GradeResult) -> dict[str, Any]:
+    """An episode by its grade."""
+    return {
+        "score": result.score,
+        "components": result.components,
+        "requests": {name: result.requests[name] for name in _OUTCOMES if name in result.requests},
+    }
+
+
+def _told(usage: LLMUsage) -> dict[str, Any]:
+    """What asking came to, ready for JSON."""
+    latency = np.array(usage.latency_s)
+    return {
+        "calls": usage.calls,
+        "retries": usage.retries,
+        "fallbacks": dict(sorted(usage.fallbacks.items())),
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "uncounted": usage.uncounted,
+        "latency_s": {
+            "mean": float(latency.mean()),
+            "p50": float(np.percentile(latency, 50)),
+            "p99": float(np.percentile(latency, 99)),
+        },
+    }

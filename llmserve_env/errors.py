@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: a file, a line, a field, an argument.
@@ -33,3 +35,11 @@ class InputError(ValueError):
         self.file = file
         self.line = line
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole when it crosses to another process."""
+        return _error, (self.reason, self.file, self.line, self.field)
+
+
+def _error(reason: str, file: str | None, line: int | None, field: str | None) -> InputError:
+    return InputError(reason, file=file, line=line, field=field)

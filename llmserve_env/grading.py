@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import fsum
 from pathlib import Path
@@ -24,15 +24,12 @@ from llmserve_env.actions import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
-from llmserve_env.hardware import list_profiles
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.recording import record_bytes
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
-from llmserve_env.workloads.presets import presets
-from llmserve_env.workloads.sources import GENERATORS
-from llmserve_env.workloads.uri import parse_uri
+from llmserve_env.tasks.self_contained import refuse_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,40 +192,9 @@ def _task(table: dict[str, Any], allow_files: bool) -> tuple[Task, bool]:
             if task.model_dump(mode="json") == shipped.model_dump(mode="json"):
                 return shipped, False
         if not allow_files:
-            _refuse_files(task)
+            refuse_files(task)
         task.grid, task.profile, task.tenants, task.quality  # noqa: B018 - what they refuse is refused here
     return task, True
-
-
-def _refuse_files(task: Task) -> None:
-    """Refuse a task that would have files read: it may name only what is shipped, and generators."""
-    _choose(task.cell.profile, list_profiles(), "cell.profile")
-    if isinstance(task.workload, str):
-        uri = parse_uri(task.workload)
-        _choose(uri.scheme, [name for name in GENERATORS if name != "servegen"], "workload")
-        _choose(uri.path, [""], "workload")
-        _check_lengths(uri.query.get("lengths"), "workload")
-        if "tenants" in uri.query:
-            _choose(uri.query["tenants"], presets("tenants"), "workload")
-        return
-    tenants = task.workload.get("tenants")
-    for name, entry in tenants.items() if isinstance(tenants, Mapping) else ():
-        if isinstance(entry, Mapping):
-            _check_lengths(entry.get("lengths"), f"workload.tenants.{name}.lengths")
-
-
-def _check_lengths(text: object, field: str) -> None:
-    if isinstance(text, str) and not text.startswith("fixed:"):
-        _choose(text, presets("lengths"), field)
-
-
-def _choose(found: str, known: Any, field: str) -> None:
-    if found not in known:
-        choice = ", ".join(name or "no path" for name in known)
-        raise InputError(
-            f"expected {choice}, found {found!r}; a log may name files only where allow_files is set",
-            field=field,
-        )
 
 
 @contextmanager

@@ -1,0 +1,139 @@
+"""The service: `python -m server.app`, or `server.app:app` for any ASGI server."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+import llmserve_env
+from llmserve_env.errors import InputError
+from server.settings import Settings
+
+# What takes seconds to import is imported where it is used: the guard's process imports this module, too.
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from server.service import Service
+
+_NAME = "llmserve_env"
+_OWN_PATHS = ("/reset", "/step", "/state", "/ws")
+"""Routes of OpenEnv's that ours take the place of: those make a new environment for every request."""
+_DRAIN_S = 30
+"""Time that requests have to end after a SIGTERM (s)."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        settings: bounds (default: those of `Settings`).
+
+    Raises:
+        InputError: the journal's folder cannot be written.
+    """
+    from fastapi import WebSocket
+    from openenv.core.env_server.http_server import create_fastapi_app
+
+    from server import errors, http, ws
+    from server.environment import ServeEnvironment
+    from server.limits import BodyLimit
+    from server.models import ServiceAction, ServiceObservation, ServiceState
+    from server.service import Service
+
+    settings = settings or Settings()
+    service = Service(settings)
+    factory = partial(ServeEnvironment, service)
+    types = (ServiceAction, ServiceObservation, _NAME)
+    options: dict[str, Any] = {"max_concurrent_envs": settings.max_sessions, "state_cls": ServiceState}
+    if settings.web:
+        from server.ui import create_page_app
+
+        app: FastAPI = create_page_app(service, factory, *types, **options)
+    else:
+        app = create_fastapi_app(factory, *types[:2], env_name=_NAME, **options)
+    app.title, app.version = "LLMServe", llmserve_env.__version__
+    app.description = "Run an LLM inference service: reset, step, grade."
+    app.contact, app.license_info = None, {"name": "Apache-2.0", "identifier": "Apache-2.0"}
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", None) not in _OWN_PATHS
+    ]
+    app.include_router(http.router(service))
+
+    async def websocket(connection: WebSocket) -> None:
+        await ws.serve(connection, service)
+
+    # Annotations here are texts, which FastAPI looks up among the module's names.
+    websocket.__annotations__["connection"] = WebSocket
+    app.add_api_websocket_route("/ws", websocket)
+
+    errors.add_handlers(app)
+    app.add_middleware(BodyLimit, most=settings.max_body_bytes)
+    app.state.service = service
+    _run_with(app, service)
+    return app
+
+
+def _run_with(app: FastAPI, service: Service) -> None:
+    """Let the service start and stop with the application."""
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(of: FastAPI) -> AsyncIterator[Any]:
+        async with inner(of) as state, service.running():
+            yield state
+
+    app.router.lifespan_context = lifespan
+
+
+def main() -> None:
+    """Serve until SIGTERM or Ctrl-C; requests under way are answered first."""
+    import uvicorn
+
+    settings = tyro.cli(Settings, prog="python -m server.app", description=__doc__)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(5e-4)  # a replay in a thread holds up everybody else's steps for as long
+    try:
+        app = create_app(settings)
+        sockets = [_listen(settings.host, port) for port in settings.ports]
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
+    for listening in sockets:
+        print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # costs more than it spares on one machine
+        timeout_graceful_shutdown=_DRAIN_S,
+    )
+    uvicorn.Server(config).run(sockets=sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", field="port") from error
+    return listening
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":  # made when an ASGI server asks for it, and not for `main`, which has other settings
+        globals()["app"] = create_app()
+        return globals()["app"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    main()

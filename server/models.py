@@ -1,0 +1,127 @@
+"""What the service answers: OpenEnv's types with the fields of the schema."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from openenv.core.env_server.types import Action, Observation, State
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
+
+from llmserve_env.schema import ServeAction, ServeObservation
+
+_RESPONSE = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+
+class ServiceAction(ServeAction, Action):
+    """A `ServeAction` for OpenEnv."""
+
+
+class ServiceObservation(ServeObservation, Observation):
+    """A `ServeObservation` for OpenEnv."""
+
+    reward: float
+    """Reward of the window."""
+    done: bool
+    """Whether the episode is over."""
+
+
+class ServiceState(State):
+    """Where an episode stands."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    session_id: str | None = None
+    """Session that plays it."""
+    task_id: str | None = None
+    """Id of the task; None before the first reset."""
+    seed: int | None = None
+    """Seed of the episode."""
+    windows: int = 0
+    """Windows of a whole episode."""
+    done: bool = False
+    """Whether the episode is over."""
+    score: float = 0.0
+    """Its grade so far, 0..1: what is to come counts as nothing."""
+
+
+class ObservationResponse(BaseModel):
+    """An observation as OpenEnv sends it."""
+
+    model_config = _RESPONSE
+
+    observation: dict[str, Any]
+    """Fields of a `ServeObservation` but reward and done."""
+    reward: float
+    """Reward of the window; 0 after a reset."""
+    done: bool
+    """Whether the episode is over."""
+    metadata: dict[str, Any]
+    """The observation's metadata; session_id names the session."""
+
+
+class WindowResponse(BaseModel):
+    """One of several windows."""
+
+    model_config = _RESPONSE
+
+    observation: dict[str, Any]
+    """Fields of a `ServeObservation` but reward and done."""
+    reward: float
+    """Reward of the window."""
+    done: bool
+    """Whether the episode is over."""
+
+
+class StepsResponse(BaseModel):
+    """Several windows."""
+
+    model_config = _RESPONSE
+
+    steps: list[WindowResponse]
+    """The windows, or only the last."""
+    rewards: list[float]
+    """Reward of each window."""
+    played: int
+    """Windows that were played."""
+
+
+class TaskList(BaseModel):
+    """What can be played."""
+
+    model_config = _RESPONSE
+
+    tasks: list[dict[str, Any]]
+    """One entry a task."""
+    default: str
+    """Task of a reset that names none."""
+    seeds: dict[Literal["training", "evaluation"], tuple[int, int]]
+    """First and last seed for each."""
+
+
+def window(observation: ServeObservation) -> dict[str, Any]:
+    """An observation on the wire, one of several."""
+    fields = observation.model_dump(mode="json", exclude={"reward", "done"})
+    return {"observation": fields, "reward": observation.reward, "done": observation.done}
+
+
+def single(observation: ServeObservation) -> dict[str, Any]:
+    """An observation on the wire, by itself."""
+    wire = window(observation)
+    # OpenEnv's generic clients read it here, typed ones within the observation.
+    return {**wire, "metadata": wire["observation"]["metadata"]}
+
+
+def steps(observations: list[ServeObservation], every: bool) -> dict[str, Any]:
+    """Several windows on the wire."""
+    sent = observations if every else observations[-1:]
+    return {
+        "steps": [window(observation) for observation in sent],
+        "rewards": [observation.reward for observation in observations],
+        "played": len(observations),
+    }
+
+
+def json_bytes(data: dict[str, Any]) -> bytes:
+    """As JSON."""
+    return to_json(data)

@@ -1,0 +1,210 @@
+"""Everything that the service does, for whoever asks: HTTP, WebSocket, the page, MCP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from llmserve_env.episode import Episode
+from llmserve_env.errors import InputError
+from llmserve_env.tasks import TRAINING_SEEDS
+from server.guard import Guard
+from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
+from server.journal import Journal
+from server.refusals import Refusal
+from server.requests import ResetRequest
+from server.sessions import PlayedEpisode, Session, Sessions
+
+if TYPE_CHECKING:
+    from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
+    from llmserve_env.tasks import Task
+    from server.settings import Settings
+
+R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
+
+
+class Service:
+    """Plays sessions.
+
+    A simulated window takes a fraction of a millisecond: it is played where the request is read, so that
+    nothing is locked and nothing waits for a thread. What takes longer goes to a thread, and what a client
+    wrote itself to the guard's process first.
+
+    Args:
+        settings: bounds.
+        make_episode: what plays a task (default: the simulator).
+
+    Raises:
+        InputError: the journal's folder cannot be written.
+    """
+
+    def __init__(
+        self, settings: Settings, make_episode: Callable[[Task], PlayedEpisode] | None = None
+    ) -> None:
+        self.settings = settings
+        self.live = make_episode is not None
+        self.sessions = Sessions(settings, make_episode or Episode)
+        self.guard = Guard(settings)
+        self._journal = Journal(settings.journal)
+        self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+        self._baseline_lock = asyncio.Lock()
+        self._stopping = False  # closing sessions then are those that a restart restores
+        self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
+        self.sessions.on_close = self._closed
+
+    async def reset(self, session: Session, request: ResetRequest) -> ServeObservation:
+        """Begin an episode in a session.
+
+        Raises:
+            NotFound: no such task.
+            InputError: the workload or horizon cannot be; names the field.
+            AtCapacity: too many shaped episodes wait to be looked through.
+        """
+        begun = _complete(request)
+        if self.live and begun.features:
+            raise InputError("expected false: real engines do not show what the vector has", field="features")
+        async with session.lock:
+            session.touch()
+            shaped = is_shaped(begun)
+            if shaped:
+                bounds = (self.settings.max_windows, self.settings.max_requests)
+                await self.guard.run(check_request, begun, *bounds)
+            task = requested_task(begun)
+            self._journal.begin(session.id, begun)
+            observation = await self._play(shaped, session.reset, task, begun)
+            session.touch()
+            return observation
+
+    async def step(self, session: Session, actions: list[ServeAction]) -> list[ServeObservation]:
+        """Serve a window for each action, or fewer where the episode ends before.
+
+        Raises:
+            Conflict: no episode has begun, or it is over.
+            InputError: too many actions.
+        """
+        most = self.settings.max_actions
+        if len(actions) > most:
+            raise InputError(f"expected at most {most}, found {len(actions)}", field="actions")
+        async with session.lock:
+            session.touch()
+            if not session.observation().done:
+                self._journal.add(session.id, actions)
+            observations = await self._play(len(actions) > 1, session.step, actions)
+            session.touch()
+            return observations
+
+    async def grade(self, session: Session) -> GradeResult:
+        """The grade of a session's finished episode.
+
+        Raises:
+            Conflict: it is not over.
+        """
+        async with session.lock:
+            session.touch()
+            # One at a time: replays that take turns at the interpreter would only hold up each other.
+            return await asyncio.get_running_loop().run_in_executor(self._graders, session.grade)
+
+    async def grade_log(self, log: EpisodeLog) -> GradeResult:
+        """The grade of a log that a client sent.
+
+        Raises:
+            InputError: it does not match its replay, or is too large; names the field.
+            AtCapacity: too many wait to be looked through.
+        """
+        bounds = (self.settings.max_windows, self.settings.max_requests)
+        return await self.guard.run(grade_posted, log.model_dump_json().encode(), *bounds)
+
+    async def restore(self) -> None:
+        """Open again the sessions that the journal has, by replay."""
+        entries = list(self._journal.entries())
+        for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
+            session = self.sessions.open(session_id=entry.session_id)
+            try:
+                session.reset(requested_task(entry.begun), entry.begun)
+                if entry.actions:
+                    await asyncio.to_thread(session.step, entry.actions)
+            except (InputError, Refusal) as error:
+                _log.error("session in the journal cannot be replayed, and is set aside: %s", error)
+                self._journal.set_aside(session.id)
+                self.sessions.close(session)
+
+    async def baseline(self, mode: str, task_id: str | None, episodes: int) -> dict[str, Any]:
+        """Scores of the reference agents, or of the language model that the service has a key for.
+
+        Raises:
+            NotFound: no such task.
+            InputError: there is no key.
+        """
+        from server import baseline_inference
+
+        tasks = [shipped_task(task_id).id] if task_id else None
+        key = (mode, task_id, episodes)
+        async with self._baseline_lock:  # the same for everybody: played once
+            if key not in self._baselines:
+                if mode == "openai":
+                    self._baselines[key] = await asyncio.to_thread(
+                        baseline_inference.openai_suite, tasks, episodes
+                    )
+                else:
+                    self._baselines[key] = await self.guard.run(
+                        baseline_inference.deterministic_suite, tasks, episodes
+                    )
+        return self._baselines[key]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Restores sessions at the start, closes those that time out, frees everything at the end."""
+        await self._restore()
+        background = [asyncio.create_task(each) for each in (self._sweep_forever(), self.guard.start())]
+        try:
+            yield
+        finally:
+            for task in background:
+                task.cancel()
+            self._stopping = True
+            self.guard.close()
+            self._graders.shutdown()
+
+    async def _restore(self) -> None:
+        """Open again the sessions that the journal has, by replay."""
+        entries = list(self._journal.entries())
+        for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
+            session = self.sessions.open(session_id=entry.session_id)
+            try:
+                session.reset(requested_task(entry.begun), entry.begun)
+                if entry.actions:
+                    await asyncio.to_thread(session.step, entry.actions)
+            except (InputError, Refusal) as error:
+                _log.error("session in the journal cannot be replayed, and is set aside: %s", error)
+                self._journal.set_aside(session.id)
+                self.sessions.close(session)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.settings.session_timeout_s / 4, 30.0))
+            self.sessions.sweep()
+
+    def _closed(self, session: Session) -> None:
+        if not self._stopping:
+            self._journal.end(session.id)
+
+    async def _play(self, long: bool, function: Callable[..., R], *args: object) -> R:
+        if long or self.live:
+            return await asyncio.to_thread(function, *args)
+        return function(*args)
+
+
+def _complete(request: ResetRequest) -> ResetRequest:
+    """With a seed and a name for the episode."""
+    seed = secrets.randbelow(TRAINING_SEEDS.stop) if request.seed is None else request.seed
+    name = request.episode_id or secrets.token_hex(8)
+    return request.model_copy(update={"seed": seed, "episode_id": name})

@@ -1,0 +1,60 @@
+"""What the service allows, in one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def _mode() -> Literal["simulated", "real"]:
+    found = os.environ.get("LLMSERVE_MODE", "simulated")
+    if found not in ("simulated", "real"):
+        raise SystemExit(f"LLMSERVE_MODE: expected simulated or real, found {found!r}")
+    return "real" if found == "real" else "simulated"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Bounds of the service. What goes past them is refused with the bound in the message."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """Port to listen on, 8000 unless given; give it again for more."""
+    web: bool = True
+    """Whether the page at /web is served."""
+    mode: Literal["simulated", "real"] = field(default_factory=_mode)
+    """Who serves the requests: the simulator, or an OpenAI-compatible endpoint (LLMSERVE_MODE)."""
+    journal: Path | None = None
+    """Folder in which open sessions are recorded, and from which a restart restores them."""
+    max_sessions: int = 1024
+    """Sessions open at once."""
+    session_timeout_s: float = 3600.0
+    """A session that nobody used for so long is closed (s). Set it far above the slowest policy."""
+    reclaim_after_s: float = 300.0
+    """At capacity, a new session takes the place of the one idle longest, if that is so long and no WebSocket
+    holds it (s).
+    """
+    max_body_bytes: int = 4 * 1024 * 1024
+    """Largest body of a request, and largest WebSocket message (bytes)."""
+    max_actions: int = 1000
+    """Actions in one step_n."""
+    max_windows: int = 10_000
+    """Windows of an episode that a client shaped, or whose log it posted."""
+    max_requests: int = 100_000
+    """Requests of an episode that a client shaped, or whose log it posted."""
+    guard_timeout_s: float = 20.0
+    """Time in which what a client sent must be looked through (s)."""
+    guard_memory_gb: float = 1.0
+    """Memory that looking through it may take (GB)."""
+    guard_queue: int = 32
+    """Clients that may wait for that at once."""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Ports to listen on."""
+        return self.port or (8000,)

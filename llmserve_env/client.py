@@ -11,9 +11,9 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict
 
+from llmserve_env.catalog import TaskInfo
 from llmserve_env.errors import InputError
 from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
-from llmserve_env.tasks.info import TaskInfo
 
 try:
     from openenv.core.client_types import StepResult

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field, ValidationError
 
+from llmserve_env.catalog import TaskInfo, catalog, task_info
 from llmserve_env.envs.serve_env import check_seed, draw_seed
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
-from llmserve_env.tasks.info import TaskInfo, task_info
 
 if TYPE_CHECKING:
     from llmserve_env.schema import EpisodeLog, GradeResult, ServeObservation
@@ -73,11 +73,12 @@ class LocalPlayer:
 
     def __init__(self) -> None:
         self._episode: Episode | None = None
+        self._task: TaskInfo | None = None
         self._generator = np.random.default_rng()
 
     def tasks(self) -> list[TaskInfo]:
         """The shipped tasks."""
-        return [task_info(load_task(name)) for name in list_tasks()]
+        return list(catalog())
 
     def reset(self, *, task_id: str | None, seed: int | None, horizon_s: float | None) -> ServeObservation:
         """Begin an episode; arguments as `Player`.
@@ -92,6 +93,7 @@ class LocalPlayer:
         check_seed(seed)
         observation = episode.reset(draw_seed(self._generator) if seed is None else seed)
         self._episode = episode
+        self._task = task_info(episode.task, episode.batch.simulator.not_applied)
         return observation
 
     def play(self, action: ServeAction, windows: int) -> list[float]:
@@ -112,7 +114,9 @@ class LocalPlayer:
 
     def task(self) -> TaskInfo:
         """The task as it is played."""
-        return task_info(self._current().task)
+        if self._task is None:
+            raise InputError("no episode has begun")
+        return self._task
 
     def grade(self) -> GradeResult:
         """The grade of the episode, by replay of its log."""
@@ -214,7 +218,9 @@ class ServeToolEnv:
         observation = self._player.reset(
             task_id=columns.get("task_id"), seed=columns.get("seed"), horizon_s=columns.get("horizon_s")
         )
-        task = self._player.task().model_dump(mode="json", exclude={"start", "difficulty"})
+        task = self._player.task().model_dump(
+            mode="json", exclude={"start", "difficulty"}, exclude_defaults=True
+        )
         return _text({"task": task, **_seen(observation, self._player.task())})
 
     def observe(self) -> str:

@@ -10,10 +10,10 @@ import typing
 import pytest
 from pydantic import TypeAdapter
 
-from llmserve_env import Episode, grade, load_task
+from llmserve_env import Episode, grade, list_tasks, load_task
+from llmserve_env.catalog import TaskInfo, catalog, task_info
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
-from llmserve_env.tasks.info import task_info
 from llmserve_env.tool_env import ServeToolEnv
 
 TOOLS = ("grade", "list_tasks", "observe", "set_serving_config")
@@ -228,11 +228,24 @@ def test_tasks_are_listed():
 # What is told of a task
 
 
-def test_task_info_is_the_task():
-    task = load_task("adversarial_multitenant")
-    info = task_info(task)
+def test_the_catalog_has_the_tasks_as_they_are():
+    told = {task.id: task for task in catalog()}
+    assert tuple(told) == list_tasks()
+    task, info = load_task("adversarial_multitenant"), told["adversarial_multitenant"]
     assert info.engines == 2
     assert info.windows * info.window_s == info.horizon_s == task.horizon_s
     premium = next(tenant for tenant in info.tenants if tenant.name == "premium")
     assert (premium.ttft_slo_ms, premium.tpot_slo_ms, premium.weight) == (500.0, 30.0, 3.0)
     assert "workload" not in info.model_dump()
+    assert TaskInfo.model_validate_json(info.model_dump_json()) == info
+
+
+def test_values_that_a_cell_cannot_apply_are_told():
+    controls = {**load_task("static_workload").controls, "prefill_decode_split": [False, True]}
+    task = load_task("static_workload", profile="rtx4090-llama-3.1-8b", controls=controls, horizon_s=2.0)
+    episode = Episode(task)
+    episode.reset(0)
+    info = task_info(task, episode.batch.simulator.not_applied)
+    missing = [tier for tier in task.grid.values["quantization_tier"] if tier not in task.profile.tier_names]
+    assert info.unavailable.pop("prefill_decode_split") == [True]
+    assert info.unavailable == ({"quantization_tier": missing} if missing else {})

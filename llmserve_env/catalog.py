@@ -1,13 +1,16 @@
-"""What an agent has to know of a task to play it, as it goes over the wire."""
+"""The tasks as an agent is told of them, here and over the wire."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llmserve_env.episode import EpisodeBatch
 from llmserve_env.schema import ServeAction
-from llmserve_env.tasks.task import Task
+from llmserve_env.tasks import Task, list_tasks, load_task
 
 # Not "forbid": a newer server may say more.
 _MODEL = ConfigDict(frozen=True, use_attribute_docstrings=True)
@@ -55,14 +58,37 @@ class TaskInfo(BaseModel):
     """Hardware and model of every engine."""
     controls: dict[str, list[Any]]
     """For each control that the agent has, the ascending values of its grid."""
+    unavailable: dict[str, list[Any]] = {}
+    """For some of the controls, values of the grid that have no effect on this cell."""
     start: ServeAction
     """Configuration that the cell starts in."""
     tenants: list[TenantInfo]
     """Who sends requests, in the order of the observation's slots."""
 
 
-def task_info(task: Task) -> TaskInfo:
-    """What an agent is told of a task."""
+@lru_cache(maxsize=1)
+def catalog() -> tuple[TaskInfo, ...]:
+    """The shipped tasks."""
+    told = []
+    for name in list_tasks():
+        batch = EpisodeBatch(load_task(name))
+        batch.reset([0])
+        told.append(task_info(batch.task, batch.simulator.not_applied))
+    return tuple(told)
+
+
+def task_info(task: Task, not_applied: Callable[[ServeAction], Mapping[str, str]]) -> TaskInfo:
+    """What an agent is told of a task.
+
+    Args:
+        task: what is played.
+        not_applied: the fields of an action that have no effect on the cell, as its backend knows them.
+    """
+    controls = {name: list(values) for name, values in task.grid.values.items() if len(values) > 1}
+    unavailable = {
+        name: [value for value in values if name in not_applied(ServeAction(**{name: value}))]
+        for name, values in controls.items()
+    }
     return TaskInfo(
         id=task.id,
         title=task.title,
@@ -73,7 +99,8 @@ def task_info(task: Task) -> TaskInfo:
         windows=task.windows,
         engines=task.cell.engines,
         profile=task.profile.name,
-        controls={name: list(values) for name, values in task.grid.values.items() if len(values) > 1},
+        controls=controls,
+        unavailable={name: values for name, values in unavailable.items() if values},
         start=task.start,
         tenants=[
             TenantInfo(

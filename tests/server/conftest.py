@@ -1,0 +1,48 @@
+"""A server for the tests, in a process of its own as its users have it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+_START_S = 60
+
+
+@contextmanager
+def running(*options: str) -> Iterator[str]:
+    """The URL of a server with these options, which ends with the block."""
+    command = [sys.executable, "-m", "server.app", "--port", "0", "--no-web", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().removeprefix("listening on ").strip()
+            assert url, "the server did not start: its reason is on stderr"
+            _wait_for(url)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(_START_S)
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """The URL of a server that all tests share."""
+    with running() as url:
+        yield url
+
+
+def _wait_for(url: str) -> None:
+    until = time.monotonic() + _START_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=_START_S):
+                return
+        except OSError:
+            assert time.monotonic() < until, "the server does not answer"
+            time.sleep(0.05)

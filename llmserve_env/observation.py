@@ -157,9 +157,7 @@ def describe(
         done: whether the episode is over.
         metadata: goes into the observation as it is.
     """
-    w: dict[str, Any] = {}
-    for name in WINDOW.names or ():
-        w[name] = window[name].item() if window[name].ndim == 0 else window[name]
+    w: dict[str, Any] = dict(zip(WINDOW.names or (), window.item(), strict=True))
     over = w["completed"] + w["failed"] + w["cancelled"]
     prefill = w["cached_tokens"] + w["prefill_tokens"]
     tenants = {}

@@ -8,7 +8,6 @@ docs/baselines.md tells the rest.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +45,9 @@ class Arguments:
     """The HTTP service that --runtime http plays through."""
     endpoint: str | None = None
     """Base URL of the OpenAI-compatible endpoint, with its /v1 (default: OPENAI_BASE_URL, else OpenAI's). The
-    key comes from OPENAI_API_KEY; an endpoint named here can do without."""
+    key comes from OPENAI_API_KEY; an endpoint of your own may need none."""
     model: str | None = None
-    """Name of the language model at the endpoint."""
+    """Name of the language model at the endpoint (default: OPENAI_MODEL)."""
     windows_per_call: int = 1
     """Windows for which an answer holds."""
     history: int = 4
@@ -104,7 +103,9 @@ def _run(arguments: Arguments) -> int:
                     arguments.task, arguments.episodes or 5, _shown_on(bar), **where
                 )
             else:
-                content = openai_suite(llm, arguments.task, arguments.episodes or 1, _shown_on(bar), **where)
+                content = openai_suite(
+                    arguments.task, arguments.episodes or 1, _shown_on(bar), llm=llm, **where
+                )
     finally:
         if runtime is not None:
             runtime.close()
@@ -115,12 +116,9 @@ def _run(arguments: Arguments) -> int:
 
 
 def _llm(arguments: Arguments) -> LLMSettings:
-    if arguments.model is None:
-        raise InputError("expected the name of a model at the endpoint", field="model")
-    return LLMSettings(
+    return LLMSettings.from_environment(
         model=arguments.model,
-        endpoint=arguments.endpoint or os.environ.get("OPENAI_BASE_URL"),
-        api_key=os.environ.get("OPENAI_API_KEY"),
+        endpoint=arguments.endpoint,
         windows_per_call=arguments.windows_per_call,
         history=arguments.history,
         max_prompt_chars=arguments.max_prompt_chars,

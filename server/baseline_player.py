@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from pydantic import ValidationError
@@ -20,6 +19,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.schema import GradeResult, ServeAction, ServeObservation
 from llmserve_env.tasks import load_task
+from llmserve_env.urls import without_credentials
 
 if TYPE_CHECKING:
     import httpx
@@ -238,12 +238,6 @@ def play_episode(
         observation = runtime.step(policy.act(observation))
         watch(observation.step_index / brief.windows)
     return runtime.grade()
-
-
-def without_credentials(url: str) -> str:
-    """A URL as it may be printed: without user, password, query and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 
 def _wait_s(response: httpx.Response) -> float:

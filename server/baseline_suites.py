@@ -31,7 +31,7 @@ _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
 
 
 def deterministic_suite(
-    task_ids: Sequence[str] = (),
+    task_ids: Sequence[str] | None = None,
     episodes: int = 5,
     progress: Progress = lambda done, total, what: None,
     *,
@@ -71,11 +71,11 @@ def deterministic_suite(
 
 
 def openai_suite(
-    llm: LLMSettings,
-    task_ids: Sequence[str] = (),
+    task_ids: Sequence[str] | None = None,
     episodes: int = 1,
     progress: Progress = lambda done, total, what: None,
     *,
+    llm: LLMSettings | None = None,
     seed: int = EVALUATION_SEEDS.start,
     runtime: Runtime | None = None,
     output: Path | None = None,
@@ -83,10 +83,10 @@ def openai_suite(
     """Play tasks with a language model.
 
     Args:
-        llm: how the model is asked.
         task_ids: shipped tasks (default: all).
         episodes: of each task.
         progress: see `Progress`.
+        llm: how the model is asked (default: `LLMSettings.from_environment()`).
         seed: of the first episode; the others follow.
         runtime: where to play (default: here).
         output: JSON file, see `Results`.
@@ -97,6 +97,7 @@ def openai_suite(
     Raises:
         InputError: the endpoint cannot be used, or gave up answering; finished episodes are in `output`.
     """
+    llm = llm or LLMSettings.from_environment()
     with LLMPolicy(llm) as policy:
         asked = {name: value for name, value in asdict(llm).items() if name != "api_key"}
         settings = {
@@ -120,14 +121,14 @@ def openai_suite(
 def _run(
     results: Results,
     play_one: Callable[[str, str, int, Callable[[float], object]], dict[str, Any]],
-    task_ids: Sequence[str],
+    task_ids: Sequence[str] | None,
     agents: Sequence[str],
     seeds: Sequence[int],
     *,
     progress: Progress,
 ) -> dict[str, Any]:
     """Play what is not finished yet."""
-    for task_id in task_ids:
+    for task_id in task_ids or ():
         load_task(task_id)  # refuses what there is not, before anything is played
     jobs = [
         (task_id, agent, seed) for task_id in task_ids or list_tasks() for agent in agents for seed in seeds

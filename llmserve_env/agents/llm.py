@@ -13,6 +13,7 @@ type, enum, required, additionalProperties. Answers are checked against it again
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llmserve_env.agents.brief import TaskBrief
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction, ServeObservation
+from llmserve_env.urls import without_credentials
 
 if TYPE_CHECKING:
     import openai
@@ -30,6 +32,7 @@ NO_ANSWER = ("connection", "timeout", "rate_limited", "server_error", "rejected"
 NO_ACTION = ("truncated", "refused", "empty", "not_json", "not_in_schema")
 """Reasons of the model's: cut off at its limit, refused or filtered, no text, no JSON, a value outside."""
 
+_OPENAI = "https://api.openai.com/v1"
 _TOLD_ELSEWHERE = {"metadata", "task_id", "done", "step_index", "time_s"}
 
 
@@ -39,8 +42,8 @@ class LLMSettings:
 
     Attributes:
         model: its name at the endpoint.
-        endpoint: base URL with its /v1 (default: OPENAI_BASE_URL, else OpenAI's).
-        api_key: (default: OPENAI_API_KEY; an endpoint that is named needs none).
+        endpoint: base URL with its /v1 (default: OpenAI's).
+        api_key: for it; an endpoint that is named may need none.
         windows_per_call: windows for which an answer holds.
         history: windows that a prompt shows, at most.
         max_prompt_chars: bound of a prompt; the oldest windows are left out to keep it (characters).
@@ -64,6 +67,22 @@ class LLMSettings:
     timeout_s: float = 60.0
     max_retries: int = 4
     give_up_after: int = 3
+
+    @classmethod
+    def from_environment(cls, **settings: Any) -> LLMSettings:
+        """Settings whose model, endpoint and key are OPENAI_MODEL, _BASE_URL and _API_KEY unless given.
+
+        Raises:
+            InputError: there is no model's name, or neither an endpoint nor a key.
+        """
+        for name, variable in (("model", "MODEL"), ("endpoint", "BASE_URL"), ("api_key", "API_KEY")):
+            if settings.get(name) is None:
+                settings[name] = os.environ.get(f"OPENAI_{variable}")
+        if not settings["model"]:
+            raise InputError("expected the name of a model, here or in OPENAI_MODEL", field="model")
+        if not settings["endpoint"] and not settings["api_key"]:
+            raise InputError("expected an endpoint, or a key in OPENAI_API_KEY", field="endpoint")
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name in ("windows_per_call", "history", "max_answer_tokens", "give_up_after"):
@@ -131,16 +150,14 @@ class LLMPolicy:
             raise InputError("the openai package is missing: install llmserve-env[server]") from error
         self.settings = settings
         self.usage = LLMUsage()
-        key = settings.api_key or ("none" if settings.endpoint else None)
-        try:
-            self._client = openai.OpenAI(
-                base_url=settings.endpoint,
-                api_key=key,
-                timeout=settings.timeout_s,
-                max_retries=settings.max_retries,
-            )
-        except openai.OpenAIError as error:
-            raise InputError(f"expected an endpoint, or a key in OPENAI_API_KEY: {error}") from error
+        if not settings.endpoint and not settings.api_key:
+            raise InputError("expected an endpoint or a key", field="endpoint")
+        self._client = openai.OpenAI(
+            base_url=settings.endpoint or _OPENAI,
+            api_key=settings.api_key or "none",
+            timeout=settings.timeout_s,
+            max_retries=settings.max_retries,
+        )
         self._brief: TaskBrief | None = None
         self._in_force = ServeAction()
         self._seen: deque[ServeObservation] = deque(maxlen=settings.history)
@@ -159,7 +176,7 @@ class LLMPolicy:
     @property
     def endpoint(self) -> str:
         """Base URL without credentials."""
-        return self._client.base_url.copy_with(username=None, password=None, query=None).__str__()
+        return without_credentials(str(self._client.base_url))
 
     def reset(self, brief: TaskBrief, seed: int) -> None:
         """Begin an episode.

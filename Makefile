@@ -1,4 +1,5 @@
 # Needs make and a Python of at least 3.10 with its venv module; all else comes from requirements-dev.lock.
+# The browser tests need Chromium on the PATH and are skipped without.
 #   make PYTHON=python3.12 test      another interpreter for a new .venv
 #   make test ARGS="-k kernel -x"    further arguments for pytest, `llmserve demo` or `llmserve bench`
 
@@ -16,7 +17,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench lock clean distclean
+.PHONY: help setup demo test serve lint format bench lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -39,6 +40,9 @@ demo: $(STAMP) ## play the tasks with the reference agents, scores and a picture
 test: $(STAMP) ## run the tests
 	$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
 
+serve: $(STAMP) ## serve over HTTP and WebSocket, with the page at http://127.0.0.1:8000/web/
+	$(PY) -m server.app $(ARGS)
+
 lint: $(STAMP) ## ruff's checks, ruff's format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -52,13 +56,17 @@ bench: $(STAMP) ## measure the speed of simulator and environments
 	$(PY) -m llmserve_env bench $(ARGS)
 
 # Newest releases that pyproject.toml allows, for every Python and platform, with hashes and without index hosts.
-# Without torch and what only its CUDA builds need.
-lock: ## write requirements-dev.lock anew
+# Without torch and what only its CUDA builds need. The container gets the same releases, without tools.
+UV_COMPILE := build/lock/bin/uv pip compile pyproject.toml --extra server --universal --python-version 3.10 \
+    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --quiet --custom-compile-command "make lock"
+
+lock: ## write requirements-dev.lock and requirements-server.lock anew
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv --clear build/lock && build/lock/bin/python $(PIP) install uv; }
-	build/lock/bin/uv pip compile pyproject.toml --group dev --universal --python-version 3.10 --upgrade \
-	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --quiet \
-	    --custom-compile-command "make lock" --output-file build/lock/all.txt
+	$(UV_COMPILE) --group dev --upgrade --output-file build/lock/all.txt
 	awk '/^[a-z]/ { left = /^(torch|triton|nvidia-|cuda-)/ } !left' build/lock/all.txt > requirements-dev.lock
+	rm -f build/lock/server.txt
+	$(UV_COMPILE) --group build --constraint requirements-dev.lock --output-file build/lock/server.txt
+	cp build/lock/server.txt requirements-server.lock
 
 clean: ## remove what builds, tests and runs leave behind
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCK = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8")
+SERVER_LOCK = (ROOT / "requirements-server.lock").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # Gymnasium, and NumPy with it, is there: environments are registered on import (0.1 s).
 HEAVY = {
@@ -106,20 +107,30 @@ def test_lock_names_no_host():
     )
 
 
-def test_lock_pins_and_hashes_everything_that_pyproject_asks_for():
-    blocks = re.split(r"\n(?=[a-z])", re.sub(r"^\s*#.*\n", "", LOCK, flags=re.M).strip())
+def test_locks_pin_and_hash_everything_that_pyproject_asks_for():
+    groups, extras = PYPROJECT["dependency-groups"], PYPROJECT["project"]["optional-dependencies"]
+    installed = [*PYPROJECT["project"]["dependencies"], *extras["server"]]
+    built = [*PYPROJECT["build-system"]["requires"], *groups["build"]]
+    tools = [each for each in groups["dev"] if isinstance(each, str)]
+    # torch: which build it is is for pip's settings to say; the Makefile pins its version.
+    assert _missing(LOCK, [*installed, *built, *tools]) == {"torch"}
+    assert f"TORCH := {next(each for each in tools if each.startswith('torch'))}\n" in MAKEFILE
+    assert _missing(SERVER_LOCK, [*installed, *groups["build"]]) == set()
+    # What the service is tested with is what its container has.
+    assert _pins(SERVER_LOCK) <= _pins(LOCK)
+
+
+def _missing(lock, asked):
+    pinned = {re.match(r"[a-z0-9-]+", block)[0] for block in _pins(lock)}
+    return {re.match(r"[A-Za-z0-9-]+", requirement)[0].lower() for requirement in asked} - pinned
+
+
+def _pins(lock):
+    blocks = re.split(r"\n(?=[a-z])", re.sub(r"^\s*#.*\n", "", lock, flags=re.M).strip())
     for block in blocks:
         assert re.match(r"[a-z0-9-]+==\S+", block), block.splitlines()[0]
         assert "--hash=sha256:" in block, block.splitlines()[0]
-    pinned = {block.partition("==")[0] for block in blocks}
-    asked = [
-        *PYPROJECT["project"]["dependencies"],
-        *PYPROJECT["dependency-groups"]["dev"],
-        *PYPROJECT["build-system"]["requires"],
-    ]
-    missing = {re.match(r"[A-Za-z0-9-]+", requirement)[0].lower() for requirement in asked} - pinned
-    assert missing == {"torch"}  # which build is for pip's settings to say: the Makefile pins its version
-    assert f"TORCH := {next(each for each in asked if each.startswith('torch'))}\n" in MAKEFILE
+    return set(blocks)
 
 
 # Command line

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import gymnasium
 
 if TYPE_CHECKING:
+    from llmserve_env.client import LLMServeEnv
     from llmserve_env.episode import Episode
     from llmserve_env.errors import InputError
     from llmserve_env.grading import grade
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmserve_env.schema import ServeAction
     from llmserve_env.sim.simulator import Simulator
     from llmserve_env.tasks import list_tasks, load_task
+    from llmserve_env.tool_env import ServeToolEnv
     from llmserve_env.workloads import open_workload
     from llmserve_env.workloads.workload import Tenant, Workload
 
@@ -33,7 +35,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Episode",
     "InputError",
+    "LLMServeEnv",
     "ServeAction",
+    "ServeToolEnv",
     "Simulator",
     "Tenant",
     "Workload",
@@ -48,7 +52,9 @@ __all__ = [
 _HOMES = {
     "Episode": "llmserve_env.episode",
     "InputError": "llmserve_env.errors",
+    "LLMServeEnv": "llmserve_env.client",
     "ServeAction": "llmserve_env.schema",
+    "ServeToolEnv": "llmserve_env.tool_env",
     "Simulator": "llmserve_env.sim.simulator",
     "Tenant": "llmserve_env.workloads.workload",
     "Workload": "llmserve_env.workloads.workload",
@@ -63,6 +69,7 @@ _ENVIRONMENTS = {
     "LLMServe-v0": ("serve_env:LLMServeEnv", "vector_env:LLMServeVectorEnv"),
     "LLMServeContinuous-v0": ("wrappers:continuous_env", "wrappers:continuous_vector_env"),
     "LLMServeDict-v0": ("wrappers:dict_env", None),
+    "LLMServeRemote-v0": ("remote_env:LLMServeRemoteEnv", None),
 }
 """For each id what makes one environment, and many at once, in llmserve_env.envs."""
 

@@ -254,3 +254,6 @@ class Episode:
     def log(self) -> EpisodeLog:
         """The log so far."""
         return self.recording.log(self.batch)
+
+    def close(self) -> None:
+        """Nothing is held that needs it: here for the sake of episodes that real engines serve."""

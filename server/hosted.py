@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from llmserve_env.actions import to_array
+from llmserve_env.catalog import catalog
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
@@ -18,9 +19,6 @@ from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, Task, list_task
 from llmserve_env.tasks.self_contained import refuse_files
 from server.refusals import NotFound
 from server.requests import ResetRequest
-
-if TYPE_CHECKING:
-    from llmserve_env.workloads.workload import Tenant
 
 DEFAULT_TASK = "static_workload"
 
@@ -113,42 +111,16 @@ def grade_posted(content: bytes, max_windows: int, max_requests: int) -> GradeRe
     return grade(log)
 
 
+@lru_cache(maxsize=1)
 def task_list() -> dict[str, Any]:
     """Everything that can be played, as /tasks has it."""
     return {
-        "tasks": [_entry(shipped_task(task_id)) for task_id in list_tasks()],
+        "tasks": [task.model_dump(mode="json") for task in catalog()],
         "default": DEFAULT_TASK,
         "seeds": {
             "training": (TRAINING_SEEDS.start, TRAINING_SEEDS.stop - 1),
             "evaluation": (EVALUATION_SEEDS.start, EVALUATION_SEEDS.stop - 1),
         },
-    }
-
-
-def _entry(task: Task) -> dict[str, Any]:
-    return {
-        "id": task.id,
-        "title": task.title,
-        "difficulty": task.difficulty,
-        "description": task.description,
-        "profile": task.cell.profile,
-        "engines": task.cell.engines,
-        "window_s": task.window_s,
-        "horizon_s": task.horizon_s,
-        "windows": task.windows,
-        "controls": {name: list(values) for name, values in task.grid.values.items() if len(values) > 1},
-        "start": task.start.model_dump(mode="json"),
-        "tenants": [_tenant(tenant) for tenant in task.tenants],
-    }
-
-
-def _tenant(tenant: Tenant) -> dict[str, Any]:
-    return {
-        "name": tenant.name,
-        "ttft_slo_ms": tenant.ttft_slo_s * 1e3,
-        "tpot_slo_ms": tenant.tpot_slo_s * 1e3,
-        "weight": tenant.weight,
-        "priority": tenant.priority,
     }
 
 

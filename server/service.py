@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
+from llmserve_env.live.episode import LiveEpisode
 from llmserve_env.tasks import TRAINING_SEEDS
 from server.guard import Guard
 from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
@@ -23,6 +27,7 @@ from server.requests import ResetRequest
 from server.sessions import PlayedEpisode, Session, Sessions
 
 if TYPE_CHECKING:
+    from llmserve_env.live.settings import EndpointSettings
     from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
     from llmserve_env.tasks import Task
     from server.settings import Settings
@@ -41,18 +46,15 @@ class Service:
 
     Args:
         settings: bounds.
-        make_episode: what plays a task (default: the simulator).
 
     Raises:
         InputError: the journal's folder cannot be written.
     """
 
-    def __init__(
-        self, settings: Settings, make_episode: Callable[[Task], PlayedEpisode] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.live = make_episode is not None
-        self.sessions = Sessions(settings, make_episode or Episode)
+        self.live = settings.mode == "real"
+        self.sessions = Sessions(settings, _live_episodes(settings.endpoint) if self.live else Episode)
         self.guard = Guard(settings)
         self._journal = Journal(settings.journal)
         self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
@@ -125,6 +127,8 @@ class Service:
 
     async def restore(self) -> None:
         """Open again the sessions that the journal has, by replay."""
+        if self.live:  # what real engines did cannot be done again
+            return
         entries = list(self._journal.entries())
         for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
             session = self.sessions.open(session_id=entry.session_id)
@@ -176,6 +180,8 @@ class Service:
 
     async def _restore(self) -> None:
         """Open again the sessions that the journal has, by replay."""
+        if self.live:  # what real engines did cannot be done again
+            return
         entries = list(self._journal.entries())
         for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
             session = self.sessions.open(session_id=entry.session_id)
@@ -201,6 +207,11 @@ class Service:
         if long or self.live:
             return await asyncio.to_thread(function, *args)
         return function(*args)
+
+
+def _live_episodes(endpoint: EndpointSettings) -> Callable[[Task], PlayedEpisode]:
+    key = endpoint.api_key or os.environ.get("OPENAI_API_KEY")
+    return partial(LiveEpisode, settings=replace(endpoint, api_key=key))
 
 
 def _complete(request: ResetRequest) -> ResetRequest:

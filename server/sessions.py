@@ -50,6 +50,10 @@ class PlayedEpisode(Protocol):
         """The log so far."""
         ...
 
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
 
 class Session:
     """One player's episode.
@@ -98,6 +102,7 @@ class Session:
             begun: with a seed.
         """
         assert begun.seed is not None
+        self.close()
         episode = self._make_episode(task)
         observation = episode.reset(begun.seed)
         self._task, self._episode, self._log, self.begun = task, episode, None, begun
@@ -118,7 +123,8 @@ class Session:
             observations.append(self._seen(self._episode.step(action)))
             if self._episode.done:
                 # What an idle session keeps of it is small: not the simulator, but the log.
-                self._log, self._episode = self._episode.log(), None
+                self._log = self._episode.log()
+                self.close()
                 break
         return observations
 
@@ -158,6 +164,12 @@ class Session:
             raise Conflict(f"the episode is not over, {played} are played: /log has what can be graded")
         # The log is the service's own, so that its task may be of a file of this machine.
         return grade(self.log(), allow_files=True)
+
+    def close(self) -> None:
+        """Free the episode that is under way."""
+        if self._episode is not None:
+            self._episode.close()
+            self._episode = None
 
     @property
     def task(self) -> Task | None:
@@ -251,6 +263,7 @@ class Sessions:
         """End a session and free what it holds; one that has ended already stays so."""
         if self._open.pop(session.id, None) is None:
             return
+        session.close()
         self.on_close(session)
         if session.hang_up is not None:
             session.hang_up()

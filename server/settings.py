@@ -9,12 +9,19 @@ from typing import Annotated, Literal
 
 import tyro
 
+from llmserve_env.live.settings import EndpointSettings
+
 
 def _mode() -> Literal["simulated", "real"]:
     found = os.environ.get("LLMSERVE_MODE", "simulated")
     if found not in ("simulated", "real"):
         raise SystemExit(f"LLMSERVE_MODE: expected simulated or real, found {found!r}")
     return "real" if found == "real" else "simulated"
+
+
+def _endpoint() -> EndpointSettings:
+    url = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+    return EndpointSettings(base_url=url, model=os.environ.get("OPENAI_MODEL", "default"))
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Settings:
     """Whether the page at /web is served."""
     mode: Literal["simulated", "real"] = field(default_factory=_mode)
     """Who serves the requests: the simulator, or an OpenAI-compatible endpoint (LLMSERVE_MODE)."""
+    endpoint: EndpointSettings = field(default_factory=_endpoint)
+    """The endpoint in mode real (OPENAI_BASE_URL, OPENAI_MODEL; its key is OPENAI_API_KEY unless given)."""
     journal: Path | None = None
     """Folder in which open sessions are recorded, and from which a restart restores them."""
     max_sessions: int = 1024

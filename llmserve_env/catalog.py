@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmserve_env.episode import EpisodeBatch
 from llmserve_env.schema import ServeAction
+from llmserve_env.sim.simulator import SimulatorBatch
 from llmserve_env.tasks import Task, list_tasks, load_task
+from llmserve_env.workloads.workload import Workload
 
 # Not "forbid": a newer server may say more.
 _MODEL = ConfigDict(frozen=True, use_attribute_docstrings=True)
@@ -69,26 +70,12 @@ class TaskInfo(BaseModel):
 @lru_cache(maxsize=1)
 def catalog() -> tuple[TaskInfo, ...]:
     """The shipped tasks."""
-    told = []
-    for name in list_tasks():
-        batch = EpisodeBatch(load_task(name))
-        batch.reset([0])
-        told.append(task_info(batch.task, batch.simulator.not_applied))
-    return tuple(told)
+    return tuple(task_info(load_task(name)) for name in list_tasks())
 
 
-def task_info(task: Task, not_applied: Callable[[ServeAction], Mapping[str, str]]) -> TaskInfo:
-    """What an agent is told of a task.
-
-    Args:
-        task: what is played.
-        not_applied: the fields of an action that have no effect on the cell, as its backend knows them.
-    """
+def task_info(task: Task) -> TaskInfo:
+    """What an agent is told of a task."""
     controls = {name: list(values) for name, values in task.grid.values.items() if len(values) > 1}
-    unavailable = {
-        name: [value for value in values if name in not_applied(ServeAction(**{name: value}))]
-        for name, values in controls.items()
-    }
     return TaskInfo(
         id=task.id,
         title=task.title,
@@ -100,7 +87,7 @@ def task_info(task: Task, not_applied: Callable[[ServeAction], Mapping[str, str]
         engines=task.cell.engines,
         profile=task.profile.name,
         controls=controls,
-        unavailable={name: values for name, values in unavailable.items() if values},
+        unavailable=_unavailable(task, controls),
         start=task.start,
         tenants=[
             TenantInfo(
@@ -113,3 +100,22 @@ def task_info(task: Task, not_applied: Callable[[ServeAction], Mapping[str, str]
             for tenant in task.tenants
         ],
     )
+
+
+def _unavailable(task: Task, controls: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The values of `controls` that have no effect, as the task's cell says without anything to serve."""
+    cell = task.cell
+    nothing = Workload(np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int16))
+    simulator = SimulatorBatch(
+        task.profile,
+        [nothing],
+        engines=cell.engines,
+        prefill_engines=cell.prefill_engines,
+        max_num_batched_tokens=cell.max_num_batched_tokens,
+        prefix_cache=False,
+    )
+    lost = {
+        name: [value for value in values if name in simulator.not_applied(ServeAction(**{name: value}))]
+        for name, values in controls.items()
+    }
+    return {name: values for name, values in lost.items() if values}

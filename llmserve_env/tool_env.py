@@ -93,7 +93,7 @@ class LocalPlayer:
         check_seed(seed)
         observation = episode.reset(draw_seed(self._generator) if seed is None else seed)
         self._episode = episode
-        self._task = task_info(episode.task, episode.batch.simulator.not_applied)
+        self._task = task_info(episode.task)
         return observation
 
     def play(self, action: ServeAction, windows: int) -> list[float]:

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from llmserve_env import Episode, grade, list_tasks, load_task
@@ -44,6 +45,14 @@ def bare(observation: ServeObservation) -> dict:
     """An observation without the name of the session that gave it."""
     metadata = {name: value for name, value in observation.metadata.items() if name != "session_id"}
     return observation.model_copy(update={"metadata": metadata}).model_dump()
+
+
+def ends(url: str, session_id: str) -> bool:
+    """Whether a session ends now: the server hears soon that its connection is closed."""
+    for _ in range(1000):
+        if httpx.get(f"{url}/state", headers={"X-Session-Id": session_id}).status_code == 404:
+            return True
+    return False
 
 
 def begin(env, **arguments):
@@ -101,9 +110,7 @@ def test_the_state_says_where_the_episode_stands(env):
 
 
 def test_tasks_are_told_as_here(env):
-    assert [task.model_dump(exclude={"profile"}) for task in env.tasks()] == [
-        task.model_dump(exclude={"profile"}) for task in catalog()
-    ]
+    assert tuple(env.tasks()) == catalog()
 
 
 def test_the_default_is_the_first_task_with_a_training_seed(env):
@@ -234,8 +241,6 @@ def test_connections_have_sessions_of_their_own(server_url, env):
 
 
 def test_a_session_can_be_attached_to_and_is_left_open(server_url):
-    import httpx
-
     with httpx.Client(base_url=server_url) as http:
         asked = {"task_id": TASK, "seed": 5, "horizon_s": 20.0}
         session_id = http.post("/reset", json=asked).headers["x-session-id"]
@@ -254,10 +259,7 @@ def test_a_session_can_be_attached_to_and_is_left_open(server_url):
 def test_a_session_of_a_connection_ends_with_it(server_url):
     with LLMServeEnv.from_url(server_url).sync() as env:
         session_id = begin(env).metadata["session_id"]
-    gone = LLMServeEnv.from_url(server_url, session_id=session_id).sync()
-    with pytest.raises(NotFoundError):
-        gone.state()
-    gone.close()
+    assert ends(server_url, session_id)
 
 
 def test_after_a_break_the_next_call_connects_anew(env):
@@ -303,10 +305,7 @@ def test_a_player_that_is_dropped_ends_its_session(server_url):
     player = RemotePlayer(server_url)
     session_id = player.reset(task_id=None, seed=1, horizon_s=None).metadata["session_id"]
     del player
-    gone = LLMServeEnv.from_url(server_url, session_id=session_id).sync()
-    with pytest.raises(NotFoundError):
-        gone.state()
-    gone.close()
+    assert ends(server_url, session_id)
 
 
 def test_without_openenv_it_says_what_to_install():

@@ -243,9 +243,7 @@ def test_the_catalog_has_the_tasks_as_they_are():
 def test_values_that_a_cell_cannot_apply_are_told():
     controls = {**load_task("static_workload").controls, "prefill_decode_split": [False, True]}
     task = load_task("static_workload", profile="rtx4090-llama-3.1-8b", controls=controls, horizon_s=2.0)
-    episode = Episode(task)
-    episode.reset(0)
-    info = task_info(task, episode.batch.simulator.not_applied)
+    info = task_info(task)
     missing = [tier for tier in task.grid.values["quantization_tier"] if tier not in task.profile.tier_names]
     assert info.unavailable.pop("prefill_decode_split") == [True]
     assert info.unavailable == ({"quantization_tier": missing} if missing else {})

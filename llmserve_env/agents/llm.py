@@ -57,7 +57,7 @@ class LLMSettings:
     """
 
     model: str
-    endpoint: str | None = None
+    endpoint: str | None = field(default=None, repr=False)
     api_key: str | None = field(default=None, repr=False)
     windows_per_call: int = 1
     history: int = 4

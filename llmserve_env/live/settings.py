@@ -29,7 +29,7 @@ class EndpointSettings:
             quality.
     """
 
-    base_url: str
+    base_url: str = field(repr=False)
     model: str
     api_key: str | None = field(default=None, repr=False)
     max_requests_per_step: int = 100

@@ -1,0 +1,198 @@
+"""Real HTTP servers that speak as an OpenAI-compatible endpoint does, well and badly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config):
+        super().__init__(config)
+        self.ready = threading.Event()
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets=sockets)
+        self.ready.set()
+
+
+@contextmanager
+def serving(app) -> Iterator[str]:
+    """The URL of an ASGI application's server, with /v1."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        server = _Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            assert server.ready.wait(30)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def closed_url() -> str:
+    """A URL where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+
+
+@dataclass
+class Reply:
+    """An answer of an endpoint; without a body it never comes."""
+
+    body: object
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ChatEndpoint:
+    """Answers chat completions as `reply(index of the request, its body)` says."""
+
+    reply: Callable[[int, dict], Reply]
+    requests: list[dict] = field(default_factory=list)
+
+    async def __call__(self, scope, receive, send):
+        body = await _body(receive)
+        assert scope["path"] == "/v1/chat/completions"
+        self.requests.append(body)
+        answer = self.reply(len(self.requests) - 1, body)
+        if answer.body is None:
+            await _hung_up(receive)
+            return
+        text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body)
+        headers = {"content-type": "application/json", **answer.headers}
+        await _start(send, answer.status, headers)
+        await send({"type": "http.response.body", "body": text.encode()})
+
+
+def chat(
+    content: str | None, *, finish: str = "stop", refusal: str | None = None, usage: bool = True
+) -> Reply:
+    """A chat completion."""
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    body = {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+    }
+    if usage:
+        body["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    return Reply(body)
+
+
+@dataclass
+class CompletionEndpoint:
+    """Streams completions: one piece of text for each token, as many as asked.
+
+    Args:
+        lines: SSE data to send in place of an answer, for a request's body.
+        refuse: HTTP status with which a request's body is refused, if it is.
+        held: whether requests wait for `release`.
+    """
+
+    lines: Callable[[dict], list[str]] | None = None
+    refuse: Callable[[dict], int | None] = lambda body: None
+    held: bool = False
+    requests: list[dict] = field(default_factory=list)
+    authorization: list[str] = field(default_factory=list)
+    hung_up: threading.Event = field(default_factory=threading.Event)
+    peak: int = 0
+
+    def __post_init__(self):
+        self._now = 0
+        self._released = threading.Event()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        if not self.held:
+            self._released.set()
+
+    def release(self):
+        """Answer those that wait, and all after them at once."""
+        self._released.set()
+        for loop, event in self._waiting:
+            loop.call_soon_threadsafe(event.set)
+
+    async def __call__(self, scope, receive, send):
+        body = await _body(receive)
+        assert scope["path"] == "/v1/completions"
+        self.requests.append(body)
+        self.authorization.append(dict(scope["headers"]).get(b"authorization", b"").decode())
+        self._now += 1
+        self.peak = max(self.peak, self._now)
+        try:
+            await self._answer(body, receive, send)
+        finally:
+            self._now -= 1
+
+    async def _answer(self, body, receive, send):
+        status = self.refuse(body)
+        if status is not None:
+            await _start(send, status, {"content-type": "application/json"})
+            await send({"type": "http.response.body", "body": b'{"error": {"message": "refused"}}'})
+            return
+        if not self._released.is_set():
+            released = asyncio.Event()
+            self._waiting.append((asyncio.get_running_loop(), released))
+            waits = [asyncio.create_task(released.wait()), asyncio.create_task(_hung_up(receive))]
+            done, left = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in left:
+                task.cancel()
+            if waits[0] not in done:
+                self.hung_up.set()
+                return
+        await _start(send, 200, {"content-type": "text/event-stream"})
+        for line in (self.lines or answer)(body):
+            await send(
+                {"type": "http.response.body", "body": f"data: {line}\n\n".encode(), "more_body": True}
+            )
+        await send({"type": "http.response.body", "body": b""})
+
+
+def answer(body: dict) -> list[str]:
+    """SSE data of a whole answer."""
+    count = body["max_tokens"]
+    lines = [piece("word ", "length" if i == count - 1 else None) for i in range(count)]
+    if body.get("stream_options", {}).get("include_usage"):
+        lines.append(usage(len(str(body["prompt"]).split()), count))
+    return [*lines, "[DONE]"]
+
+
+def piece(text: str, finish: str | None = None) -> str:
+    return json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": finish}]})
+
+
+def usage(prompt: int, completion: int) -> str:
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return json.dumps({"choices": [], "usage": counts})
+
+
+async def _body(receive) -> dict:
+    content, more = b"", True
+    while more:
+        message = await receive()
+        content += message.get("body", b"")
+        more = message.get("more_body", False)
+    return json.loads(content)
+
+
+async def _hung_up(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _start(send, status: int, headers: dict[str, str]) -> None:
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})

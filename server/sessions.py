@@ -17,6 +17,7 @@ from server.refusals import AtCapacity, Conflict, NotFound
 from server.requests import ResetRequest
 
 if TYPE_CHECKING:
+    from llmserve_env.episode import EpisodeBatch
     from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
     from llmserve_env.tasks import Task
     from server.settings import Settings
@@ -175,6 +176,11 @@ class Session:
     def task(self) -> Task | None:
         """What is played; None before the first reset."""
         return self._task
+
+    @property
+    def batch(self) -> EpisodeBatch | None:
+        """The simulated episode's batch while it is under way: for agents that read its records."""
+        return self._episode.batch if isinstance(self._episode, Episode) else None
 
     @property
     def state(self) -> ServiceState:

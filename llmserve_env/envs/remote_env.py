@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -68,6 +69,8 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     ) -> None:
         self._arguments = {"task_id": task_id, "workload": workload, "horizon_s": horizon_s, "features": True}
         self._client: Any = LLMServeEnv.from_url(url).sync()
+        # Once, and also where nobody closes: a session is not to outlive its environment.
+        self._end = weakref.finalize(self, self._client.close)
         try:
             self.task = _task(self._client.tasks(), task_id)
         except BaseException:
@@ -148,7 +151,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     def close(self) -> None:
         """End the connection, and its session with it."""
-        self._client.close()
+        self._end()
 
     def _unavailable(self, action: ServeAction) -> dict[str, str]:
         values = action.model_dump(mode="json")

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import pytest
 
 _START_S = 60
@@ -35,6 +36,19 @@ def server_url() -> Iterator[str]:
     """The URL of a server that all tests share."""
     with running() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def single_url() -> Iterator[str]:
+    """The URL of a server with room for one session; a test leaves none behind."""
+    with running("--max-sessions", "1") as url:
+        yield url
+
+
+def ends(url: str, session_id: str) -> bool:
+    """Whether a session ends now: the server hears soon that its connection is closed."""
+    named = {"X-Session-Id": session_id}
+    return any(httpx.get(f"{url}/state", headers=named).status_code == 404 for _ in range(1000))
 
 
 def _wait_for(url: str) -> None:

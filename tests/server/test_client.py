@@ -22,7 +22,7 @@ from llmserve_env.client import (
 from llmserve_env.errors import InputError
 from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction, ServeObservation
 from llmserve_env.tool_env import ServeToolEnv
-from tests.server.conftest import running
+from tests.server.conftest import ends, running
 
 TASK = "adversarial_multitenant"
 ACTIONS = [ServeAction(batch_cap=cap, priority_routing=True) for cap in (8, 64, 64, 512)]
@@ -45,14 +45,6 @@ def bare(observation: ServeObservation) -> dict:
     """An observation without the name of the session that gave it."""
     metadata = {name: value for name, value in observation.metadata.items() if name != "session_id"}
     return observation.model_copy(update={"metadata": metadata}).model_dump()
-
-
-def ends(url: str, session_id: str) -> bool:
-    """Whether a session ends now: the server hears soon that its connection is closed."""
-    for _ in range(1000):
-        if httpx.get(f"{url}/state", headers={"X-Session-Id": session_id}).status_code == 404:
-            return True
-    return False
 
 
 def begin(env, **arguments):
@@ -198,10 +190,10 @@ def test_what_comes_out_of_turn_is_a_conflict(env):
     assert issubclass(ConflictError, ServiceError)
 
 
-def test_a_full_server_says_so():
-    with running("--max-sessions", "1") as url, LLMServeEnv.from_url(url).sync() as first:
-        first.reset()
-        other = LLMServeEnv.from_url(url).sync()
+def test_a_full_server_says_so(single_url):
+    with LLMServeEnv.from_url(single_url).sync() as first:
+        session_id = first.reset().metadata["session_id"]
+        other = LLMServeEnv.from_url(single_url).sync()
         try:
             with pytest.raises(CapacityError) as refused:
                 other.reset()
@@ -209,6 +201,7 @@ def test_a_full_server_says_so():
             assert first.step(ServeAction()).observation.step_index == 1
         finally:
             other.close()
+    assert ends(single_url, session_id)
 
 
 def test_a_server_that_is_not_there_is_a_connection_error():

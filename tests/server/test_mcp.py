@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 
 from llmserve_env.schema import ServeAction
 from llmserve_env.tool_env import ServeToolEnv
-from tests.server.conftest import running
+from tests.server.conftest import ends, running
 
 EPISODE = {"task_id": "adversarial_multitenant", "seed": 5, "horizon_s": 20.0}
 CONFIG = ServeAction(batch_cap=64, priority_routing=True).model_dump(mode="json")
@@ -94,13 +94,12 @@ def test_an_mcp_client_plays_what_is_played_here(server_url):
     assert asyncio.run(session()) == played()
 
 
-def test_tools_say_what_they_do_and_take():
-    async def listed(url: str):
-        async with Client(f"{url}/mcp") as client:
+def test_tools_say_what_they_do_and_take(server_url):
+    async def listed():
+        async with Client(f"{server_url}/mcp") as client:
             return {tool.name: tool for tool in await client.list_tools()}, client.initialize_result
 
-    with running() as url:
-        tools, hello = asyncio.run(listed(url))
+    tools, hello = asyncio.run(listed())
     assert set(tools) == {"grade", "list_tasks", "observe", "set_serving_config", "start_episode"}
     assert not set(tools) & RESERVED_TOOL_NAMES
     assert "start_episode" in hello.instructions
@@ -165,7 +164,7 @@ def test_what_goes_wrong_in_a_tool_is_told_and_the_session_goes_on(server_url):
     assert "over" in json.loads(told[11][1])["error"]
 
 
-def test_a_client_that_closes_frees_its_session():
+def test_a_client_that_closes_frees_its_session(single_url):
     async def sessions(url: str) -> list[int]:
         found = []
         for _ in range(3):
@@ -177,16 +176,15 @@ def test_a_client_that_closes_frees_its_session():
                     assert int(refused.headers["retry-after"]) >= 1
         return found
 
-    with running("--max-sessions", "1") as url:
-        assert asyncio.run(sessions(url)) == [429] * 3
+    assert asyncio.run(sessions(single_url)) == [429] * 3
 
 
-def test_initialize_that_is_refused_holds_no_session():
-    with running("--max-sessions", "1") as url, httpx.Client(base_url=url) as http:
+def test_initialize_that_is_refused_holds_no_session(single_url):
+    with httpx.Client(base_url=single_url) as http:
         refused = http.post("/mcp", json=INITIALIZE, headers={"Accept": "text/plain"})
         assert refused.status_code == 406
         assert "mcp-session-id" not in refused.headers
-        opened(http)
+        http.delete("/mcp", headers={"Mcp-Session-Id": opened(http)})
 
 
 def test_the_session_is_one_of_the_service(http):
@@ -199,6 +197,24 @@ def test_the_session_is_one_of_the_service(http):
     assert (state["task_id"], state["seed"], state["windows"]) == ("adversarial_multitenant", 5, 4)
     assert http.delete("/mcp", headers={"Mcp-Session-Id": session_id}).status_code == 204
     assert http.get("/state", headers={"X-Session-Id": session_id}).status_code == 404
+
+
+def test_a_client_goes_on_after_a_restart(tmp_path):
+    def call(url: str, session_id: str, name: str, arguments: dict) -> str:
+        request = {"jsonrpc": "2.0", "id": 2, "method": "tools/call"}
+        request["params"] = {"name": name, "arguments": arguments}
+        headers = {**STREAMS, "Mcp-Session-Id": session_id}
+        return httpx.post(f"{url}/mcp", json=request, headers=headers).json()["result"]["content"][0]["text"]
+
+    with running("--journal", str(tmp_path)) as url, httpx.Client(base_url=url) as http:
+        session_id = opened(http)
+        answers = [call(url, session_id, "start_episode", EPISODE)]
+        answers.append(call(url, session_id, "set_serving_config", {**CONFIG, "windows": 2}))
+    with running("--journal", str(tmp_path)) as url:
+        answers.append(call(url, session_id, "observe", {}))
+        answers.append(call(url, session_id, "set_serving_config", {**CONFIG, "windows": 9}))
+        answers.append(call(url, session_id, "grade", {}))
+    assert answers == played()
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
@@ -314,6 +330,4 @@ def test_over_a_websocket_the_session_ends_with_the_connection(server_url, http)
         assert json.loads(websocket.recv())["error"]["code"] == -32700
         assert "windows_left" in ask("tools/call", name="observe")["result"]["data"]
         assert http.get("/state", headers={"X-Session-Id": session_id}).status_code == 200
-    answers = (rpc(http, "tools/call", name="observe", session_id=session_id) for _ in range(1000))
-    gone = next(answer for answer in answers if "error" in answer)  # the server hears of it soon
-    assert "no such session" in gone["error"]["message"]
+    assert ends(server_url, session_id)

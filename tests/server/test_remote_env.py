@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import gymnasium as gym
@@ -17,6 +19,7 @@ from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import TRAINING_SEEDS, list_tasks, load_task
+from tests.server.conftest import ends
 
 
 @pytest.fixture
@@ -191,7 +194,37 @@ def test_a_server_that_is_not_there_is_a_connection_error():
         LLMServeRemoteEnv("http://127.0.0.1:9")
 
 
-def test_closing_twice_is_no_fault(server_url):
+def test_after_a_break_a_reset_connects_anew(pair):
+    here, there = pair()
+    here.reset(seed=4)
+    there.reset(seed=4)
+    there._client.disconnect()
+    with pytest.raises(InputError, match="reset"):
+        there.step(np.zeros(6, int))  # of a new session, where no episode has begun
+    assert_same(here.reset(seed=4), there.reset(seed=4))
+    assert_same(here.step(np.zeros(6, int)), there.step(np.zeros(6, int)))
+
+
+def test_closing_ends_the_session_and_twice_is_no_fault(server_url):
     env = LLMServeRemoteEnv(server_url)
+    env.reset(seed=1)
+    session_id = env._client.state().session_id
     env.close()
     env.close()
+    assert ends(server_url, session_id)
+
+
+def test_a_program_that_closes_nothing_ends_quietly_and_so_do_its_sessions(server_url):
+    code = (
+        "import gymnasium as gym, llmserve_env\n"
+        f"envs = [gym.make('LLMServeRemote-v0', url='{server_url}') for _ in range(2)]\n"
+        "for env in envs:\n"
+        "    env.reset(seed=1)\n"
+        "    print(env.unwrapped._client.state().session_id)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    sessions = done.stdout.split()
+    assert len(sessions) == 2
+    assert all(ends(server_url, session_id) for session_id in sessions)

@@ -174,9 +174,7 @@ def read_lock(text: str) -> dict[str, list[str]]:
     for block in re.split(r"\n(?=\S)", lines.strip()):
         requirement = Requirement(block.split("\\\n")[0].strip())
         pins = [part.version for part in requirement.specifier if part.operator == "=="]
-        expect(
-            len(pins) == 1 and "--hash=sha256:" in block, f"{requirement.name}: expected pin and hashes"
-        )
+        expect(len(pins) == 1 and "--hash=sha256:" in block, f"{requirement.name}: expected pin and hashes")
         pinned.setdefault(_normal(requirement.name), []).append(pins[0])
     return pinned
 
@@ -194,9 +192,7 @@ def check_front_matter(root: Path) -> str:
     for key in _FRONT_MATTER:
         expect(header.get(key), f"README.md: {key} is missing")
     expect(header["sdk"] == "docker", f"README.md: sdk: expected docker, found {header['sdk']!r}")
-    expect(
-        header["app_port"] in (7860, 8000), f"README.md: app_port: found {header['app_port']}"
-    )
+    expect(header["app_port"] in (7860, 8000), f"README.md: app_port: found {header['app_port']}")
     expect("openenv" in header["tags"], "README.md: tags: expected openenv among them")
     for key in ("colorFrom", "colorTo"):
         expect(header[key] in _COLOURS, f"README.md: {key}: expected one of {', '.join(_COLOURS)}")

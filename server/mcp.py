@@ -18,6 +18,7 @@ from anyio import from_thread
 from fastmcp import FastMCP
 from fastmcp.exceptions import NotFoundError, ToolError
 from fastmcp.exceptions import ValidationError as ArgumentError
+from mcp.types import ClientRequest
 from openenv.core.env_server.mcp_types import JsonRpcErrorCode, JsonRpcRequest, JsonRpcResponse
 from pydantic import ValidationError
 from starlette.datastructures import MutableHeaders
@@ -160,21 +161,31 @@ class Mcp:
 
     async def _post(self, request: Request, scope: Scope, send: Send) -> None:
         body = await request.body()
-        first = _method(body) == "initialize"
-        if not first and not _is_mcp(request):
-            named = request.headers.get(_OWN_HEADER)
-            response = JSONResponse(await self._read(body, None, named))
-            await response(scope, request.receive, send)
+        content = _parsed(body)
+        first = isinstance(content, dict) and content.get("method") == "initialize"
+        admitted: Session | Response
+        if first or _is_mcp(request):
+            admitted = self._admit(request, content, first)
+        else:
+            admitted = JSONResponse(await self._read(body, None, request.headers.get(_OWN_HEADER)))
+        if isinstance(admitted, Response):
+            await admitted(scope, request.receive, send)
             return
-        try:
-            session = self._service.sessions.open() if first else self._named(request.headers.get(HEADER))
-        except (Refusal, InputError) as error:
-            await _refused(error)(scope, request.receive, send)
-            return
-        opening = _Opening(send, session.id)
-        await self._stream(session, body, scope, request.receive, opening if first else send)
+        opening = _Opening(send, admitted.id)
+        await self._stream(admitted, body, scope, request.receive, opening if first else send)
         if first and not opening.accepted:
-            self._service.sessions.close(session)
+            self._service.sessions.close(admitted)
+
+    def _admit(self, request: Request, content: Any, first: bool) -> Session | Response:
+        """The session of an MCP client's request, or the response to one that needs no tool."""
+        try:
+            session = None if first else self._named(request.headers.get(HEADER))
+            response = _shortcut(content)
+            if response is not None:
+                return response
+            return session or self._service.sessions.open()
+        except (Refusal, InputError) as error:
+            return _refused(error)
 
     async def _stream(
         self, session: Session, body: bytes, scope: Scope, receive: Receive, send: Send
@@ -330,12 +341,34 @@ class _SessionPlayer:
         return _session.get().log()
 
 
-def _method(body: bytes) -> object:
+def _parsed(body: bytes) -> Any:
+    """The JSON of a body; None if it is none."""
     try:
-        content = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return content.get("method") if isinstance(content, dict) else None
+
+
+def _shortcut(content: Any) -> Response | None:
+    """The response to an MCP client's message that is no request, or none that the protocol has.
+
+    The protocol's library answers such messages, too, but writes a page to the log for each.
+    """
+    if not isinstance(content, dict):
+        error = _error(JsonRpcErrorCode.PARSE_ERROR, "expected a JSON-RPC message")
+        return JSONResponse(error, 400)
+    request_id, method = content.get("id"), content.get("method")
+    if request_id is None or method is None:
+        return Response(status_code=202)  # a notification, or an answer, of which nothing depends
+    try:
+        ClientRequest.model_validate(
+            {name: content[name] for name in ("method", "params") if name in content}
+        )
+    except ValidationError:
+        text = f"no such request, or not with these params: {str(method)[:99]}"
+        known = request_id if isinstance(request_id, str | int) else None
+        return JSONResponse(_error(JsonRpcErrorCode.INVALID_PARAMS, text, known))
+    return None
 
 
 def _is_mcp(request: Request) -> bool:

@@ -184,6 +184,9 @@ def test_initialize_that_is_refused_holds_no_session(single_url):
         refused = http.post("/mcp", json=INITIALIZE, headers={"Accept": "text/plain"})
         assert refused.status_code == 406
         assert "mcp-session-id" not in refused.headers
+        incomplete = http.post("/mcp", json={**INITIALIZE, "params": {}}, headers=STREAMS)
+        assert "error" in incomplete.json()
+        assert "mcp-session-id" not in incomplete.headers
         http.delete("/mcp", headers={"Mcp-Session-Id": opened(http)})
 
 
@@ -223,6 +226,36 @@ def test_a_session_that_is_not_there_is_404_as_the_protocol_asks(http, method):
     headers = {**STREAMS, "Mcp-Session-Id": "gone"}
     assert http.request(method, "/mcp", json=request, headers=headers).status_code == 404
     assert http.request(method, "/mcp", json=request, headers=STREAMS).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b"\xff", 400),
+        (b"[" * 100_000, 400),
+        (b'{"jsonrpc":"2.0","method":"notifications/initialized"}', 202),
+        (b'{"jsonrpc":"2.0","method":"notifications/unheard_of"}', 202),
+        (b'{"jsonrpc":"2.0","id":1,"result":{}}', 202),
+        (b'{"jsonrpc":"2.0","id":1,"method":"ping"}', 200),
+        (b'{"jsonrpc":"2.0","id":1,"method":"unheard_of"}', 200),
+        (b'{"jsonrpc":"2.0","id":[1],"method":"unheard_of"}', 200),
+        (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":["observe"]}}', 200),
+        (b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"observe","arguments":7}}', 200),
+    ],
+)
+def test_messages_of_mcp_clients_without_a_tool_to_call(http, body, status):
+    session_id = opened(http)
+    headers = {**STREAMS, "Mcp-Session-Id": session_id, "Content-Type": "application/json"}
+    response = http.post("/mcp", content=body, headers=headers)
+    assert response.status_code == status
+    if status == 200:
+        answer = response.json()
+        assert answer["result"] == {} if b"ping" in body else answer["error"]["code"] == -32602
+        assert answer["id"] == (None if b"[1]" in body else 1)
+    http.delete("/mcp", headers=headers)
 
 
 def test_there_is_no_stream_to_listen_to(http):

@@ -166,8 +166,8 @@ class ServeToolEnv:
     )
     ```
 
-    The reward is `get_reward()`, the score so far; TRL asks for it by itself. A reward function of one's own
-    finds the same as `environments[i].score`, beside `environments[i].done`. Rows with a `seed` have all
+    The reward is `get_reward()`, the score so far; TRL asks for it by itself, and adds to it what reward
+    functions give, which find the same as `environments[i].score`, beside `environments[i].done`. Rows with a `seed` have all
     completions of a prompt play the same episode, which is what they are compared on.
 
     Args:

@@ -167,8 +167,8 @@ class ServeToolEnv:
     ```
 
     The reward is `get_reward()`, the score so far; TRL asks for it by itself, and adds to it what reward
-    functions give, which find the same as `environments[i].score`, beside `environments[i].done`. Rows with a `seed` have all
-    completions of a prompt play the same episode, which is what they are compared on.
+    functions give, which find the same as `environments[i].score`, beside `environments[i].done`. Rows with
+    a `seed` have all completions of a prompt play the same episode, which is what they are compared on.
 
     Args:
         where: URL of a server, on which every instance has a session of its own; or a player; by default the

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+# Gradio reads these when it is imported and mounted, which OpenEnv does; it takes no arguments for them there.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
+
 from openenv.core.env_server.web_interface import create_web_interface_app
+from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.routing import Mount, Route
+
+from server.ui_playground import Playground
+from server.ui_tab import CSS, PlayTab
+from server.ui_visitors import Visitors
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from server.service import Service
+
+_SHARED = ("/web/reset", "/web/step", "/web/state", "/ws/ui")
+"""OpenEnv's routes to the one environment that all visitors of its page would share."""
+_STORING = "/gradio_api/upload"
+"""Gradio's route that would store files of anybody: our tab reads logs in the browser."""
 
 
 def create_page_app(
@@ -21,6 +37,56 @@ def create_page_app(
     name: str,
     **options: Any,
 ) -> FastAPI:
-    """OpenEnv's application with its page."""
-    app: FastAPI = create_web_interface_app(factory, action_cls, observation_cls, name, **options)
+    """OpenEnv's application with its page, on which every visitor has a session.
+
+    Args:
+        service: that plays.
+        factory: makes an environment.
+        action_cls: of the environment.
+        observation_cls: of the environment.
+        name: of the environment.
+        options: further arguments of `create_web_interface_app`.
+    """
+    visitors, playground = Visitors(service), Playground(service)
+
+    def build(web_manager: Any, *_: Any) -> Any:
+        playground.take_over(web_manager)
+
+        def leave(visitor: str) -> None:
+            visitors.leave(visitor)
+            playground.leave(visitor)
+
+        return PlayTab(service, visitors).build(leave)
+
+    app: FastAPI = create_web_interface_app(
+        factory,
+        action_cls,
+        observation_cls,
+        name,
+        gradio_builder=build,
+        custom_tab_name="Play",
+        custom_tab_primary=True,
+        title_override="LLMServe",
+        **options,
+    )
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _SHARED]
+    # Browsers ask for it there; and a missing one would be an error in their console.
+    app.add_api_route("/favicon.ico", lambda: RedirectResponse("/web/favicon.ico"), include_in_schema=False)
+    for mount in app.router.routes:
+        if isinstance(mount, Mount) and mount.path == "/web":
+            _settle(mount.app, service.settings.max_sessions)
     return app
+
+
+def _settle(page: Any, most_visitors: int) -> None:
+    """Add our style to Gradio's mounted application, and take out what a public page should not have."""
+    page.router.routes.insert(0, Route(_STORING, _not_found, methods=["POST"]))
+    blocks = page.get_blocks()
+    blocks.css = (blocks.css or "") + CSS
+    blocks.stylesheets = []  # fonts of another host; the theme names local ones to fall back to
+    blocks.state_session_capacity = page.state_holder.capacity = most_visitors
+    blocks.config = blocks.get_config_file()
+
+
+async def _not_found(_: Any) -> PlainTextResponse:
+    return PlainTextResponse("Not Found", 404)

@@ -158,12 +158,15 @@ class _Gateway:
         self._by_priority = False
         self._waiting: list[LiveRequest] = []
         self._tasks: dict[LiveRequest, asyncio.Task[None]] = {}
+        self._serving: asyncio.Task[Any] | None = None
 
     async def serve(
         self, action: ServeAction, window_s: float
     ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
         """One window: what `Ledger.close` gives."""
         loop = asyncio.get_running_loop()
+        self._serving = asyncio.current_task()
+        self._connected()  # takes a while the first time: not out of a request's time
         self._cap, self._by_priority = action.batch_cap * self._engines, action.priority_routing
         begun_s = loop.time()
         self.ledger.open(begun_s)
@@ -176,17 +179,21 @@ class _Gateway:
             self._arrive(self._next, due_s)
             self._next += 1
         await asyncio.sleep(begun_s + window_s - loop.time())
+        self._serving = None
         start_s, self._now_s = self._now_s, end_s
         return self.ledger.close(loop.time(), start_s, end_s, [*self._waiting, *self._tasks])
 
     async def close(self) -> None:
-        """Cancel what is at the endpoint."""
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        """Cancel what is at the endpoint, and send no more."""
+        self._waiting.clear()
+        # Only our own: those of the HTTP client are for it to cancel.
+        tasks = [*self._tasks.values(), *([self._serving] if self._serving else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._client is not None:
             await self._client.aclose()
+        await asyncio.get_running_loop().shutdown_asyncgens()
 
     def _arrive(self, index: int, due_s: float) -> None:
         tenant = int(self._workload.tenant[index])
@@ -216,7 +223,7 @@ class _Gateway:
             return
         if request in self._tasks:
             self._tasks[request].cancel()
-        else:
+        elif request in self._waiting:
             self._waiting.remove(request)
         self._fail(request, "patience")
 

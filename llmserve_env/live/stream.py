@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import httpx
@@ -46,22 +47,23 @@ async def stream_completion(
     async with client.stream("POST", "completions", json=body) as response:
         if response.status_code != 200:
             raise RequestFailed(f"http {response.status_code}", response.status_code)
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
-                continue
-            data = line[5:].strip()
-            if data == "[DONE]":
-                ended = True
-                break
-            chunk = _parsed(data)
-            usage = chunk.get("usage") or usage
-            for choice in chunk.get("choices") or ():
-                end = choice.get("finish_reason")
-                ended = ended or end is not None
-                # A token can be no text yet (half a character); an end without text is none.
-                if choice.get("text") or end is None:
-                    steps += 1
-                    on_step()
+        async with aclosing(cast("AsyncGenerator[str, None]", response.aiter_lines())) as lines:
+            async for line in lines:  # to the end, so that the connection can be used again
+                if not line.startswith("data:"):
+                    continue
+                data = line[5:].strip()
+                if data == "[DONE]":
+                    ended = True
+                    continue
+                chunk = _parsed(data)
+                usage = chunk.get("usage") or usage
+                for choice in chunk.get("choices") or ():
+                    end = choice.get("finish_reason")
+                    ended = ended or end is not None
+                    # A token can be no text yet (half a character); an end without text is none.
+                    if choice.get("text") or end is None:
+                        steps += 1
+                        on_step()
     if not ended:
         raise RequestFailed("stream broken off")
     if not steps:

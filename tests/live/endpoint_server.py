@@ -127,6 +127,8 @@ class CompletionEndpoint:
 
     async def __call__(self, scope, receive, send):
         body = await _body(receive)
+        if body is None:
+            return
         assert scope["path"] == "/v1/completions"
         self.requests.append(body)
         self.authorization.append(dict(scope["headers"]).get(b"authorization", b"").decode())
@@ -179,10 +181,13 @@ def usage(prompt: int, completion: int) -> str:
     return json.dumps({"choices": [], "usage": counts})
 
 
-async def _body(receive) -> dict:
+async def _body(receive) -> dict | None:
+    """The body of a request; None of one whose client hung up meanwhile."""
     content, more = b"", True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         content += message.get("body", b"")
         more = message.get("more_body", False)
     return json.loads(content)

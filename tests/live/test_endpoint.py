@@ -78,7 +78,7 @@ def test_records_count_what_clients_got(live):
     assert 2 < sum(record.tenant_headroom[0] for record in records) < 3
     assert sum(record.ttft_histogram.sum() for record in records) == 3
     assert sum(record.gap_histogram.sum() for record in records) == 9
-    assert 0 < records[0].busy_s <= 2 * WINDOW_S
+    assert total(records, "busy_s") > 0
     for body in endpoint.requests:
         assert len(body["prompt"].split()) == 7
         assert (body["max_tokens"], body["stream"], body["ignore_eos"]) == (4, True, True)
@@ -93,7 +93,7 @@ def test_what_is_unfinished_goes_on_into_the_next_window(live):
         rest = served_out(here)
     assert (first.arrived, first.completed, first.in_flight, first.running) == (2, 0, 2, 2)
     assert (second.arrived, second.in_flight) == (0, 2)
-    assert first.busy_s == pytest.approx(WINDOW_S, rel=0.5)
+    assert first.busy_s > WINDOW_S / 2
     assert first.mean_running > 1
     assert total(rest, "completed") == 2
     slowest = max(record.p99_ttft_s for record in rest if record.first_tokens)
@@ -107,7 +107,7 @@ def test_batch_cap_bounds_requests_at_the_endpoint(live):
         here = live(url, requests(*np.arange(6) / 100))
         (record,) = served(here, ServeAction(batch_cap=2))
         assert (record.running, record.waiting, record.in_flight) == (2, 4, 6)
-        assert 0 < record.oldest_wait_s < 2
+        assert 0 < record.oldest_wait_s < 30
         endpoint.release()
         rest = served_out(here, ServeAction(batch_cap=2))
     assert total(rest, "completed") == 6
@@ -122,7 +122,7 @@ def test_batch_cap_is_of_each_engine_that_the_endpoint_stands_for():
         (record,) = served(here, ServeAction(batch_cap=2))
         here.close()
     assert (record.running, record.waiting, record.engines_up) == (6, 2, 3)
-    assert record.mean_running == pytest.approx(2, rel=0.5)  # of each engine
+    assert 1 < record.mean_running <= 2  # of each engine
 
 
 @pytest.mark.parametrize(("routing", "order"), [(False, [0, 1, 2, 3]), (True, [0, 3, 2, 1])])
@@ -154,29 +154,30 @@ def test_everything_else_of_an_action_is_not_applied(live):
 @pytest.mark.parametrize("cap", [1, 2])
 def test_clients_without_a_first_token_lose_patience(live, cap):
     endpoint = CompletionEndpoint(held=True)
-    impatient = Tenant("impatient", patience_s=0.1)
+    impatient = Tenant("impatient", patience_s=1.0)
     with serving(endpoint) as url:
         here = live(url, requests(0.0, 0.0, tenants=(impatient,)))
-        records = served(here, ServeAction(batch_cap=cap), windows=2)
+        records = served_out(here, ServeAction(batch_cap=cap))
         assert endpoint.hung_up.wait(30)  # the endpoint need not go on
         assert here.told()["failures"] == {"patience": 2}
     assert total(records, "failed") == total(records, "arrived") == 2
-    assert records[-1].in_flight == 0
+    assert len(records) > 4  # not before its time
     assert len(endpoint.requests) == cap  # with one at the endpoint, the other never gets there
 
 
-def test_a_first_token_keeps_the_client():
-    slow = threading.Event()
+def test_a_first_token_keeps_the_client(live):
+    go_on = threading.Event()
 
     def lines(body):
         yield piece("first")
-        slow.wait(0.3)  # blocks the server: nothing else comes from it meanwhile
+        go_on.wait(30)
         yield from [piece("last", "length"), "[DONE]"]
 
     with serving(CompletionEndpoint(lines=lines)) as url:
-        here = backend(url, requests(0.0, tenants=(Tenant(patience_s=0.25),)))
-        records = served_out(here)
-        here.close()
+        here = live(url, requests(0.0, tenants=(Tenant(patience_s=1.0),)))
+        records = served(here, windows=6)
+        go_on.set()
+        records += served_out(here)
     assert (total(records, "completed"), total(records, "failed")) == (1, 0)
 
 

@@ -240,6 +240,20 @@ def test_an_answer_holds_for_several_windows():
     assert "next 15 s" in endpoint.requests[0]["messages"][0]["content"]
 
 
+def test_an_episode_begins_without_the_last_one():
+    endpoint = ChatEndpoint(lambda index, body: chat(GOOD))
+    with serving(endpoint) as url, LLMPolicy(LLMSettings("m", url)) as policy:
+        for seed in (SEED, SEED + 1):
+            observation = Episode(TASK).reset(seed)
+            policy.reset(BRIEF, seed)
+            policy.act(observation)
+    for body in endpoint.requests:
+        assert body["messages"][1]["content"].count("queue_depth") == 1
+        assert '"batch_cap":256' in body["messages"][1]["content"]  # what the task starts in
+    assert [body["seed"] for body in endpoint.requests] == [SEED % 2**31, (SEED + 1) % 2**31]
+    assert policy.usage.calls == 1
+
+
 # Answers that cannot be used
 
 

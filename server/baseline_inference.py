@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmserve_env.agents.llm import LLMSettings
-from llmserve_env.commands._report import table
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import EVALUATION_SEEDS
 from server.baseline_player import OverHttp
@@ -139,12 +138,12 @@ def _shown_on(bar: Any) -> Progress:
 
 def _report(content: dict[str, Any]) -> str:
     """The scores as a table, and what asking a model came to."""
-    rows = []
+    line = "{:<24} {:<16} {:>8} {:>11} {:>14}".format
+    parts = [line("task", "agent", "episodes", "mean score", "95% interval")]
     for task_id, agents in content["summary"].items():
         for agent, found in agents.items():
             sure = "–" if found["interval"] is None else "{:.3f}..{:.3f}".format(*found["interval"])
-            rows.append([task_id, agent, str(found["episodes"]), f"{found['mean']:.3f}", sure])
-    parts = [table(["task", "agent", "episodes", "mean score", "95% interval"], rows, left=2)]
+            parts.append(line(task_id, agent, found["episodes"], f"{found['mean']:.3f}", sure))
     for agent, reason in content["settings"].get("not_played", {}).items():
         parts.append(f"not played: {agent}, which {reason}")
     asked = [entry["llm"] for entry in content["episodes"] if "llm" in entry]

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout  # another class before Python 3.11
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -307,7 +308,7 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, gateway: _G
     if threading.current_thread() is thread:  # the garbage collector runs where it likes
         loop.create_task(gateway.close()).add_done_callback(lambda _: loop.stop())
         return
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(FutureTimeout):
         asyncio.run_coroutine_threadsafe(gateway.close(), loop).result(timeout=10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

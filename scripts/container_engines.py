@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
@@ -164,7 +165,13 @@ class CommandLineEngine(Engine):
 class _EngineContainer(Container):
     def __init__(self, program: str, container: str) -> None:
         self._program, self._container = program, container
-        self.urls = {port: f"http://{self._run('port', f'{port}/tcp', last=True)}" for port in PORTS}
+        try:
+            found = {port: self._run("port", f"{port}/tcp", last=True) for port in PORTS}
+        except Problem as problem:  # it has ended already
+            said = self.output()[-1000:]
+            self.remove()
+            raise Problem(f"{problem}; it printed: {said}") from None
+        self.urls = {port: f"http://{address.splitlines()[0]}" for port, address in found.items()}
 
     def _run(self, verb: str, *rest: str, last: bool = False) -> str:
         words = (self._container, *rest) if last else (*rest, self._container)
@@ -254,6 +261,10 @@ exec chroot "$root" "$@"
 
 class _ChrootContainer(Container):
     def __init__(self, image: str, config: dict[str, Any], limits: Limits) -> None:
+        for port in PORTS:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    raise Problem(f"port {port} is in use, and this engine runs on the host's network")
         self.urls = {port: f"http://127.0.0.1:{port}" for port in PORTS}
         self._env = ["env", "-i", *config["Env"]]
         self._container = command("buildah", "from", "--pull=never", image)

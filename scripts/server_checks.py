@@ -97,6 +97,7 @@ def check_pages(client: httpx.Client) -> str:
         response = client.get(path)
         expect(response.status_code == 200, f"{path}: {response.status_code}")
         expect(content in response.text.lower(), f"{path}: no {content} in it")
+    expect('"README"' in client.get("/web/config").text, "/web: the README is not shown")
     return "answer"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +27,9 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import checkout_checks
     import checks
+    import container_engines
 
-    return SimpleNamespace(checkout=checkout_checks, checks=checks)
+    return SimpleNamespace(checkout=checkout_checks, checks=checks, engines=container_engines)
 
 
 def changed(tmp_path: Path, name: str, change: Callable[[str], str]) -> Path:
@@ -112,6 +116,24 @@ def test_the_build_sees_what_it_copies_and_nothing_else():
     assert shown == {source for line in copied for source in line if not source.startswith(("--", "/"))}
 
 
+def test_further_arguments_reach_the_server(tmp_path):
+    started = json.loads(re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.M)[0])
+    for name in ("cp", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    ran = subprocess.run(
+        [*started, "--journal", "/a folder"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.splitlines() == [
+        "cp -R /opt/numba /tmp/",
+        "python -m server.app --host 0.0.0.0 --port 8000 --port 7860 --journal /a folder",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -182,3 +204,9 @@ def test_validation_sees_what_is_tracked(scripts, tmp_path):
     assert (tmp_path / "openenv.yaml").exists()
     assert not (tmp_path / ".venv").exists()
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
+
+
+def test_without_an_engine_its_user_is_told_what_is_missing(scripts, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(scripts.checks.Problem, match=r"docker: .*podman: .*buildah: "):
+        scripts.engines.find_engine("auto")

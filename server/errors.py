@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
 UNUSABLE = 422
-_LONGEST_ECHO = 200  # characters of what was found that an error repeats
+_LONGEST_ECHO = 200  # characters or digits of what was found that an error repeats
 _CODES: dict[type[Refusal], WSErrorCode] = {
     AtCapacity: WSErrorCode.CAPACITY_REACHED,
     Conflict: WSErrorCode.EXECUTION_ERROR,
@@ -74,7 +74,8 @@ def details(error: InputError | ValidationError | RequestValidationError) -> lis
 def _echo(found: object) -> dict[str, Any]:
     if isinstance(found, str):
         return {"input": found[:_LONGEST_ECHO]}
-    return {"input": found} if isinstance(found, bool | int | float | None) else {}
+    short = not isinstance(found, int) or abs(found) < 10**_LONGEST_ECHO
+    return {"input": found} if short and isinstance(found, bool | int | float | None) else {}
 
 
 def _response(status: int, detail: object, headers: dict[str, str]) -> Response:

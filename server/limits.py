@@ -1,28 +1,41 @@
-"""Bodies that are too large are refused before they are read."""
+"""Bodies that are too large, or no JSON, are refused before anything else sees them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+def read_json(content: str | bytes) -> Any:
+    """What JSON says, by the letter: no NaN, no half of a surrogate pair, at most 200 levels of nesting.
+
+    Raises:
+        ValueError: says what was expected where.
+    """
+    return from_json(content, allow_inf_nan=False)
+
+
 class BodyLimit:
-    """ASGI middleware: answers 413 to a body of more bytes than the limit, whatever its header says.
+    """ASGI middleware: answers 413 to a body that is too large, whatever its header says, and 422 to no JSON.
 
     Args:
         app: what is protected.
         most: bytes.
         exempt: beginnings of paths that it does not hold for.
+        other_json: beginnings of paths that say themselves what is wrong with JSON.
     """
 
-    def __init__(self, app: ASGIApp, most: int, exempt: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, most: int, exempt: tuple[str, ...] = (), other_json: tuple[str, ...] = ()
+    ) -> None:
         self._app = app
         self._most = most
         self._exempt = exempt
+        self._other_json = other_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -38,7 +51,14 @@ class BodyLimit:
             body += part.get("body", b"")
             more = part.get("more_body", False)
             if len(body) > self._most:
-                await self._refuse(send)
+                await _refuse(send, 413, f"expected a body of at most {self._most:,} bytes")
+                return
+        if body and _is_json(scope) and not scope["path"].startswith(self._other_json):
+            try:
+                read_json(bytes(body))
+            except ValueError as error:
+                fault = {"type": "json_invalid", "loc": ["body"], "msg": f"expected JSON: {error}"}
+                await _refuse(send, 422, [fault])
                 return
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
@@ -51,12 +71,17 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _refuse(self, send: Send) -> None:
-        content = to_json({"detail": f"expected a body of at most {self._most:,} bytes"})
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-            (b"connection", b"close"),  # the rest of the body is not read
-        ]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+
+def _is_json(scope: Scope) -> bool:
+    return any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
+
+
+async def _refuse(send: Send, status: int, detail: object) -> None:
+    content = to_json({"detail": detail})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+        (b"connection", b"close"),  # the rest of the body may not have been read
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -123,5 +123,5 @@ def steps(observations: list[ServeObservation], every: bool) -> dict[str, Any]:
 
 
 def json_bytes(data: dict[str, Any]) -> bytes:
-    """As JSON."""
-    return to_json(data)
+    """As JSON, which has no infinite numbers: they stand as texts."""
+    return to_json(data, inf_nan_mode="strings")

@@ -7,7 +7,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -15,20 +17,38 @@ import pytest
 _START_S = 60
 
 
+class Server(NamedTuple):
+    """A server and where it is."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def started(*options: str, messages: Path | None = None) -> Iterator[Server]:
+    """A server with these options, which ends with the block; its messages go to a file if one is named."""
+    command = [sys.executable, "-m", "server.app", "--port", "0", "--no-web", *options]
+    with ExitStack() as stack:
+        stderr = stack.enter_context(messages.open("w")) if messages else None
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        )
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().removeprefix("listening on ").strip()
+            assert url, "the server did not start: its reason is on stderr"
+            _wait_for(url)
+            yield Server(url, process)
+        finally:
+            process.terminate()
+            process.wait(_START_S)
+
+
 @contextmanager
 def running(*options: str) -> Iterator[str]:
     """The URL of a server with these options, which ends with the block."""
-    command = [sys.executable, "-m", "server.app", "--port", "0", "--no-web", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().removeprefix("listening on ").strip()
-            assert url, "the server did not start: its reason is on stderr"
-            _wait_for(url)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(_START_S)
+    with started(*options) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +62,25 @@ def server_url() -> Iterator[str]:
 def single_url() -> Iterator[str]:
     """The URL of a server with room for one session; a test leaves none behind."""
     with running("--max-sessions", "1") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def tight_url() -> Iterator[str]:
+    """The URL of a server that allows little, so that tests can ask for more."""
+    with running(
+        *(
+            "--max-body-bytes",
+            "20000",
+            "--max-actions",
+            "8",
+            "--max-windows",
+            "400",
+            "--max-requests",
+            "4000",
+        ),
+        *("--guard-timeout-s", "3", "--guard-memory-gb", "0.5"),
+    ) as url:
         yield url
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import pickle
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -50,13 +51,15 @@ class Guard:
             raise AtCapacity(f"{self._waiting} requests wait to be looked through", settings.guard_timeout_s)
         self._waiting += 1
         try:
-            future = self._started().schedule(
-                function, args=list(args), kwargs=dict(kwargs), timeout=settings.guard_timeout_s
-            )
+            # Not by the pool: what cannot be pickled ends its thread, and with that the pool.
+            task = pickle.dumps((function, args, kwargs))
+            future = self._started().schedule(_run, args=[task], timeout=settings.guard_timeout_s)
             result: R = await asyncio.wrap_future(future)
             return result
         except (FutureTimeout, asyncio.TimeoutError):
             raise InputError(f"takes longer than the {settings.guard_timeout_s:g} s that there are") from None
+        except RecursionError:
+            raise InputError("is nested too deeply") from None
         except (MemoryError, ProcessExpired):
             memory = f"{settings.guard_memory_gb:g} GB"
             raise InputError(f"takes more than the {memory} of memory that there are") from None
@@ -75,7 +78,7 @@ class Guard:
             self._pool = None
 
     def _started(self) -> ProcessPool:
-        if self._pool is None:
+        if self._pool is None or not self._pool.active:
             self._pool = ProcessPool(
                 max_workers=1,
                 context=multiprocessing.get_context("spawn"),
@@ -87,6 +90,11 @@ class Guard:
 
 def _nothing() -> None:
     pass
+
+
+def _run(task: bytes) -> Any:
+    function, args, kwargs = pickle.loads(task)
+    return function(*args, **kwargs)
 
 
 def _limit(memory_gb: float) -> None:

@@ -85,11 +85,11 @@ def check_request(request: ResetRequest, max_windows: int, max_requests: int) ->
         batch.step(action)
 
 
-def grade_posted(content: bytes, max_windows: int, max_requests: int) -> GradeResult:
+def grade_posted(log: EpisodeLog, max_windows: int, max_requests: int) -> GradeResult:
     """The grade of a log that a client sent.
 
     Args:
-        content: an EpisodeLog as JSON.
+        log: what it sent.
         max_windows: that it may have.
         max_requests: that its episode may have.
 
@@ -97,7 +97,6 @@ def grade_posted(content: bytes, max_windows: int, max_requests: int) -> GradeRe
         InputError: the log does not match its replay, is larger than it may be, or is of a live episode,
             which nobody can replay.
     """
-    log = EpisodeLog.model_validate_json(content)
     if log.live:
         reason = "expected false: a live episode cannot be replayed, and its score would be hearsay"
         raise InputError(reason, field="live")

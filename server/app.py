@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -74,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_websocket_route("/ws", websocket)
 
     errors.add_handlers(app)
-    app.add_middleware(BodyLimit, most=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, most=settings.max_body_bytes, other_json=("/mcp",))
     app.state.service = service
     _run_with(app, service)
     return app
@@ -113,7 +114,20 @@ def main() -> None:
         ws_per_message_deflate=False,  # costs more than it spares on one machine
         timeout_graceful_shutdown=_DRAIN_S,
     )
-    uvicorn.Server(config).run(sockets=sockets)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for server in self.servers:
+                server.close()
+            for listening in sockets or []:
+                listening.close()
+            await app.state.service.drain(_DRAIN_S)  # uvicorn itself cuts WebSockets off
+            await super().shutdown(sockets)
+
+    # uvicorn raises the signal again when it is done, which is the end that was asked for.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    Server(config).run(sockets=sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -61,7 +61,7 @@ def router(service: Service) -> APIRouter:
         try:
             observation = await service.reset(session, wanted)
         except BaseException:
-            if session.begun is None:
+            if named is None and session.begun is None:  # opened here, for nothing
                 service.sessions.close(session)
             raise
         response = _answer(session, single(observation))

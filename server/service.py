@@ -59,7 +59,8 @@ class Service:
         self._journal = Journal(settings.journal)
         self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
         self._baseline_lock = asyncio.Lock()
-        self._stopping = False  # closing sessions then are those that a restart restores
+        self.stopping = False  # sessions that close then are those that a restart restores
+        self.answering = 0  # messages of WebSockets that are not answered yet
         self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self.sessions.on_close = self._closed
 
@@ -81,6 +82,7 @@ class Service:
                 bounds = (self.settings.max_windows, self.settings.max_requests)
                 await self.guard.run(check_request, begun, *bounds)
             task = requested_task(begun)
+            self.sessions.get(session.id)  # it may have been closed meanwhile, and must not come back
             self._journal.begin(session.id, begun)
             observation = await self._play(shaped, session.reset, task, begun)
             session.touch()
@@ -97,6 +99,7 @@ class Service:
         if len(actions) > most:
             raise InputError(f"expected at most {most}, found {len(actions)}", field="actions")
         async with session.lock:
+            self.sessions.get(session.id)  # it may have been closed while this waited
             session.touch()
             if not session.observation().done:
                 self._journal.add(session.id, actions)
@@ -123,23 +126,7 @@ class Service:
             AtCapacity: too many wait to be looked through.
         """
         bounds = (self.settings.max_windows, self.settings.max_requests)
-        return await self.guard.run(grade_posted, log.model_dump_json().encode(), *bounds)
-
-    async def restore(self) -> None:
-        """Open again the sessions that the journal has, by replay."""
-        if self.live:  # what real engines did cannot be done again
-            return
-        entries = list(self._journal.entries())
-        for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
-            session = self.sessions.open(session_id=entry.session_id)
-            try:
-                session.reset(requested_task(entry.begun), entry.begun)
-                if entry.actions:
-                    await asyncio.to_thread(session.step, entry.actions)
-            except (InputError, Refusal) as error:
-                _log.error("session in the journal cannot be replayed, and is set aside: %s", error)
-                self._journal.set_aside(session.id)
-                self.sessions.close(session)
+        return await self.guard.run(grade_posted, log, *bounds)
 
     async def baseline(self, mode: str, task_id: str | None, episodes: int) -> dict[str, Any]:
         """Scores of the reference agents, or of the language model that the service has a key for.
@@ -164,6 +151,13 @@ class Service:
                     )
         return self._baselines[key]
 
+    async def drain(self, most_s: float) -> None:
+        """Keep sessions for a restart from now on, and wait until every WebSocket has its answer."""
+        self.stopping = True
+        until = asyncio.get_running_loop().time() + most_s
+        while self.answering and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.01)
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Restores sessions at the start, closes those that time out, frees everything at the end."""
@@ -174,7 +168,7 @@ class Service:
         finally:
             for task in background:
                 task.cancel()
-            self._stopping = True
+            self.stopping = True
             self.guard.close()
             self._graders.shutdown()
 
@@ -184,15 +178,17 @@ class Service:
             return
         entries = list(self._journal.entries())
         for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
-            session = self.sessions.open(session_id=entry.session_id)
+            session = None
             try:
+                session = self.sessions.open(session_id=entry.session_id)
                 session.reset(requested_task(entry.begun), entry.begun)
                 if entry.actions:
                     await asyncio.to_thread(session.step, entry.actions)
             except (InputError, Refusal) as error:
                 _log.error("session in the journal cannot be replayed, and is set aside: %s", error)
-                self._journal.set_aside(session.id)
-                self.sessions.close(session)
+                self._journal.set_aside(entry.session_id)
+                if session is not None:
+                    self.sessions.close(session)
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -200,7 +196,7 @@ class Service:
             self.sessions.sweep()
 
     def _closed(self, session: Session) -> None:
-        if not self._stopping:
+        if not self.stopping:
             self._journal.end(session.id)
 
     async def _play(self, long: bool, function: Callable[..., R], *args: object) -> R:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi import WebSocket, WebSocketDisconnect
 from openenv.core.env_server.types import WSErrorCode
 from pydantic import ValidationError
+from starlette.websockets import WebSocketState
 
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from server.errors import message
 from server.hosted import task_list
+from server.limits import read_json
 from server.models import json_bytes, single, steps
 from server.refusals import AtCapacity, Conflict, Refusal
 from server.requests import GradeData, ResetRequest, StepsData
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from server.sessions import Session
 
 Handler = Callable[["Service", "Session", dict[str, Any]], Awaitable[dict[str, Any]]]
-_NORMAL, _GOING_AWAY, _TRY_AGAIN = 1000, 1001, 1013
+_NORMAL, _GOING_AWAY, _RESTARTS, _TRY_AGAIN = 1000, 1001, 1012, 1013
 
 
 async def serve(websocket: WebSocket, service: Service) -> None:
@@ -49,11 +50,8 @@ async def serve(websocket: WebSocket, service: Service) -> None:
     try:
         while (received := await _receive(websocket)) is not None:
             session.touch()
-            reply = await _reply(service, session, received)
-            if reply is None:
-                await _close(websocket, _NORMAL)
+            if not await _answer(websocket, service, session, received):
                 break
-            await _send(websocket, reply)
     except WebSocketDisconnect:
         pass
     finally:
@@ -62,6 +60,22 @@ async def serve(websocket: WebSocket, service: Service) -> None:
         session.touch()
         if not named:
             service.sessions.close(session)
+
+
+async def _answer(websocket: WebSocket, service: Service, session: Session, received: str | bytes) -> bool:
+    """Answer a message; returns whether the connection goes on."""
+    service.answering += 1
+    try:
+        reply = await _reply(service, session, received)
+        if reply is None:
+            await _close(websocket, _NORMAL)
+            return False
+        await _send(websocket, reply)
+    finally:
+        service.answering -= 1
+    if service.stopping:
+        await _close(websocket, _RESTARTS)
+    return not service.stopping
 
 
 def _attach(service: Service, session_id: str) -> Session:
@@ -83,8 +97,8 @@ async def _receive(websocket: WebSocket) -> str | bytes | None:
 async def _reply(service: Service, session: Session, received: str | bytes) -> dict[str, Any] | None:
     """The answer to a message; None to one that asks to close."""
     try:
-        content = json.loads(received)
-    except (ValueError, RecursionError) as error:
+        content = read_json(received)
+    except ValueError as error:
         return _fault(f"expected JSON: {error}", WSErrorCode.INVALID_JSON)
     if not isinstance(content, dict):
         return _fault("expected an object with a type", WSErrorCode.INVALID_JSON)
@@ -155,6 +169,8 @@ def _fault(text: str, code: WSErrorCode) -> dict[str, Any]:
 
 
 async def _send(websocket: WebSocket, data: dict[str, Any]) -> None:
+    if websocket.application_state != WebSocketState.CONNECTED:  # the session was closed meanwhile
+        raise WebSocketDisconnect
     await websocket.send_text(json_bytes(data).decode())
 
 

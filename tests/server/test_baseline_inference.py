@@ -14,7 +14,8 @@ from live.endpoint_server import ChatEndpoint, Reply, chat, closed_url, serving
 
 from llmserve_env.agents import load_agent, play
 from llmserve_env.agents.brief import TaskBrief
-from llmserve_env.agents.llm import LLMPolicy, LLMSettings, Unusable, answer_schema, parse, prompt
+from llmserve_env.agents.llm import LLMPolicy, LLMSettings
+from llmserve_env.agents.prompt import Unusable, answer_schema, parse, prompt
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade

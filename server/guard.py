@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -60,7 +62,7 @@ class Guard:
             raise InputError(f"takes longer than the {settings.guard_timeout_s:g} s that there are") from None
         except RecursionError:
             raise InputError("is nested too deeply") from None
-        except (MemoryError, ProcessExpired):
+        except ProcessExpired:
             memory = f"{settings.guard_memory_gb:g} GB"
             raise InputError(f"takes more than the {memory} of memory that there are") from None
         finally:
@@ -94,7 +96,12 @@ def _nothing() -> None:
 
 def _run(task: bytes) -> Any:
     function, args, kwargs = pickle.loads(task)
-    return function(*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        os._exit(1)  # not all that it took is given back: the next one gets a new process
 
 
 def _limit(memory_gb: float) -> None:

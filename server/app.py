@@ -45,6 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     from server import errors, http, ws
     from server.environment import ServeEnvironment
     from server.limits import BodyLimit
+    from server.mcp import mount_mcp
     from server.models import ServiceAction, ServiceObservation, ServiceState
     from server.service import Service
 
@@ -78,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, most=settings.max_body_bytes, other_json=("/mcp",))
     app.state.service = service
     _run_with(app, service)
+    service.answer_mcp = mount_mcp(app, service).answer
     return app
 
 

@@ -32,6 +32,7 @@ from llmserve_env.catalog import TaskInfo, catalog, task_info
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.tool_env import ServeToolEnv
+from server.limits import read_json
 from server.refusals import AtCapacity, Conflict, Refusal
 from server.requests import ResetRequest
 
@@ -217,7 +218,7 @@ class Mcp:
 
     async def _read(self, body: str | bytes, session: Session | None, named: str | None = None) -> Any:
         try:
-            content = json.loads(body)
+            content = read_json(body)
             if session is None and named is not None:
                 session = self._service.sessions.get(named)
         except (ValueError, RecursionError) as error:
@@ -344,7 +345,7 @@ class _SessionPlayer:
 def _parsed(body: bytes) -> Any:
     """The JSON of a body; None if it is none."""
     try:
-        return json.loads(body)
+        return read_json(body)
     except (ValueError, RecursionError):
         return None
 

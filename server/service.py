@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 R = TypeVar("R")
+AnswerMcp = Callable[[Any, Session], Awaitable[dict[str, Any]]]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Service:
         self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
         self._baseline_lock = asyncio.Lock()
         self.stopping = False  # sessions that close then are those that a restart restores
+        self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
         self.answering = 0  # messages of WebSockets that are not answered yet
         self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
         self.sessions.on_close = self._closed

@@ -153,6 +153,11 @@ async def _tasks(service: Service, session: Session, data: dict[str, Any]) -> di
     return {"type": "tasks", "data": task_list()}
 
 
+async def _mcp(service: Service, session: Session, data: dict[str, Any]) -> dict[str, Any]:
+    assert service.answer_mcp is not None
+    return {"type": "mcp", "data": await service.answer_mcp(data, session)}
+
+
 _HANDLERS: dict[str, Handler] = {
     "reset": _reset,
     "step": _step,
@@ -161,6 +166,7 @@ _HANDLERS: dict[str, Handler] = {
     "grade": _grade,
     "log": _log,
     "tasks": _tasks,
+    "mcp": _mcp,
 }
 
 

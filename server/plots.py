@@ -1,7 +1,8 @@
 """Plots of an episode as HTML: curves that stretch with the page, labels that keep their size.
 
-A curve is an SVG without text, stretched to its place with lines of constant width; titles, keys and ticks are
-HTML around it. So they are legible at any width and follow the page's colours, light or dark.
+A curve is an SVG without text, stretched to its place with lines of constant width; titles, keys and ticks
+are HTML around it. So they are legible at any width and follow the page's colours, light or dark. The style
+is in ui.css.
 """
 
 from __future__ import annotations
@@ -24,68 +25,6 @@ _MOST_POINTS = 400
 _W, _H = 1000.0, 100.0  # of every SVG's own coordinates
 _SWITCHES = ("prefill_decode_split", "priority_routing")
 
-CSS = """
-.ls { --ls-blue: #2b6ca3; --ls-orange: #d9772b; --ls-ink: #111827; --ls-grey: #6b7280; --ls-grid: #e5e7eb;
-  --ls-goodput: #2b6ca3; --ls-latency: #7fb2d9; --ls-memory: #9bbf85; --ls-cost: #e8c15c; --ls-quality: #b08fc7;
-  font-size: 13px; color: var(--body-text-color); }
-.dark .ls { --ls-blue: #6cb0e8; --ls-orange: #f0a060; --ls-ink: #f3f4f6; --ls-grey: #a1a1aa; --ls-grid: #2b2b30;
-  --ls-goodput: #4a8fcb; --ls-latency: #3d6c92; --ls-memory: #7da566; --ls-cost: #c9a23d; --ls-quality: #9673b0; }
-.ls-head { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 2px 12px;
-  margin: 0 0 10px; }
-.ls-head h2 { margin: 0; font-size: 16px; font-weight: 600; }
-.ls-head span { color: var(--ls-grey); }
-.ls-numbers { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); margin: 0 0 12px; padding: 0;
-  border: 1px solid var(--border-color-primary); border-radius: 10px; overflow: hidden; }
-.ls-numbers div { padding: 8px 12px; min-width: 0; }
-.ls-numbers div + div { border-left: 1px solid var(--border-color-primary); }
-.ls-numbers dt { font-size: 12px; color: var(--ls-grey); white-space: nowrap; }
-.ls-numbers dd { margin: 0; font-size: 17px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.ls-numbers small { font-size: 12px; font-weight: 400; color: var(--ls-grey); }
-.ls-plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px 20px; }
-.ls-plot { margin: 0; min-width: 0; }
-.ls-wide { grid-column: 1 / -1; }
-.ls-plot figcaption { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baseline; margin-bottom: 4px;
-  min-height: 20px; line-height: 20px; }
-.ls-plot figcaption b { font-weight: 600; }
-.ls-plot figcaption i { font-style: normal; color: var(--ls-grey); margin-left: -5px; }
-.ls-key { font-size: 12px; color: var(--ls-grey); white-space: nowrap; }
-.ls-key::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 4px; border-radius: 2px;
-  background: var(--c); vertical-align: -1px; }
-.ls-key.line::before { height: 2px; vertical-align: 3px; border-radius: 0; }
-.ls-key.dash::before { height: 0; border-top: 2px dashed var(--c); background: none; vertical-align: 3px; }
-.ls-area { position: relative; height: 150px; margin: 0 0 18px 44px; }
-.ls-area svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: hidden; display: block; }
-.ls-area path { vector-effect: non-scaling-stroke; fill: none; stroke-width: 1.5px; stroke-linejoin: round; }
-.ls-area .grid { stroke: var(--ls-grid); stroke-width: 1px; }
-.ls-area .dash { stroke: var(--ls-ink); stroke-width: 1.2px; stroke-dasharray: 5 3; }
-.ls-area span { position: absolute; font-size: 11px; line-height: 12px; color: var(--ls-grey); white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.ls-area .y { right: 100%; margin-right: 6px; transform: translateY(50%); }
-.ls-area .x { top: 100%; margin-top: 5px; transform: translateX(-50%); }
-.ls-area .x.last { transform: translateX(-100%); }
-.ls-area .now { left: 100%; margin-left: 8px; transform: translateY(50%); color: var(--ls-ink); font-weight: 600; }
-.ls-lanes { height: auto; margin-left: 132px; margin-right: 46px; }
-.ls-note, .ls-message { margin: 0 0 12px; padding: 8px 12px; border-radius: 8px; border: 1px solid var(--ls-grid);
-  border-left: 3px solid var(--ls-orange); overflow-wrap: anywhere; }
-.ls-message { border-left-color: #b42318; }
-.ls-empty { margin: 0; padding: 40px 16px; text-align: center; color: var(--ls-grey);
-  border: 1px dashed var(--ls-grid); border-radius: 10px; }
-.ls-grade { width: 100%; border-collapse: collapse; margin: 0; }
-.ls-grade caption { text-align: left; font-size: 16px; font-weight: 600; padding: 4px 0 8px; }
-.ls-grade th, .ls-grade td { padding: 6px 0; border: 0; border-top: 1px solid var(--border-color-primary); text-align: left;
-  vertical-align: top; font-weight: 400; background: none; }
-.ls-grade th { width: 130px; color: var(--ls-grey); }
-.ls-grade td span { display: inline-block; margin-right: 14px; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.ls-grade b { font-weight: 600; }
-@media (max-width: 640px) {
-  .ls-numbers { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-  .ls-numbers div:nth-child(4) { border-left: 0; }
-  .ls-numbers div:nth-child(n+4) { border-top: 1px solid var(--border-color-primary); }
-  .ls-plots { grid-template-columns: minmax(0, 1fr); }
-  .ls-grade th { width: 96px; }
-}
-"""
-
 
 def board(trace: Trace, note: str = "") -> str:
     """An episode so far: headline numbers, what was not applied, plots.
@@ -98,8 +37,9 @@ def board(trace: Trace, note: str = "") -> str:
     if trace.not_applied:
         lost = "; ".join(f"<b>{escape(name)}</b>: {escape(why)}" for name, why in trace.not_applied.items())
         parts.append(f'<p class="ls-note" data-key="not-applied">Not applied in the last window: {lost}</p>')
-    panels = (_load(trace), _ttft(trace), _use(trace), _reward(trace), _settings(trace))
-    parts.append(f'<div class="ls-plots" data-windows="{len(trace)}">{"".join(panels)}</div>')
+    use = "" if trace.live else _use(trace)
+    panels = _load(trace) + _ttft(trace) + use + _reward(trace) + _settings(trace)
+    parts.append(f'<div class="ls-plots" data-windows="{len(trace)}">{panels}</div>')
     return f'<div class="ls">{"".join(parts)}</div>'
 
 
@@ -126,12 +66,17 @@ def grade_table(result: GradeResult) -> str:
         ("Parts", parts),
         ("Requests", requests),
         ("Played", played),
-        ("Task", escape(result.task_id) + (", changed: compares with no other score" if result.custom else "")),
+        (
+            "Task",
+            escape(result.task_id) + (", changed: compares with no other score" if result.custom else ""),
+        ),
         ("Seed", f"{result.seed}, of {'evaluation' if result.held_out else 'training'}"),
         ("Verified", "yes, by replay" if result.verified else "no, real engines cannot be replayed"),
     )
     body = "".join(f"<tr><th scope=row>{name}</th><td>{cell}</td></tr>" for name, cell in rows if cell)
-    return f'<div class="ls"><table class="ls-grade"><caption>Grade</caption><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="ls"><table class="ls-grade"><caption>Grade</caption><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _head(trace: Trace, note: str) -> str:
@@ -163,13 +108,15 @@ def _load(trace: Trace) -> str:
     scale = _Scale(trace.horizon_s, 0.0, top)
     curves = _stack(scale, time_s, [("--ls-blue", running), ("--ls-orange", waiting)])
     keys = _key("running", "--ls-blue") + _key("waiting", "--ls-orange")
-    return _panel("Requests", "at the window's end", keys, scale, curves, _ticks(0, top))
+    return _panel("Requests", "", keys, scale=scale, curves=curves, ticks=_ticks(0, top))
 
 
 def _ttft(trace: Trace) -> str:
     time_s, median, worst = _thinned(trace, "p50_ttft_ms", "p99_ttft_ms", worst=True)
     seen = [v for v in (*median, *worst, trace.slo_ms) if isfinite(v) and v > 0]
-    low, high = 10 ** floor(log10(min(seen) / 1.2)), 10 ** ceil(log10(max(seen) * 1.2))
+    steps = [factor * 10.0**power for power in range(-3, 8) for factor in (1, 2, 5)]
+    low = max(step for step in steps if step <= min(seen) / 1.1)
+    high = min(step for step in steps if step >= max(seen) * 1.1)
     scale = _Scale(trace.horizon_s, log10(low), log10(high))
     slo = f'<path class="dash" d="M0 {scale.y(log10(trace.slo_ms)):.2f}H{_W:g}"/>'
     curves = "".join(
@@ -177,10 +124,12 @@ def _ttft(trace: Trace) -> str:
         for colour, values in (("--ls-orange", worst), ("--ls-blue", median))
     )
     keys = _key("p50", "--ls-blue", "line") + _key("p99", "--ls-orange", "line")
-    keys += _key(f"tightest SLO, {_number(trace.slo_ms)} ms", "--ls-ink", "dash")
-    decades = range(round(log10(low)), round(log10(high)) + 1)
-    ticks = [(float(power), _number(10.0**power)) for power in decades]
-    return _panel("Time to first token", "(ms)", keys, scale, slo + curves, ticks)
+    keys += _key(f"tightest SLO {_number(trace.slo_ms)}", "--ls-ink", "dash")
+    round_ones = [step for step in steps if low <= step <= high]
+    if len(round_ones) > 7:
+        round_ones = [step for step in round_ones if log10(step) % 1 == 0]
+    ticks = [(log10(step), _number(step)) for step in round_ones]
+    return _panel("Time to first token", "(ms)", keys, scale=scale, curves=slo + curves, ticks=ticks)
 
 
 def _use(trace: Trace) -> str:
@@ -191,9 +140,11 @@ def _use(trace: Trace) -> str:
     curves += (
         '<path style="stroke:var(--ls-orange);stroke-dasharray:2 2" ' + f'd="{_line(scale, time_s, up)}"/>'
     )
-    keys = _key("KV blocks held", "--ls-latency") + _key("GPU busy", "--ls-ink", "line")
+    keys = _key("KV blocks", "--ls-latency") + _key("GPU busy", "--ls-ink", "line")
     keys += _key("engines up", "--ls-orange", "dash")
-    return _panel("In use", "(%)", keys, scale, curves, [(v, f"{v:g}") for v in (0, 25, 50, 75, 100)])
+    return _panel(
+        "In use", "(%)", keys, scale=scale, curves=curves, ticks=[(v, f"{v:g}") for v in (0, 25, 50, 75, 100)]
+    )
 
 
 def _reward(trace: Trace) -> str:
@@ -205,7 +156,7 @@ def _reward(trace: Trace) -> str:
     curves = _stack(scale, time_s, [(f"--ls-{name}", part) for name, part in zip(PARTS, smooth, strict=True)])
     keys = "".join(_key(name, f"--ls-{name}") for name in PARTS)
     unit = "per window" if span == 1 else f"mean of {span} windows"
-    return _panel("Reward", unit, keys, scale, curves, _ticks(0, top))
+    return _panel("Reward", unit, keys, scale=scale, curves=curves, ticks=_ticks(0, top))
 
 
 def _settings(trace: Trace) -> str:
@@ -232,11 +183,10 @@ def _settings(trace: Trace) -> str:
         line = f"M0 {base - rise * shares[0]:.2f}" + "".join(corners) + f"H{scale.x(time_s[-1]):.1f}"
         curves += f'<path style="fill:var(--ls-blue);opacity:.22;stroke:none" d="{line}V{base:.2f}H0Z"/>'
         curves += f'<path style="stroke:var(--ls-blue)" d="{line}"/>'
-    area = _area(scale, curves, [], labels, f' ls-lanes" style="height:{height}px')
-    return (
-        '<figure class="ls-plot ls-wide"><figcaption><b>Actions</b> <i>each from the lowest to the highest value of '
-        f'the task\'s grid; time (s)</i></figcaption>{area}</figure>'
-    )
+    area = _area(scale, curves, [], labels, height)
+    unit = "each from the lowest to the highest value of the task's grid; time (s)"
+    head = f"<figcaption><b>Actions</b> <i>{unit}</i></figcaption>"
+    return f'<figure class="ls-plot ls-wide">{head}{area}</figure>'
 
 
 class _Scale:
@@ -253,14 +203,14 @@ class _Scale:
 
 
 def _panel(
-    title: str, unit: str, keys: str, scale: _Scale, curves: str, ticks: Sequence[tuple[float, str]]
+    title: str, unit: str, keys: str, *, scale: _Scale, curves: str, ticks: Sequence[tuple[float, str]]
 ) -> str:
     head = f"<figcaption><b>{title}</b> <i>{unit}</i>{keys}</figcaption>"
     return f'<figure class="ls-plot">{head}{_area(scale, curves, ticks)}</figure>'
 
 
 def _area(
-    scale: _Scale, curves: str, ticks: Sequence[tuple[float, str]], labels: str = "", place: str = ""
+    scale: _Scale, curves: str, ticks: Sequence[tuple[float, str]], labels: str = "", lanes_px: int = 0
 ) -> str:
     times = [t for t, _ in _ticks(0, scale.horizon_s)]
     grid = "".join(f"M{scale.x(t):.1f} 0V{_H:g}" for t in times)
@@ -273,7 +223,8 @@ def _area(
         text = f"{t:g} s" if t == times[-1] else f"{t:g}"
         marks += f'<span class="x{" last" if share > 94 else ""}" style="left:{share:.2f}%">{text}</span>'
     svg = f'<svg viewBox="0 0 {_W:g} {_H:g}" preserveAspectRatio="none" aria-hidden="true">'
-    return f'<div class="ls-area{place}">{svg}<path class="grid" d="{grid}"/>{curves}</svg>{marks}{labels}</div>'
+    place = f'class="ls-area ls-lanes" style="height:{lanes_px}px"' if lanes_px else 'class="ls-area"'
+    return f'<div {place}>{svg}<path class="grid" d="{grid}"/>{curves}</svg>{marks}{labels}</div>'
 
 
 def _key(name: str, colour: str, form: str = "") -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Gradio reads these when it is imported and mounted, which OpenEnv does; it takes no arguments for them there.
+# Gradio reads these when OpenEnv imports and mounts it, where nobody else can give it arguments.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
@@ -15,7 +16,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.routing import Mount, Route
 
 from server.ui_playground import Playground
-from server.ui_tab import CSS, PlayTab
+from server.ui_tab import PlayTab
 from server.ui_visitors import Visitors
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def create_page_app(
     **options: Any,
 ) -> FastAPI:
     """OpenEnv's application with its page, on which every visitor has a session.
+
+    Its `state.end_streams()` ends what it streams to open pages, which would hold up a shutdown.
 
     Args:
         service: that plays.
@@ -69,12 +72,16 @@ def create_page_app(
         title_override="LLMServe",
         **options,
     )
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _SHARED]
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", None) not in _SHARED
+    ]
     # Browsers ask for it there; and a missing one would be an error in their console.
     app.add_api_route("/favicon.ico", lambda: RedirectResponse("/web/favicon.ico"), include_in_schema=False)
     for mount in app.router.routes:
         if isinstance(mount, Mount) and mount.path == "/web":
-            _settle(mount.app, service.settings.max_sessions)
+            page: Any = mount.app
+            _settle(page, service.settings.max_sessions)
+            app.state.end_streams = page.stop_event.set
     return app
 
 
@@ -82,7 +89,7 @@ def _settle(page: Any, most_visitors: int) -> None:
     """Add our style to Gradio's mounted application, and take out what a public page should not have."""
     page.router.routes.insert(0, Route(_STORING, _not_found, methods=["POST"]))
     blocks = page.get_blocks()
-    blocks.css = (blocks.css or "") + CSS
+    blocks.css = (blocks.css or "") + Path(__file__).with_name("ui.css").read_text(encoding="utf-8")
     blocks.stylesheets = []  # fonts of another host; the theme names local ones to fall back to
     blocks.state_session_capacity = page.state_holder.capacity = most_visitors
     blocks.config = blocks.get_config_file()

@@ -32,7 +32,7 @@ _PACES: dict[str, float | None] = {
     "10 windows/s": 10.0,
     "50 windows/s": 50.0,
     "200 windows/s": 200.0,
-    "as fast as it goes": None,
+    "full speed": None,
 }
 _EVENT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 """Of every event: visitors do not wait for each other, and the plots do not fade while they follow."""
@@ -44,26 +44,12 @@ _LABELS = {
     "prefill_decode_split": "Split prefill and decode",
     "priority_routing": "Priority routing",
 }
+_MEANINGS = {
+    "quantization_tier": "A change drains engines and loads other weights.",
+    "prefill_decode_split": "In pools of their own; a change drains and restarts engines.",
+    "priority_routing": "Urgent tenants are admitted first and preempted last.",
+}
 _STEPS = {"batch_cap": 1, "kv_budget_fraction": 0.05, "speculation_depth": 1}
-
-CSS = (
-    plots.CSS
-    + """
-.ls-text { font-size: 14px; color: var(--body-text-color-subdued); line-height: 1.45; }
-.ls-text p { margin: 0 0 6px; }
-.ls-text b { color: var(--body-text-color); font-weight: 600; }
-.ls-title h1 { margin: 18px 0 2px; font-size: 28px; font-weight: 700; letter-spacing: -.02em; }
-.ls-title p { margin: 0 0 8px; color: var(--body-text-color-subdued); }
-.ls-card { border: 1px solid var(--border-color-primary) !important; border-radius: 12px !important;
-  padding: 14px 16px !important; gap: 10px !important; }
-.ls-card h2 { margin: 0; font-size: 15px; font-weight: 600; }
-.ls-card .form, .ls-card .block { border: 0; box-shadow: none; }
-.ls-card .block { padding-left: 0 !important; padding-right: 0 !important; padding-top: 2px !important; }
-.ls-buttons { gap: 8px !important; flex-wrap: nowrap !important; align-items: flex-end; }
-.ls-buttons > * { min-width: 0 !important; }
-.ls-buttons button { padding-left: 8px; padding-right: 8px; white-space: nowrap; }
-"""
-)
 
 _PICK_LOG = """(_) => new Promise((resolve) => {
   const input = document.createElement('input');
@@ -111,30 +97,28 @@ class PlayTab:
         """
         live = self._service.live
         with gr.Blocks() as tab:
-            gr.HTML(_title(live))
+            gr.HTML(_title(live), elem_classes="ls-flush")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=4, min_width=300):
                     chosen = self._episode_card()
-                    controls = self._action_card()
-                    with gr.Column(elem_classes="ls-card", visible=not live):
-                        agent, pace, let_play = _agent_card()
+                    controls, stretch = self._action_card()
                 with gr.Column(scale=8, min_width=320):
-                    with gr.Row(elem_classes="ls-buttons"):
+                    with gr.Row(elem_classes=["ls-buttons", "ls-four"]):
                         begin = gr.Button("Begin anew", min_width=0, elem_id="begin")
                         one = gr.Button("Play 1 window", variant="primary", min_width=0, elem_id="play-one")
                         many = gr.Button("Play 10", min_width=0, elem_id="play-many")
                         stop = gr.Button("Stop", interactive=False, min_width=0, elem_id="stop")
-                    refused = gr.HTML(elem_id="message")
-                    board = gr.HTML(plots.empty_board(), elem_id="board")
+                    with gr.Row(elem_classes="ls-agent", visible=not live):
+                        agent, pace, let_play = _agent_row()
+                    refused = gr.HTML(elem_id="message", elem_classes="ls-flush")
+                    board = gr.HTML(plots.empty_board(), elem_id="board", elem_classes="ls-flush")
                     with gr.Row(elem_classes="ls-buttons"):
                         grade = gr.Button("Grade", min_width=0, elem_id="grade")
                         download = gr.Button("Download log", min_width=0, elem_id="download")
                         upload = gr.Button("Upload log", min_width=0, visible=not live, elem_id="upload")
-                    result = gr.HTML(elem_id="result")
+                    result = gr.HTML(elem_id="result", elem_classes="ls-flush")
                     carried = gr.Textbox(visible=False)  # a log on its way from or to the visitor
             task, seeds, seed, draw, horizon, about = chosen
-            stretch = self._stretch
-
             form = [task, seed, horizon, *controls]
             shown = [board, refused, result, stop]
             task.input(self._on_task, task, [about, horizon, *controls], **_EVENT)
@@ -150,24 +134,31 @@ class PlayTab:
             download.click(self._on_download, None, [carried, refused], **_EVENT).then(
                 None, carried, carried, js=_SAVE_LOG
             )
-            most = str(self._service.settings.max_body_bytes * 3 // 4)  # sent as text within JSON, which is longer
+            most = str(
+                self._service.settings.max_body_bytes * 3 // 4
+            )  # sent as text within JSON, which is longer
             upload.click(
-                self._on_upload, carried, [board, refused, result], js=_PICK_LOG.replace("MOST", most), **_EVENT
+                self._on_upload,
+                carried,
+                [board, refused, result],
+                js=_PICK_LOG.replace("MOST", most),
+                **_EVENT,
             )
 
             def unload(request: gr.Request) -> None:
                 leave(str(request.session_hash))
 
             tab.unload(unload)
-        return tab
+        made: gr.Blocks = tab
+        return made
 
     def _episode_card(self) -> tuple[Any, ...]:
         info = self._tasks[DEFAULT_TASK]
         with gr.Column(elem_classes="ls-card"):
-            gr.HTML("<h2>Episode</h2>")
+            gr.HTML("<h2>Episode</h2>", elem_classes="ls-flush")
             names = [(f"{each.id} ({each.difficulty})", each.id) for each in self._tasks.values()]
             task = gr.Dropdown(names, value=info.id, label="Task", elem_id="task")
-            about = gr.HTML(_about(info))
+            about = gr.HTML(_about(info), elem_classes="ls-flush")
             seeds = gr.Radio(
                 ["training", "evaluation"],
                 value="training",
@@ -175,16 +166,16 @@ class PlayTab:
                 info="A seed fixes the traffic. Results are reported on seeds of evaluation, from "
                 "2147483648 on: nothing is trained or tuned on them.",
             )
-            with gr.Row(elem_classes="ls-buttons"):
+            with gr.Row(elem_classes="ls-beside"):
                 seed = gr.Textbox("0", label="Seed", max_lines=1, elem_id="seed")
                 draw = gr.Button("Draw", scale=0, min_width=72)
             horizon = gr.Slider(**_horizon(info), elem_id="horizon")
         return task, seeds, seed, draw, horizon, about
 
-    def _action_card(self) -> list[Any]:
+    def _action_card(self) -> tuple[list[Any], Any]:
         info = self._tasks[DEFAULT_TASK]
         with gr.Column(elem_classes="ls-card"):
-            gr.HTML("<h2>Configuration for the next window</h2>")
+            gr.HTML("<h2>Configuration</h2>", elem_classes="ls-flush")
             controls = []
             for name in CONTROLS:
                 settings = _control(info, name)
@@ -194,10 +185,10 @@ class PlayTab:
                 elif name in _STEPS:
                     kind = gr.Slider
                 controls.append(kind(**settings, elem_id=name))
-            self._stretch = gr.Slider(
-                2, 100, 10, step=1, label="Windows in a stretch", info="All with this configuration."
+            stretch = gr.Slider(
+                2, 100, 10, step=1, label="Stretch (windows)", info="Played one after the other like this."
             )
-        return controls
+        return controls, stretch
 
     def _on_task(self, task_id: str) -> list[Any]:
         info = self._tasks[task_id]
@@ -232,11 +223,9 @@ class PlayTab:
         except _REFUSED as error:
             yield _refusal(error)
 
-    async def _on_agent(
-        self, name: str, pace: str, task_id: str, seed: str, horizon_s: float, request: gr.Request
-    ) -> AsyncIterator[Any]:
+    async def _on_agent(self, request: gr.Request, name: str, pace: str, *chosen: Any) -> AsyncIterator[Any]:
         try:
-            visitor = await self._ready(request, task_id, seed, horizon_s)
+            visitor = await self._ready(request, *chosen)
             async for trace in visitor.play_agent(name, _PACES[pace]):
                 yield _frame(visitor, plots.board(trace))
         except _REFUSED as error:
@@ -296,21 +285,12 @@ class PlayTab:
     def _action(self, task_id: str, settings: list[Any]) -> ServeAction:
         """What the form says; controls that the task does not grant stay as the cell starts."""
         info = self._tasks[task_id]
-        asked = {
-            name: value for name, value in zip(CONTROLS, settings, strict=True) if name in info.controls
-        }
+        asked = {name: value for name, value in zip(CONTROLS, settings, strict=True) if name in info.controls}
         return ServeAction.model_validate({**info.start.model_dump(), **asked})
 
 
-def _agent_card() -> tuple[Any, Any, Any]:
-    gr.HTML("<h2>Agents</h2>")
-    agent = gr.Dropdown(
-        list(AGENTS),
-        value="reactive",
-        label="Reference agent",
-        info="Plays on from here to the end; the rule and the constant were tuned to the task.",
-        elem_id="agent",
-    )
+def _agent_row() -> tuple[Any, Any, Any]:
+    agent = gr.Dropdown(list(AGENTS), value="reactive", label="Agent", elem_id="agent")
     pace = gr.Dropdown(list(_PACES), value="50 windows/s", label="Pace", elem_id="pace")
     return agent, pace, gr.Button("Let it play", elem_id="let-play")
 
@@ -325,13 +305,13 @@ def _title(live: bool) -> str:
 
 def _about(info: TaskInfo) -> str:
     promises = "; ".join(
-        f"<b>{escape(tenant.name)}</b> first token {tenant.ttft_slo_ms:g} ms, then {tenant.tpot_slo_ms:g} ms each"
+        f"<b>{escape(tenant.name)}</b> {tenant.ttft_slo_ms:g}, {tenant.tpot_slo_ms:g}"
         for tenant in info.tenants
     )
-    return (
-        f'<div class="ls-text"><p><b>{escape(info.title)}.</b> {info.windows} windows of {info.window_s:g} s on '
-        f"{info.engines} × {escape(info.profile)}.</p><p>SLO: {promises}.</p></div>"
-    )
+    size = f"{info.windows} windows of {info.window_s:g} s on {info.engines} × {escape(info.profile)}"
+    first = f"<p><b>{escape(info.title)}.</b> {size}.</p>"
+    second = f"<p>SLO (ms to the first token, per further token): {promises}.</p>"
+    return f'<div class="ls-text">{first}{second}</div>'
 
 
 def _horizon(info: TaskInfo) -> dict[str, Any]:
@@ -354,10 +334,8 @@ def _control(info: TaskInfo, name: str) -> dict[str, Any]:
     if values is None:
         stays = {True: "on", False: "off"}.get(start, start) if isinstance(start, bool) else start
         shown["info"] = f"Not granted by this task: stays {stays}."
-    elif name in _STEPS:
-        shown["info"] = "Agents choose from " + ", ".join(f"{value:g}" for value in values) + "."
-    else:
-        shown["info"] = None
+    else:  # never empty: an update to nothing would leave the text of the task before
+        shown["info"] = _MEANINGS.get(name) or f"Agents choose from {', '.join(map(str, values))}."
     if name == "quantization_tier":
         shown["choices"] = values or [start]
     elif name in _STEPS:
@@ -367,7 +345,7 @@ def _control(info: TaskInfo, name: str) -> dict[str, Any]:
         shown |= {"minimum": low, "maximum": high, "step": _STEPS[name]}
     lost = info.unavailable.get(name)
     if lost:
-        shown["info"] = f"{shown['info'] or ''} No effect on this cell: {', '.join(map(str, lost))}.".strip()
+        shown["info"] = f"{shown['info']} No effect on this cell: {', '.join(map(str, lost))}."
     return shown
 
 

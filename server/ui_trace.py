@@ -10,7 +10,7 @@ import numpy as np
 from llmserve_env.actions import CONTROLS, to_array
 from llmserve_env.episode import Episode
 from llmserve_env.rewards import COMPONENTS
-from llmserve_env.schema import EpisodeLog
+from llmserve_env.schema import EpisodeLog, ServeAction
 from llmserve_env.tasks import Task
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Trace:
     Args:
         task: what is played.
         seed: of the episode.
+        live: whether real engines serve, whose memory and use nobody measures.
 
     Attributes:
         columns: for each name as many numbers as windows were played; latencies are nan without any.
@@ -38,8 +39,8 @@ class Trace:
         not_applied: fields of the last action that had no effect, with the reason.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self.title, self.task_id, self.seed = task.title, task.id, seed
+    def __init__(self, task: Task, seed: int, *, live: bool = False) -> None:
+        self.title, self.seed, self.live = task.title, seed, live
         self.cell = f"{task.cell.engines} × {task.profile.name}"
         self.windows, self.window_s, self.horizon_s = task.windows, task.window_s, task.horizon_s
         self.engines = task.cell.engines
@@ -59,7 +60,7 @@ class Trace:
     def add(self, observation: ServeObservation) -> None:
         """Take in the window that ended with an observation."""
         seen, told = observation, observation.metadata
-        action = to_array([_action(told["action"])])[0]
+        action = to_array([ServeAction.model_validate(told["action"])])[0]
         row: dict[str, Any] = {
             "time_s": seen.time_s,
             "waiting": seen.queue_depth,
@@ -94,9 +95,3 @@ def replay(content: bytes) -> Trace:
     for action in log.actions:
         trace.add(episode.step(action))
     return trace
-
-
-def _action(fields: dict[str, Any]) -> Any:
-    from llmserve_env.schema import ServeAction
-
-    return ServeAction(**fields)

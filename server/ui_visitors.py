@@ -65,7 +65,8 @@ class Visitor:
         state = self.session.state
         assert self.session.task is not None
         assert state.seed is not None
-        self.trace, self._chosen, self._agent = Trace(self.session.task, state.seed), chosen, None
+        self.trace = Trace(self.session.task, state.seed, live=self._service.live)
+        self._chosen, self._agent = chosen, None
         return self.trace
 
     async def play(self, action: ServeAction, windows: int) -> AsyncIterator[Trace]:
@@ -77,7 +78,8 @@ class Visitor:
         at_once = 1 if self._service.live else _AT_ONCE
         self._agent = None
         with self._busy() as trace:
-            shown = 0.0
+            yield trace
+            shown = time.monotonic()
             while windows > 0 and not self._stopped:
                 count = min(windows, at_once)
                 for observation in await self._service.step(self.session, [action] * count):
@@ -104,7 +106,9 @@ class Visitor:
         """
         with self._busy() as trace:
             agent = self._ready_agent(name)
-            began, shown, played = time.monotonic(), 0.0, 0
+            yield trace
+            began = shown = time.monotonic()
+            played = 0
             while not trace.done and not self._stopped:
                 batch = self.session.batch
                 if batch is None:

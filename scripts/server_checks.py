@@ -54,7 +54,7 @@ def server_checks(url: str, root: Path) -> list[Check]:
         "/reset /step /state /log /grader": check_episode,
         "the same seed, the same episode": check_determinism,
         "errors 404 409 413 422": check_errors,
-        "/mcp": check_mcp,
+        "/mcp": lambda opened: check_mcp(opened, root),
         "/baseline": check_baseline,
     }
     checks: list[Check] = [(name, with_client(check)) for name, check in plain.items()]
@@ -163,14 +163,20 @@ def check_errors(client: httpx.Client) -> str:
     return "as promised"
 
 
-def check_mcp(client: httpx.Client) -> str:
-    """JSON-RPC lists the tools."""
-    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}}
-    answer = _json(client.post("/mcp", json=asked))
-    expect("result" in answer, f"/mcp: tools/list: {answer.get('error')}")
-    tools = [tool["name"] for tool in answer["result"]["tools"]]
-    expect(tools, "/mcp: no tools")
+def check_mcp(client: httpx.Client, root: Path) -> str:
+    """JSON-RPC lists the tools that the manifest declares, and one of them answers."""
+    declared = read_manifest(root)[0].capabilities.declared_tools
+    tools = [tool["name"] for tool in _call(client, "tools/list", {})["tools"]]
+    expect(sorted(tools) == sorted(declared), f"/mcp: expected {declared}, found {tools}")
+    said = _call(client, "tools/call", {"name": "list_tasks", "arguments": {}})
+    expect(_TASK in json.dumps(said), f"/mcp: list_tasks: {str(said)[:200]}")
     return ", ".join(tools)
+
+
+def _call(client: httpx.Client, method: str, params: dict[str, Any]) -> Any:
+    answer = _json(client.post("/mcp", json={"jsonrpc": "2.0", "id": 1, "method": method, "params": params}))
+    expect("result" in answer, f"/mcp: {method}: {answer.get('error')}")
+    return answer["result"]
 
 
 def check_baseline(client: httpx.Client) -> str:

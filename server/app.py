@@ -101,6 +101,7 @@ def main() -> None:
 
     settings = tyro.cli(Settings, prog="python -m server.app", description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request to an endpoint
     sys.setswitchinterval(5e-4)  # a replay in a thread holds up everybody else's steps for as long
     try:
         app = create_app(settings)

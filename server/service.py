@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.live.episode import LiveEpisode
-from llmserve_env.tasks import TRAINING_SEEDS
+from llmserve_env.tasks import TRAINING_SEEDS, list_tasks
 from server.guard import Guard
 from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
 from server.journal import Journal
@@ -135,11 +135,14 @@ class Service:
 
         Raises:
             NotFound: no such task.
-            InputError: there is no key.
+            InputError: there is no key, or no task is named for the language model, which is asked in every
+                window.
         """
         from server import baseline_inference
 
         tasks = [shipped_task(task_id).id] if task_id else None
+        if tasks is None and mode == "openai":
+            raise InputError(f"expected one of {', '.join(list_tasks())}", field="task_id")
         key = (mode, task_id, episodes)
         async with self._baseline_lock:  # the same for everybody: played once
             if key not in self._baselines:

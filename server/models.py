@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from openenv.core.env_server.types import Action, Observation, State
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from llmserve_env.schema import ServeAction, ServeObservation
@@ -95,7 +95,7 @@ class TaskList(BaseModel):
     """One entry a task."""
     default: str
     """Task of a reset that names none."""
-    seeds: dict[Literal["training", "evaluation"], tuple[int, int]]
+    seeds: dict[Literal["training", "evaluation"], Annotated[list[int], Field(min_length=2, max_length=2)]]
     """First and last seed for each."""
 
 

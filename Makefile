@@ -17,7 +17,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test serve lint format bench lock clean distclean
+.PHONY: help setup demo test serve check lint format bench lock clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -42,6 +42,9 @@ test: $(STAMP) ## run the tests
 
 serve: $(STAMP) ## serve over HTTP and WebSocket, with the page at http://127.0.0.1:8000/web/
 	$(PY) -m server.app $(ARGS)
+
+check: $(STAMP) ## what a submission to OpenEnv must pass: manifest, validators, endpoints, errors
+	$(PY) scripts/pre_submission_check.py $(ARGS)
 
 lint: $(STAMP) ## ruff's checks, ruff's format, mypy
 	$(PY) -m ruff check .

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-import llmserve_env
 from llmserve_env.errors import InputError
 from server.settings import Settings
 
@@ -60,7 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app: FastAPI = create_page_app(service, factory, *types, **options)
     else:
         app = create_fastapi_app(factory, *types[:2], env_name=_NAME, **options)
-    app.title, app.version = "LLMServe", llmserve_env.__version__
+    app.title = "LLMServe"  # the version is that of OpenEnv's interface, which its validator reads
     app.description = "Run an LLM inference service: reset, step, grade."
     app.contact, app.license_info = None, {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     app.router.routes[:] = [

@@ -14,13 +14,14 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
 from llmserve_env.errors import InputError
-from server.refusals import AtCapacity
+from server.refusals import AtCapacity, Unavailable
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -47,6 +48,7 @@ class Guard:
         Raises:
             AtCapacity: too many wait already.
             InputError: it took too much time or memory; or what the function raised.
+            Unavailable: the process does not start.
         """
         settings = self._settings
         if self._waiting >= settings.guard_queue:
@@ -65,6 +67,8 @@ class Guard:
         except ProcessExpired:
             memory = f"{settings.guard_memory_gb:g} GB"
             raise InputError(f"takes more than the {memory} of memory that there are") from None
+        except BrokenProcessPool as error:
+            raise Unavailable("the process that looks through what clients send does not start") from error
         finally:
             self._waiting -= 1
 

@@ -2,7 +2,8 @@
 
 What Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021, arXiv
 2108.13264), recommend for a handful of runs, as their library, rliable, defines it: the interquartile mean,
-and percentile intervals from a bootstrap that is stratified by task.
+the probability of improvement, performance profiles, and percentile intervals from a bootstrap that is
+stratified by task. Beside them, for agents that played the same seeds: differences, and shares of a gap.
 """
 
 from __future__ import annotations
@@ -88,10 +89,7 @@ def interval(
         InputError: fewer than two seeds, a score that is not finite, or an argument out of range.
     """
     table = _by_seed(scores, "scores")
-    if not 0 < confidence < 1:
-        raise InputError(f"expected a number between 0 and 1, found {confidence}", field="confidence")
-    if resamples < 2:
-        raise InputError(f"expected 2 or more, found {resamples}", field="resamples")
+    _check(confidence, resamples)
 
     def pooled(*tasks: npt.NDArray[np.float64], axis: int) -> Any:
         """The statistic over all tasks: float64[resamples, seeds] a task."""
@@ -145,16 +143,178 @@ def paired_difference(
     Raises:
         InputError: as for `interval`, or `a` and `b` differ in shape.
     """
-    first, second = _by_seed(a, "a"), _by_seed(b, "b")
-    if first.shape != second.shape:
-        raise InputError(
-            f"expected {first.shape[0]} seeds of {first.shape[1]} tasks, as in a, "
-            f"found {second.shape[0]} seeds of {second.shape[1]} tasks",
-            field="b",
-        )
+    first, second = _paired(a=a, b=b)
     return interval(
         first - second, statistic=statistic, confidence=confidence, resamples=resamples, seed=seed
     )
+
+
+def gap_share(
+    scores: npt.ArrayLike,
+    low: npt.ArrayLike,
+    high: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval | None:
+    """How much of the way from one agent to a better one a third has gone, on the same seeds.
+
+    The mean of `scores - low` as a share of the mean of `high - low`: 0 where nothing is gained over `low`, 1
+    where `high` is reached, below 0 for less than `low`. A ratio of means, not a mean of ratios: single seeds
+    may have hardly any gap. Resamples draw whole seeds, the three scores of each together.
+
+    Args:
+        scores: float64[seeds] of one task, two seeds or more.
+        low: as `scores`, of the agent where the gap begins, such as the best constant.
+        high: as `scores`, where it ends, such as the clairvoyant plan.
+        confidence: as for `interval`.
+        resamples: as for `interval`.
+        seed: as for `interval`.
+
+    Returns:
+        The share and its interval; None where in some resample there is no gap: a share of that says nothing.
+
+    Raises:
+        InputError: as for `interval`, the three differ in shape, or hold more than one task.
+    """
+    _check(confidence, resamples)
+    table = _paired(scores=scores, low=low, high=high)
+    if table[0].shape[1] != 1:
+        raise InputError(f"expected one task, found {table[0].shape[1]}", field="scores")
+    won, gap = (table[0] - table[1])[:, 0], (table[2] - table[1])[:, 0]
+    counts = _draws(len(gap), resamples, np.random.default_rng(seed))
+    gaps = counts @ gap
+    if gap.mean() <= 0 or gaps.min() <= 0:
+        return None
+    return _interval(float(won.mean() / gap.mean()), (counts @ won) / gaps, confidence)
+
+
+def probability_of_improvement(
+    a: npt.ArrayLike,
+    b: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """How likely a score of `a` is above one of `b` on a task drawn at random.
+
+    As rliable's `probability_of_improvement`: for each task the share of all pairs of seeds, one of each
+    agent, in which `a` scores higher, equal scores counting half (the Mann-Whitney statistic); then the mean
+    over tasks. Resamples draw the seeds of `a` and of `b` independently, in each task by itself. It asks
+    nothing of how much better; where both played the same seeds, `paired_difference` is the sharper question.
+
+    Args:
+        a: float64[seeds] or [seeds, tasks], two seeds or more.
+        b: as `a`, of the same tasks; the number of seeds may differ.
+        confidence: as for `interval`.
+        resamples: as for `interval`.
+        seed: as for `interval`.
+
+    Returns:
+        The probability, and its interval; `a` improves on `b` where `low` is above 0.5.
+
+    Raises:
+        InputError: as for `interval`, or `a` and `b` differ in their number of tasks.
+    """
+    _check(confidence, resamples)
+    first, second = _by_seed(a, "a"), _by_seed(b, "b")
+    if first.shape[1] != second.shape[1]:
+        raise InputError(f"expected {first.shape[1]} tasks, as in a, found {second.shape[1]}", field="b")
+    rng = np.random.default_rng(seed)
+    estimates, drawn = [], np.zeros(resamples)
+    for ours, theirs in zip(first.T, second.T, strict=True):
+        wins = 0.5 * (np.sign(ours[:, None] - theirs) + 1)
+        estimates.append(wins.mean())
+        counts = _draws(len(ours), resamples, rng) @ wins
+        drawn += (counts * _draws(len(theirs), resamples, rng)).sum(axis=1) / wins.size
+    return _interval(float(np.mean(estimates)), drawn / first.shape[1], confidence)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which share of the scores lies above each of some thresholds.
+
+    Attributes:
+        thresholds: float64[k], in the scores' unit.
+        shares: float64[k].
+        low: float64[k], lower ends of pointwise intervals.
+        high: float64[k], upper ends.
+    """
+
+    thresholds: npt.NDArray[np.float64]
+    shares: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+
+
+def performance_profile(
+    scores: npt.ArrayLike,
+    thresholds: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> Profile:
+    """The share of all scores, of all seeds and tasks, that lies above each threshold.
+
+    As rliable's run-score distributions: an agent whose profile lies above another's everywhere is
+    stochastically better. The resamples are those of `interval`.
+
+    Args:
+        scores: float64[seeds] or [seeds, tasks], two seeds or more.
+        thresholds: float64[k].
+        confidence: of the interval at each threshold by itself.
+        resamples: as for `interval`.
+        seed: as for `interval`.
+
+    Raises:
+        InputError: as for `interval`, or a threshold is not finite.
+    """
+    _check(confidence, resamples)
+    table, edges = _by_seed(scores, "scores"), _finite(thresholds, "thresholds").ravel()
+    above = (table[:, :, None] > edges).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros((resamples, len(edges)))
+    for task in range(table.shape[1]):
+        drawn += _draws(len(table), resamples, rng) @ above[:, task]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn / table.size, (tail, 1 - tail), axis=0)
+    return Profile(edges, above.mean(axis=(0, 1)), low, high)
+
+
+def _check(confidence: float, resamples: int) -> None:
+    if not 0 < confidence < 1:
+        raise InputError(f"expected a number between 0 and 1, found {confidence}", field="confidence")
+    if resamples < 2:
+        raise InputError(f"expected 2 or more, found {resamples}", field="resamples")
+
+
+def _draws(seeds: int, resamples: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """float64[resamples, seeds], how often each seed is drawn when as many are drawn with replacement."""
+    return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
+
+
+def _interval(estimate: float, drawn: npt.NDArray[np.float64], confidence: float) -> Interval:
+    """The percentile interval of resampled statistics."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, (tail, 1 - tail))
+    return Interval(estimate, float(low), float(high))
+
+
+def _paired(**given: npt.ArrayLike) -> list[npt.NDArray[np.float64]]:
+    """Scores of the same seeds and tasks by their arguments' names, as float64[seeds, tasks] each."""
+    names = list(given)
+    tables = [_by_seed(scores, name) for name, scores in given.items()]
+    for name, table in zip(names, tables, strict=True):
+        if table.shape != tables[0].shape:
+            raise InputError(
+                f"expected {tables[0].shape[0]} seeds of {tables[0].shape[1]} tasks, as in {names[0]}, "
+                f"found {table.shape[0]} seeds of {table.shape[1]} tasks",
+                field=name,
+            )
+    return tables
 
 
 def _by_seed(scores: npt.ArrayLike, field: str) -> npt.NDArray[np.float64]:

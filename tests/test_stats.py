@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from llmserve_env.errors import InputError
-from llmserve_env.stats import Interval, interval, iqm, paired_difference
+from llmserve_env.stats import (
+    Interval,
+    gap_share,
+    interval,
+    iqm,
+    paired_difference,
+    performance_profile,
+    probability_of_improvement,
+)
 
 
 def naive_iqm(scores):
@@ -183,3 +191,83 @@ def test_refuses_pairs_that_do_not_match():
 def test_refuses_arguments_out_of_range(field, value):
     with pytest.raises(InputError, match=field):
         interval([0.1, 0.2], **{field: value})
+
+
+def naive_improvement(a, b):
+    """rliable's probability_of_improvement: Mann-Whitney's U over all pairs, task by task, then the mean."""
+    tasks = []
+    for ours, theirs in zip(np.transpose(a), np.transpose(b), strict=True):
+        wins = [1.0 if x > y else 0.5 if x == y else 0.0 for x in ours for y in theirs]
+        tasks.append(statistics.fmean(wins))
+    return statistics.fmean(tasks)
+
+
+def test_probability_of_improvement_by_hand():
+    # Pairs: 1>0, 1=1, 1<5; 3>0, 3>1, 3<5: 3.5 of 6.
+    found = probability_of_improvement([1, 3], [0, 1, 5])
+    assert found.estimate == pytest.approx(3.5 / 6)
+    assert found.low < 3.5 / 6 < found.high
+    # A task that is always won and one that is always lost, whatever their scales: one half, for certain.
+    split = probability_of_improvement([[9, 0], [8, 0.1]], [[1, 0.2], [2, 0.3]])
+    assert split == Interval(0.5, 0.5, 0.5)
+
+
+def test_probability_of_improvement_is_rliables(scores):
+    other = np.random.default_rng(5).normal([0.1, 0.4, 0.95], [0.05, 0.2, 0.05], (9, 3))
+    found = probability_of_improvement(scores, other)
+    assert found.estimate == pytest.approx(naive_improvement(scores, other))
+    draw = np.random.default_rng(8)
+    resampled = []
+    for _ in range(2_000):  # each agent's seeds by themselves, in each task by itself
+        a = np.stack([draw.choice(column, 12) for column in scores.T], axis=1)
+        b = np.stack([draw.choice(column, 9) for column in other.T], axis=1)
+        resampled.append(naive_improvement(a, b))
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+def test_probability_of_improvement_needs_the_same_tasks(scores):
+    with pytest.raises(InputError, match="expected 3 tasks, as in a, found 2"):
+        probability_of_improvement(scores, scores[:, :2])
+
+
+def test_performance_profile_by_hand():
+    found = performance_profile([[0.1, 0.9], [0.5, 0.9]], [0.0, 0.1, 0.4, 0.9])
+    assert found.shares.tolist() == [1.0, 0.75, 0.75, 0.0]  # strictly above, as rliable has it
+    assert found.low[0] == found.high[0] == 1.0
+    # Of the first task none, one or both of two draws are 0.5; the second is always above 0.4.
+    assert (found.low[2], found.high[2]) == (0.5, 1.0)
+
+
+def test_performance_profile_is_rliables(scores):
+    edges = np.linspace(0, 1, 21)
+    found = performance_profile(scores, edges, resamples=10_000)
+    for place in (3, 10, 18):
+        above = interval((scores > edges[place]).astype(float), statistic=np.mean)
+        assert found.shares[place] == pytest.approx(above.estimate)
+        assert (found.low[place], found.high[place]) == pytest.approx((above.low, above.high), abs=0.03)
+
+
+def test_gap_share_by_hand():
+    low, high = np.array([0.2, 0.4, 0.6]), np.array([0.4, 0.6, 1.0])
+    assert gap_share(low, low, high) == Interval(0.0, 0.0, 0.0)
+    assert gap_share(high, low, high) == Interval(1.0, 1.0, 1.0)
+    # A quarter of every gap is a quarter, however the seeds are drawn: they are drawn together.
+    quarter = gap_share(low + 0.25 * (high - low), low, high)
+    assert (quarter.estimate, quarter.low, quarter.high) == pytest.approx((0.25, 0.25, 0.25))
+    # 0.1 + 0 + 0 of 0.2 + 0.2 + 0.4: the ratio of the means, not the mean of 1/2, 0 and 0.
+    assert gap_share(low + np.array([0.1, 0, 0]), low, high).estimate == pytest.approx(1 / 8)
+
+
+def test_gap_share_of_no_gap_says_nothing():
+    assert gap_share([0.5, 0.6], [0.5, 0.6], [0.5, 0.6]) is None
+    assert gap_share([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], [0.6, 0.6, 0.7]) is None  # one seed makes it all
+    with pytest.raises(InputError, match="expected 2 seeds"):
+        gap_share([0.5, 0.6], [0.5, 0.6], [0.6, 0.7, 0.8])
+
+
+@pytest.mark.parametrize("function", [probability_of_improvement, performance_profile])
+def test_arguments_out_of_range_are_refused(function):
+    for changed in ({"confidence": 1.0}, {"resamples": 1}):
+        with pytest.raises(InputError):
+            function([0.1, 0.2], [0.1, 0.2], **changed)

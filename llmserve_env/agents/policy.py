@@ -1,0 +1,265 @@
+"""Trained policies: a network's weights in a folder, played with NumPy alone.
+
+A folder holds `policy.json` (what the network looks like and what it was trained on) and
+`policy.safetensors` (its weights and the statistics that scale its observations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.errors import InputError
+from llmserve_env.files import write_atomic
+from llmserve_env.hardware.profile import refusal
+from llmserve_env.observation import FEATURES
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmserve_env.tasks import Task
+
+CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
+CLIP = 8.0
+"""Bound of a scaled observation (standard deviations)."""
+
+
+class PolicyConfig(BaseModel):
+    """What a policy is, beside its weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    format: Literal[1] = 1
+    """Version of this record."""
+    package_version: str
+    """Version of llmserve_env that it was trained with."""
+    task_id: str
+    """Task that it was trained on."""
+    features: list[str]
+    """Names of the observation's entries, in order."""
+    controls: dict[str, list[Any]]
+    """Grid of the task, control by control: a head each."""
+    frames: int = Field(ge=1, le=64)
+    """Observations that it sees at once, the last ones."""
+    hidden: int = Field(ge=1, le=4096)
+    """Width of its layers."""
+    recurrent: bool
+    """Whether its second layer is a GRU."""
+    training: dict[str, Any] = {}
+    """How it was made: arguments, steps, wall time, scores."""
+
+
+class Policy:
+    """A network that maps observations to logits of every control's values.
+
+    The first layer sees the last `frames` observations, scaled; the second is a GRU or a plain one. To the
+    logit of the value that is set a learned number is added, one for each control: a policy that knows nothing
+    yet leaves the configuration as it is rather than restart engines in every window.
+
+    Args:
+        config: of the network.
+        weights: by name, as in the file.
+
+    Raises:
+        InputError: a weight is missing, superfluous or of another shape.
+    """
+
+    def __init__(self, config: PolicyConfig, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        self.config = config
+        expected = shapes(config)
+        for name in (*expected, *weights):
+            found = weights[name].shape if name in weights else None
+            if expected.get(name) != found:
+                raise InputError(f"expected shape {expected.get(name)}, found {found}", field=name)
+        self.weights = {name: np.asarray(weights[name], np.float32) for name in expected}
+        for name, values in self.weights.items():
+            if not np.isfinite(values).all():
+                raise InputError("expected finite numbers", field=name)
+        self._nvec = [len(values) for values in config.controls.values()]
+
+    def scaled(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32[n, features], in standard deviations."""
+        w = self.weights
+        scaled: NDArray[np.float32] = np.clip((observations - w["mean"]) / w["std"], -CLIP, CLIP)
+        return scaled
+
+    def memory(self, episodes: int) -> NDArray[np.float32]:
+        """float32[n, hidden], the state of the GRU at an episode's beginning."""
+        return np.zeros((episodes, self.config.hidden), np.float32)
+
+    def logits(
+        self, stacked: NDArray[np.float32], current: NDArray[np.int64], memory: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits of all values, and the GRU's next state.
+
+        Args:
+            stacked: float32[n, frames * features], scaled, the latest last.
+            current: int64[n, controls], indices of the values that are set.
+            memory: float32[n, hidden].
+
+        Returns:
+            float32[n, values of all controls], float32[n, hidden].
+        """
+        w = self.weights
+        x = np.tanh(stacked @ w["first.weight"].T + w["first.bias"])
+        if self.config.recurrent:
+            x = memory = self._gru(x, memory)
+        else:
+            x = np.tanh(x @ w["second.weight"].T + w["second.bias"])
+        logits = x @ w["heads.weight"].T + w["heads.bias"]
+        first = 0
+        for control, count in enumerate(self._nvec):
+            logits[np.arange(len(x)), first + current[:, control]] += w["stay"][control]
+            first += count
+        return logits, memory
+
+    def choose(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """int64[n, controls], the likeliest value of each control."""
+        edges = np.cumsum(self._nvec)[:-1]
+        return np.stack([part.argmax(axis=1) for part in np.split(logits, edges, axis=1)], axis=1)
+
+    def _gru(self, x: NDArray[np.float32], memory: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As torch.nn.GRUCell."""
+        w = self.weights
+        given = np.split(x @ w["gru.weight_ih"].T + w["gru.bias_ih"], 3, axis=1)
+        kept = np.split(memory @ w["gru.weight_hh"].T + w["gru.bias_hh"], 3, axis=1)
+        reset, update = _sigmoid(given[0] + kept[0]), _sigmoid(given[1] + kept[1])
+        new = np.tanh(given[2] + reset * kept[2])
+        following: NDArray[np.float32] = (1 - update) * new + update * memory
+        return following
+
+
+class PolicyAgent:
+    """Plays a policy: in every window the likeliest value of each control.
+
+    Args:
+        policy: to play.
+        name: under which results are reported.
+    """
+
+    def __init__(self, policy: Policy, name: str = "policy") -> None:
+        self.name = name
+        self.policy = policy
+        self._task: Task | None = None
+
+    def reset(self, task: Task, seeds: Sequence[int]) -> None:
+        """Begin episodes.
+
+        Raises:
+            InputError: the task's grid is another than the policy's.
+        """
+        policy = self.policy
+        found = {name: list(values) for name, values in task.grid.values.items()}
+        for name, values in policy.config.controls.items():
+            if found[name] != values:
+                raise InputError(
+                    f"expected a task with the values {values}, as '{policy.config.task_id}', on which the "
+                    f"policy was trained; '{task.id}' has {found[name]}",
+                    field=f"controls.{name}",
+                )
+        self._task = task
+        self._stacked: NDArray[np.float32] | None = None
+        self._memory = policy.memory(len(seeds))
+        self._current = np.repeat(task.grid.indices(to_array([task.start])), len(seeds), axis=0)
+
+    def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
+        """ACTION[n], points of the grid.
+
+        Raises:
+            InputError: no episode has begun.
+        """
+        if self._task is None:
+            raise InputError("call reset before act")
+        scaled = self.policy.scaled(observations)
+        self._stacked = stack(self._stacked, scaled, self.policy.config.frames)
+        logits, self._memory = self.policy.logits(self._stacked, self._current, self._memory)
+        self._current = self.policy.choose(logits)
+        return self._task.grid.actions(self._current)
+
+
+def stack(
+    before: NDArray[np.float32] | None, latest: NDArray[np.float32], frames: int
+) -> NDArray[np.float32]:
+    """float32[n, frames * features], the last frames; at the beginning the first one stands for those before."""
+    if before is None:
+        return np.tile(latest, (1, frames))
+    return np.concatenate([before[:, latest.shape[1] :], latest], axis=1)
+
+
+def shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight by its name."""
+    features, width = len(config.features), config.hidden
+    values = sum(len(each) for each in config.controls.values())
+    second: dict[str, tuple[int, ...]] = {"second.weight": (width, width), "second.bias": (width,)}
+    if config.recurrent:
+        second = {f"gru.weight_{gate}": (3 * width, width) for gate in ("ih", "hh")}
+        second |= {f"gru.bias_{gate}": (3 * width,) for gate in ("ih", "hh")}
+    return {
+        "mean": (features,),
+        "std": (features,),
+        "first.weight": (width, config.frames * features),
+        "first.bias": (width,),
+        **second,
+        "heads.weight": (values, width),
+        "heads.bias": (values,),
+        "stay": (len(config.controls),),
+    }
+
+
+def save_policy(folder: str | Path, policy: Policy) -> None:
+    """Write a policy's two files, each whole or not at all."""
+    from safetensors.numpy import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / WEIGHTS, save({name: value.copy() for name, value in policy.weights.items()}))
+    write_atomic(folder / CONFIG, policy.config.model_dump_json(indent=1) + "\n")
+
+
+def load_policy(folder: str | Path) -> Policy:
+    """Read a policy.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit the other or this package; names it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    try:
+        config = PolicyConfig.model_validate_json(config_path.read_bytes())
+        weights = load(weights_path.read_bytes())
+    except ValidationError as error:
+        raise refusal(error, str(config_path)) from error
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=error.filename) from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"damaged or no safetensors: {error}", file=str(weights_path)) from error
+    names = [feature.name for feature in FEATURES]
+    if config.features != names:
+        other = sorted(set(config.features) ^ set(names)) or ["their order"]
+        raise InputError(
+            f"trained on other observations than this package's: {', '.join(other[:5])}",
+            file=str(config_path),
+            field="features",
+        )
+    if list(config.controls) != list(CONTROLS):
+        raise InputError(
+            f"expected {', '.join(CONTROLS)}, found {', '.join(config.controls)}",
+            file=str(config_path),
+            field="controls",
+        )
+    try:
+        return Policy(config, weights)
+    except InputError as error:
+        raise InputError(error.reason, file=str(weights_path), field=error.field) from error
+
+
+def _sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    share: NDArray[np.float32] = 1 / (1 + np.exp(-x))
+    return share

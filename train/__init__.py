@@ -1,0 +1,1 @@
+"""Trainers: each a script that is read from top to bottom."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 
 from llmserve_env.schema import ServeAction
 from server.refusals import AtCapacity, Conflict, NotFound
 from server.requests import ResetRequest
-from server.service import Service
+from server.service import Service, return_memory
 from server.sessions import Sessions
 from server.settings import Settings
 from tests.server._playing import ACTIONS, BEGIN, bare, client, local, ok
@@ -211,3 +213,25 @@ def test_a_reset_that_is_refused_takes_no_room(single_url):
             assert http.post("/reset", json={"task_id": "no_such"}).status_code == 404
         ok(http.post("/reset", json=BEGIN))
         http.delete("/session")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_closed_sessions_give_their_memory_back():
+    def held_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+    async def play() -> None:
+        service = Service(Settings())
+        for first in (True, False):  # the first lot has the code compiled, and is left open
+            before = held_mb()
+            opened = [service.sessions.open() for _ in range(4 if first else 100)]
+            for session in opened:
+                await service.reset(session, ResetRequest(task_id="bursty_workload", seed=1))
+        held = held_mb() - before
+        for session in opened:
+            service.sessions.close(session)
+        del opened, session
+        return_memory()
+        assert held_mb() - before < held / 3
+
+    asyncio.run(play())

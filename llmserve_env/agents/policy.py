@@ -58,8 +58,8 @@ class Policy:
     """A network that maps observations to logits of every control's values.
 
     The first layer sees the last `frames` observations, scaled; the second is a GRU or a plain one. To the
-    logit of the value that is set a learned number is added, one for each control: a policy that knows nothing
-    yet leaves the configuration as it is rather than restart engines in every window.
+    logit of the value that is set a learned number is added, one for each control: a policy that knows
+    nothing yet leaves the configuration as it is rather than restart engines in every window.
 
     Args:
         config: of the network.
@@ -185,7 +185,7 @@ class PolicyAgent:
 def stack(
     before: NDArray[np.float32] | None, latest: NDArray[np.float32], frames: int
 ) -> NDArray[np.float32]:
-    """float32[n, frames * features], the last frames; at the beginning the first one stands for those before."""
+    """float32[n, frames * features], the last frames; before the first one, itself."""
     if before is None:
         return np.tile(latest, (1, frames))
     return np.concatenate([before[:, latest.shape[1] :], latest], axis=1)
@@ -261,5 +261,5 @@ def load_policy(folder: str | Path) -> Policy:
 
 
 def _sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    share: NDArray[np.float32] = 1 / (1 + np.exp(-x))
+    share: NDArray[np.float32] = np.float32(1) / (np.float32(1) + np.exp(-x))
     return share

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from pydantic import BaseModel, ConfigDict
-
 from llmserve_env.catalog import TaskInfo
 from llmserve_env.errors import InputError
-from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
+from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation, ServeState
 
 try:
     from openenv.core.client_types import StepResult
@@ -57,29 +55,6 @@ class CapacityError(ServiceError):
 _ERRORS = {404: NotFoundError, 409: ConflictError, 429: CapacityError}
 
 
-class SessionState(BaseModel):
-    """Where the episode of a session stands."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-    session_id: str
-    """Name of the session, by which another connection can attach to it."""
-    episode_id: str | None = None
-    """Name of the episode."""
-    step_count: int = 0
-    """Windows served so far."""
-    task_id: str | None = None
-    """Id of the task; None before the first reset, as the seed."""
-    seed: int | None = None
-    """Seed of the episode."""
-    windows: int = 0
-    """Windows of the whole episode."""
-    done: bool = False
-    """Whether the episode is over."""
-    score: float = 0.0
-    """Its grade so far, 0..1: what is still to come counts as nothing."""
-
-
 @dataclass(frozen=True)
 class Steps:
     """Several windows in a row.
@@ -93,7 +68,7 @@ class Steps:
     rewards: list[float]
 
 
-class LLMServeEnv(EnvClient[ServeAction, ServeObservation, SessionState]):
+class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
     """A session on a server, from the first call to `close`.
 
     The methods are coroutines; `sync()` gives a client with the same methods that block:
@@ -247,8 +222,8 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, SessionState]):
         )
         return StepResult(observation, reward, done, observation.metadata)
 
-    def _parse_state(self, payload: dict[str, Any]) -> SessionState:
-        return SessionState.model_validate(payload)
+    def _parse_state(self, payload: dict[str, Any]) -> ServeState:
+        return ServeState.model_validate(payload)
 
 
 class RemotePlayer:
@@ -260,7 +235,7 @@ class RemotePlayer:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._client: SyncEnvClient[ServeAction, ServeObservation, SessionState] | None = None
+        self._client: SyncEnvClient[ServeAction, ServeObservation, ServeState] | None = None
         self._last: ServeObservation | None = None
         self._task: TaskInfo | None = None
 

@@ -131,6 +131,30 @@ class ServeObservation(BaseModel):
     """
 
 
+class ServeState(BaseModel):
+    """Where the episode of a session stands."""
+
+    # Not "forbid": a newer server may say more.
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    session_id: str | None = None
+    """Name of the session, by which another connection can attach to it."""
+    episode_id: str | None = None
+    """Name of the episode; None before the first reset, as task and seed."""
+    step_count: int = Field(0, ge=0)
+    """Windows served so far."""
+    task_id: str | None = None
+    """Id of the task."""
+    seed: int | None = None
+    """Seed of the episode."""
+    windows: int = 0
+    """Windows of the whole episode."""
+    done: bool = False
+    """Whether the episode is over."""
+    score: float = 0.0
+    """Its grade so far, 0..1: what is still to come counts as nothing."""
+
+
 class EpisodeLog(BaseModel):
     """What an episode was, complete enough to replay it."""
 

@@ -8,7 +8,7 @@ from openenv.core.env_server.types import Action, Observation, State
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from llmserve_env.schema import ServeAction, ServeObservation
+from llmserve_env.schema import ServeAction, ServeObservation, ServeState
 
 _RESPONSE = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
@@ -26,23 +26,8 @@ class ServiceObservation(ServeObservation, Observation):
     """Whether the episode is over."""
 
 
-class ServiceState(State):
-    """Where an episode stands."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    session_id: str | None = None
-    """Session that plays it."""
-    task_id: str | None = None
-    """Id of the task; None before the first reset."""
-    seed: int | None = None
-    """Seed of the episode."""
-    windows: int = 0
-    """Windows of a whole episode."""
-    done: bool = False
-    """Whether the episode is over."""
-    score: float = 0.0
-    """Its grade so far, 0..1: what is to come counts as nothing."""
+class ServiceState(ServeState, State):
+    """A `ServeState` for OpenEnv."""
 
 
 class ObservationResponse(BaseModel):

@@ -8,6 +8,7 @@ docs/images/page.png, as on a desk, and docs/images/page-phone.png.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -48,26 +49,27 @@ def main(arguments: Arguments) -> None:
     if chromium is None:
         raise SystemExit("error: no chromium on PATH (Debian: apt-get install chromium)")
     command = [sys.executable, "-m", "server.app", "--port", "0"]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
-        sync_playwright() as playwright,
-    ):
-        assert server.stdout is not None
-        url = server.stdout.readline().removeprefix("listening on ").strip()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().removeprefix("listening on ").strip()
+            _take(chromium, f"{url}/web/", arguments)
+        finally:
+            server.terminate()
+
+
+def _take(chromium: str, url: str, arguments: Arguments) -> None:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for name, screen in (("page", _DESK), ("page-phone", _PHONE)):
             page = browser.new_page(color_scheme=arguments.scheme, **screen)
-            page.goto(f"{url}/web/")
+            page.goto(url)
             _play(page, arguments.task, arguments.agent)
+            page.locator("#begin").evaluate("each => each.scrollIntoView({block: 'start'})")
             path = arguments.folder / f"{name}.png"
-            if name == "page":
-                page.screenshot(path=path, full_page=True)
-            else:
-                page.locator("#begin").evaluate("each => each.scrollIntoView({block: 'start'})")
-                page.screenshot(path=path)
+            page.screenshot(path=path, full_page=name == "page")
             print(path, f"{path.stat().st_size / 1000:.0f} kB")
         browser.close()
-        server.terminate()
 
 
 def _play(page: Any, task: str, agent: str) -> None:
@@ -76,8 +78,8 @@ def _play(page: Any, task: str, agent: str) -> None:
         page.get_by_role("option", name=option).click()
     page.get_by_label("evaluation", exact=True).check()
     page.locator("#let-play").click()
-    page.locator("#stop:enabled").wait_for()
-    page.locator("#stop:disabled").wait_for()
+    played = page.locator('#board [data-key="window"]').filter(has_text=re.compile(r"^\s*(\d+) / \1\s*$"))
+    played.wait_for()
     page.locator("#grade").click()
     page.locator("#result table").wait_for()
 

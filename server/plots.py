@@ -105,7 +105,7 @@ def _numbers(trace: Trace) -> str:
 def _load(trace: Trace) -> str:
     time_s, running, waiting = _thinned(trace, "running", "waiting")
     top = _top(4.0, running + waiting)
-    scale = _Scale(trace.horizon_s, 0.0, top)
+    scale = _Scale(trace.shown_s, 0.0, top)
     curves = _stack(scale, time_s, [("--ls-blue", running), ("--ls-orange", waiting)])
     keys = _key("running", "--ls-blue") + _key("waiting", "--ls-orange")
     return _panel("Requests", "", keys, scale=scale, curves=curves, ticks=_ticks(0, top))
@@ -117,7 +117,7 @@ def _ttft(trace: Trace) -> str:
     steps = [factor * 10.0**power for power in range(-3, 8) for factor in (1, 2, 5)]
     low = max(step for step in steps if step <= min(seen) / 1.1)
     high = min(step for step in steps if step >= max(seen) * 1.1)
-    scale = _Scale(trace.horizon_s, log10(low), log10(high))
+    scale = _Scale(trace.shown_s, log10(low), log10(high))
     slo = f'<path class="dash" d="M0 {scale.y(log10(trace.slo_ms)):.2f}H{_W:g}"/>'
     curves = "".join(
         f'<path style="stroke:var({colour})" d="{_line(scale, time_s, np.log10(values))}"/>'
@@ -134,7 +134,7 @@ def _ttft(trace: Trace) -> str:
 
 def _use(trace: Trace) -> str:
     time_s, kv, busy, up = _thinned(trace, "kv", "busy", "up")
-    scale = _Scale(trace.horizon_s, 0.0, 104.0)
+    scale = _Scale(trace.shown_s, 0.0, 104.0)
     curves = _stack(scale, time_s, [("--ls-latency", kv)])
     curves += f'<path style="stroke:var(--ls-ink);stroke-width:1px" d="{_line(scale, time_s, busy)}"/>'
     curves += (
@@ -152,7 +152,7 @@ def _reward(trace: Trace) -> str:
     span = max(len(time_s) // 60, 1)  # windows vary with the requests that happen to end in them
     smooth = [_running_mean(part, span) for part in parts]
     top = _top(1.0, np.sum(smooth, axis=0))
-    scale = _Scale(trace.horizon_s, 0.0, top)
+    scale = _Scale(trace.shown_s, 0.0, top)
     curves = _stack(scale, time_s, [(f"--ls-{name}", part) for name, part in zip(PARTS, smooth, strict=True)])
     keys = "".join(_key(name, f"--ls-{name}") for name in PARTS)
     unit = "per window" if span == 1 else f"mean of {span} windows"
@@ -164,7 +164,7 @@ def _settings(trace: Trace) -> str:
     height = 34 * len(trace.lanes)
     time_s, step = np.array(trace.columns["time_s"]), _H / max(len(trace.lanes), 1)
     starts = np.concatenate([[0.0], time_s])
-    scale = _Scale(trace.horizon_s, 0.0, 1.0)
+    scale = _Scale(trace.shown_s, 0.0, 1.0)
     curves, labels = "", ""
     for lane, (name, codes) in enumerate(trace.lanes.items()):
         base, rise = (lane + 0.88) * step, 0.74 * step
@@ -192,11 +192,11 @@ def _settings(trace: Trace) -> str:
 class _Scale:
     """From times and values to the coordinates of an SVG."""
 
-    def __init__(self, horizon_s: float, low: float, high: float) -> None:
-        self.horizon_s, self.low, self.high = horizon_s, low, high
+    def __init__(self, end_s: float, low: float, high: float) -> None:
+        self.end_s, self.low, self.high = end_s, low, high
 
     def x(self, time_s: float) -> float:
-        return _W * time_s / self.horizon_s
+        return _W * time_s / self.end_s
 
     def y(self, value: float) -> float:
         return _H * (1.0 - (value - self.low) / (self.high - self.low))
@@ -212,14 +212,14 @@ def _panel(
 def _area(
     scale: _Scale, curves: str, ticks: Sequence[tuple[float, str]], labels: str = "", lanes_px: int = 0
 ) -> str:
-    times = [t for t, _ in _ticks(0, scale.horizon_s)]
+    times = [t for t, _ in _ticks(0, scale.end_s)]
     grid = "".join(f"M{scale.x(t):.1f} 0V{_H:g}" for t in times)
     grid += "".join(f"M0 {scale.y(value):.2f}H{_W:g}" for value, _ in ticks)
     marks = "".join(
         f'<span class="y" style="bottom:{100 - scale.y(value):.2f}%">{text}</span>' for value, text in ticks
     )
     for t in times:
-        share = 100 * t / scale.horizon_s
+        share = 100 * t / scale.end_s
         text = f"{t:g} s" if t == times[-1] else f"{t:g}"
         marks += f'<span class="x{" last" if share > 94 else ""}" style="left:{share:.2f}%">{text}</span>'
     svg = f'<svg viewBox="0 0 {_W:g} {_H:g}" preserveAspectRatio="none" aria-hidden="true">'

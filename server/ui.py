@@ -30,6 +30,17 @@ _STORING = "/gradio_api/upload"
 """Gradio's route that would store files of anybody: our tab reads logs in the browser."""
 
 
+_WORDS = {
+    "<h1>Llmserve</h1>": "<h1>LLMServe</h1>",
+    "ServeEnvironment environment": "One configuration a window: the environment as its clients have it.",
+    "from server.models import ServiceAction\nfrom llmserve_env import LLMServeEnv": (
+        "from llmserve_env import LLMServeEnv, ServeAction"
+    ),
+    "ServiceAction(": "ServeAction(",
+}
+"""What OpenEnv's tab says of an environment that it only knows the factory of, and what is true of ours."""
+
+
 def create_page_app(
     service: Service,
     factory: Callable[[], Any],
@@ -92,6 +103,13 @@ def _settle(page: Any, most_visitors: int) -> None:
     blocks.css = (blocks.css or "") + Path(__file__).with_name("ui.css").read_text(encoding="utf-8")
     blocks.stylesheets = []  # fonts of another host; the theme names local ones to fall back to
     blocks.state_session_capacity = page.state_holder.capacity = most_visitors
+    for block in blocks.blocks.values():
+        if isinstance(text := getattr(block, "value", None), str):
+            for theirs, ours in _WORDS.items():
+                text = text.replace(theirs, ours)
+            block.value = text
+    for event in blocks.fns.values():
+        event.concurrency_limit = None  # visitors do not wait for each other
     blocks.config = blocks.get_config_file()
 
 

@@ -34,8 +34,8 @@ _PACES: dict[str, float | None] = {
     "200 windows/s": 200.0,
     "full speed": None,
 }
-_EVENT: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""Of every event: visitors do not wait for each other, and the plots do not fade while they follow."""
+_EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of every event: the plots do not fade while they follow."""
 _LABELS = {
     "batch_cap": "Batch cap (sequences per engine)",
     "kv_budget_fraction": "KV budget (share of KV blocks)",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PARTS = COMPONENTS
 """Names of the reward's parts."""
+_SPANS = (20, 50, 100)
+"""Windows that the plots span at first, before they span the whole episode."""
 
 
 class Trace:
@@ -56,6 +58,12 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.columns["time_s"])
+
+    @property
+    def shown_s(self) -> float:
+        """Time that the plots span: a round number of windows that holds those that were played (s)."""
+        enough = next((count for count in _SPANS if count >= len(self)), self.windows)
+        return min(enough * self.window_s, self.horizon_s)
 
     def add(self, observation: ServeObservation) -> None:
         """Take in the window that ended with an observation."""

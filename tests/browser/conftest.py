@@ -48,7 +48,7 @@ def page_url() -> Iterator[str]:
         yield f"{url}/web/"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, its event loop runs: other modules have their own
 def browser() -> Iterator[Any]:
     """The system's Chromium."""
     chromium = shutil.which("chromium")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmserve_env.agents.agent import Agent
+from llmserve_env.agents.aimd import AIMDAgent, AIMDRule
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.play import Played, play
 from llmserve_env.agents.random import RandomAgent
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGENTS",
+    "CONTROLLERS",
+    "AIMDAgent",
+    "AIMDRule",
     "Agent",
     "ConstantAgent",
     "Played",
@@ -40,17 +44,25 @@ AGENTS: dict[str, Callable[[Task], Agent]] = {
 }
 """The reference agents by name, in the order of every table: how to make one for a task."""
 
+CONTROLLERS: dict[str, Callable[[Task], Agent]] = {
+    "aimd": lambda task: AIMDAgent(AIMDRule(), tuned_constant(task.id)),
+}
+"""Further agents by name: to compare with, in no table of the reference agents."""
+
 
 def load_agent(name: str, task: Task) -> Agent:
-    """A reference agent.
+    """An agent by its name.
 
     Args:
-        name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`).
-        task: what it will play; the last two were tuned to the shipped task of this id.
+        name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`); aimd
+            (`CONTROLLERS`).
+        task: what it will play; best-constant, reactive and aimd rest on what was tuned to the shipped task
+            of this id.
 
     Raises:
-        InputError: there is no such agent, or it was not tuned to the task.
+        InputError: there is no such agent, or nothing was tuned to the task.
     """
-    if name not in AGENTS:
-        raise InputError(f"expected one of {', '.join(AGENTS)}, found '{name}'", field="agent")
-    return AGENTS[name](task)
+    known = {**CONTROLLERS, **AGENTS}
+    if name not in known:
+        raise InputError(f"expected one of {', '.join(known)}, found '{name}'", field="agent")
+    return known[name](task)

@@ -34,7 +34,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        estimate, low, high = (round(end, 3) + 0.0 for end in (self.estimate, self.low, self.high))  # no -0
+        return f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def iqm(scores: npt.ArrayLike, axis: int | None = None) -> Any:

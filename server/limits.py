@@ -10,13 +10,32 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+_LARGE = 65_536  # bytes from which on it matters how many names an object has
+_MOST_NAMES = 1000
+
+
 def read_json(content: str | bytes) -> Any:
     """What JSON says, by the letter: no NaN, no half of a surrogate pair, at most 200 levels of nesting.
 
     Raises:
         ValueError: says what was expected where.
     """
-    return from_json(content, allow_inf_nan=False)
+    found = from_json(content, allow_inf_nan=False)
+    if len(content) > _LARGE:
+        _check_names(found)
+    return found
+
+
+def _check_names(found: Any) -> None:
+    """Refuse objects of many names: each that is not known would be an error of its own, seconds for all."""
+    unseen: list[Any] = [[found]]
+    while unseen:
+        each = unseen.pop()
+        if isinstance(each, dict):
+            if len(each) > _MOST_NAMES:
+                raise ValueError(f"at most {_MOST_NAMES:,} names in an object, found {len(each):,}")
+            each = list(each.values())
+        unseen.extend(inner for inner in each if isinstance(inner, dict | list))
 
 
 class BodyLimit:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from llmserve_env.schema import EpisodeLog, ServeAction
 
 _REQUEST = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_MOST_WINDOWS = 10_000  # that are looked at, whatever the settings: a body has room for a million actions
 _SESSION_ID = Field(None, max_length=255)
 
 
@@ -50,12 +51,20 @@ class StepRequest(BaseModel):
     """OpenEnv's."""
 
 
+def _bounded(log: Any) -> Any:
+    for name in ("actions", "rewards", "digests"):
+        entries = log.get(name) if isinstance(log, dict) else None
+        if isinstance(entries, list) and len(entries) > _MOST_WINDOWS:
+            raise ValueError(f"{name}: expected at most {_MOST_WINDOWS:,}, found {len(entries):,}")
+    return log
+
+
 class StepsData(BaseModel):
     """Configurations for the next windows, one each."""
 
     model_config = _REQUEST
 
-    actions: list[ServeAction] = Field(min_length=1)
+    actions: Annotated[list[ServeAction], FailFast()] = Field(min_length=1, max_length=_MOST_WINDOWS)
     """What to set; the rest is not played when the episode ends before."""
     every: bool = True
     """Whether each window's observation is wanted, or only the last one's."""
@@ -73,7 +82,7 @@ class GradeData(BaseModel):
 
     model_config = _REQUEST
 
-    episode_log: EpisodeLog | None = None
+    episode_log: Annotated[EpisodeLog | None, BeforeValidator(_bounded)] = None
     """A log of any episode, replayed and refused if it does not match (default: the session's episode)."""
 
 

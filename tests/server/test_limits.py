@@ -7,10 +7,12 @@ import json
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from pydantic_core import from_json
 from websockets.exceptions import ConnectionClosed
 
 from server.limits import read_json
+from server.requests import GradeData, StepsData
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 
 MOST = 20_000
@@ -89,3 +91,28 @@ def test_json_is_read_by_the_letter(text):
 def test_json_is_read_as_pythons(server_url):
     for text in ('{"a": [1, -0.5, 1e3, "\\ud83d\\ude00", null, true]}', "[" * 100 + "]" * 100, str(2**63)):
         assert read_json(text) == read_json(text.encode()) == json.loads(text) == from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "place"),
+    [
+        (StepsData, {"actions": [{}] * 10_001}, ("actions",)),
+        (StepsData, {"actions": [{"batch_cap": 0}] * 9}, ("actions", 0, "batch_cap")),
+        (GradeData, {"episode_log": {"actions": [{}] * 10_001}}, ("episode_log",)),
+        (GradeData, {"episode_log": {"digests": [5] * 10_001}}, ("episode_log",)),
+    ],
+)
+def test_a_long_list_is_not_read_to_its_end(model, body, place):
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    assert [fault["loc"] for fault in refused.value.errors()] == [place]  # one: the others are not looked for
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda names: names, lambda names: {"action": names}, lambda names: [[names]]]
+)
+def test_an_object_may_have_so_many_names(wrap):
+    assert read_json(json.dumps(wrap({f"name {i:0100}": 0 for i in range(1000)})))
+    with pytest.raises(ValueError, match="at most 1,000 names"):
+        read_json(json.dumps(wrap({f"name {i:0100}": 0 for i in range(1001)})))
+    assert read_json(json.dumps([0] * 100_000)) == [0] * 100_000

@@ -15,6 +15,7 @@ from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.play import Played, play
 from llmserve_env.agents.random import RandomAgent
 from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule
+from llmserve_env.agents.shield import Shield, ShieldSettings, shield_settings
 from llmserve_env.agents.tuned import tuned_constant, tuned_rule
 from llmserve_env.errors import InputError
 
@@ -32,8 +33,11 @@ __all__ = [
     "RandomAgent",
     "ReactiveAgent",
     "ReactiveRule",
+    "Shield",
+    "ShieldSettings",
     "load_agent",
     "play",
+    "shield_settings",
 ]
 
 AGENTS: dict[str, Callable[[Task], Agent]] = {
@@ -50,19 +54,26 @@ CONTROLLERS: dict[str, Callable[[Task], Agent]] = {
 """Further agents by name: to compare with, in no table of the reference agents."""
 
 
+_SHIELDED = "shielded:"
+
+
 def load_agent(name: str, task: Task) -> Agent:
     """An agent by its name.
 
     Args:
         name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`); aimd
-            (`CONTROLLERS`).
+            (`CONTROLLERS`); shielded:NAME, any of them in a `Shield`.
         task: what it will play; best-constant, reactive and aimd rest on what was tuned to the shipped task
             of this id.
 
     Raises:
         InputError: there is no such agent, or nothing was tuned to the task.
     """
+    if name.startswith(_SHIELDED):
+        return Shield(load_agent(name[len(_SHIELDED) :], task))
     known = {**CONTROLLERS, **AGENTS}
     if name not in known:
-        raise InputError(f"expected one of {', '.join(known)}, found '{name}'", field="agent")
+        raise InputError(
+            f"expected one of {_SHIELDED}NAME, {', '.join(known)}, found '{name}'", field="agent"
+        )
     return known[name](task)

@@ -218,16 +218,16 @@ class PlayTab:
         try:
             action = self._action(task_id, settings)
             visitor = await self._ready(request, task_id, seed, horizon_s)
-            async for trace in visitor.play(action, windows):
-                yield _frame(visitor, plots.board(trace))
+            async for frame in _frames(visitor, visitor.play(action, windows)):
+                yield frame
         except _REFUSED as error:
             yield _refusal(error)
 
     async def _on_agent(self, request: gr.Request, name: str, pace: str, *chosen: Any) -> AsyncIterator[Any]:
         try:
             visitor = await self._ready(request, *chosen)
-            async for trace in visitor.play_agent(name, _PACES[pace]):
-                yield _frame(visitor, plots.board(trace))
+            async for frame in _frames(visitor, visitor.play_agent(name, _PACES[pace])):
+                yield frame
         except _REFUSED as error:
             yield _refusal(error)
 
@@ -366,10 +366,19 @@ def _name(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def _frame(visitor: Visitor, board: str | None = None) -> Any:
+def _frame(visitor: Visitor) -> tuple[Any, ...]:
     """The episode as it stands; what was graded or refused before has passed."""
     assert visitor.trace is not None
-    return board or plots.board(visitor.trace), "", "", gr.update(interactive=visitor.playing)
+    return plots.board(visitor.trace), "", "", gr.update(interactive=visitor.playing)
+
+
+async def _frames(visitor: Visitor, played: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The episode as it goes on; what is refused meanwhile stays to be read."""
+    kept: tuple[Any, ...] = ()
+    async for _ in played:
+        board, refused, result, stop = _frame(visitor)
+        yield (board, *(kept or (refused, result)), stop)
+        kept = (gr.skip(), gr.skip())
 
 
 def _refusal(error: Exception) -> Any:

@@ -22,6 +22,7 @@ COMMANDS = {
     "simulate": "serve a workload in the simulator and say what its users got",
     "tasks": "list the tasks, or tell everything about one",
     "grade": "replay an episode's log and say what it scores",
+    "dataset": "record an agent's episodes for offline reinforcement learning (Minari)",
     "workload": "describe a workload: a trace or a generator",
     "profiles": "list the hardware and model profiles with their sources",
     "validate": "compare the simulator with measurements of real engines",

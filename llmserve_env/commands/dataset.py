@@ -1,0 +1,243 @@
+"""`llmserve dataset`: an agent's episodes for offline reinforcement learning."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmserve_env.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from llmserve_env.agents import Agent
+    from llmserve_env.episode import EpisodeBatch, StepResult
+    from llmserve_env.tasks import Task
+
+_PART = 32
+"""Episodes that are played side by side, and written together."""
+
+
+def dataset(
+    *,
+    task: str,
+    agent: str = "reactive",
+    episodes: int = 100,
+    first_seed: int = 0,
+    name: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Record an agent's episodes as a Minari dataset.
+
+    Observations and actions are those of the environment LLMServe-v0: in every window the agent plays the
+    point of the task's grid that is nearest to what it would set, so that every episode can be played again
+    from its seed and its actions. Infos hold the parts of each reward (`components`) and its cost. The
+    metadata say which task, seeds, agent and version made it, and what observations and actions mean.
+
+    Needs `minari` and `h5py`.
+
+    Args:
+        task: id of a shipped task.
+        agent: its name, or the folder of a trained policy.
+        episodes: how many.
+        first_seed: where their seeds begin; all must be seeds of training.
+        name: of the dataset (default: llmserve/TASK/AGENT-v0).
+        out: folder of datasets (default: Minari's own, where `minari.load_dataset(NAME)` looks).
+    """
+    from tqdm import tqdm
+
+    from llmserve_env.agents.find import find_agent
+    from llmserve_env.tasks import TRAINING_SEEDS, list_tasks, load_task
+
+    if task not in list_tasks():
+        raise InputError(f"expected one of {', '.join(list_tasks())}, found '{task}'", field="task")
+    if episodes < 1:
+        raise InputError(f"expected 1 or more, found {episodes}", field="episodes")
+    seeds = range(first_seed, first_seed + episodes)
+    if seeds[0] not in TRAINING_SEEDS or seeds[-1] not in TRAINING_SEEDS:
+        raise InputError(
+            f"expected seeds of training, {TRAINING_SEEDS.start} to {TRAINING_SEEDS.stop - 1}: on others "
+            f"nothing may be trained; found {seeds[0]} to {seeds[-1]}",
+            field="first_seed",
+        )
+    played = load_task(task)
+    player = OnGrid(find_agent(agent, played))
+    minari = _minari()
+    name = name or f"llmserve/{task}/{player.name.replace(':', '-')}-v0"
+    path = _path(minari, name, out)
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        storage = _storage(folder, played)
+        storage.update_metadata(_metadata(name, played, player.name, seeds, minari.__version__))
+        with tqdm(total=episodes, unit="episode", disable=None) as bar:
+            for low in range(0, episodes, _PART):
+                part = seeds[low : low + _PART]
+                storage.update_episodes(record(player, played, part))
+                bar.update(len(part))
+        folder.rename(path)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror or error}", file=str(path)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"wrote {episodes} episodes, {path}")
+    where = (
+        f"minari.load_dataset({name!r})" if out is None else f"minari.MinariDataset({str(path / 'data')!r})"
+    )
+    print(f"read it with {where}")
+
+
+class OnGrid:
+    """An agent that sets the nearest points of the task's grid; it keeps what it saw and set.
+
+    Args:
+        agent: whose choices are taken there.
+
+    Attributes:
+        name: the agent's.
+        observations: float32[n, features] of every window so far.
+        indices: int64[n, controls], what was set in them.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.name = agent.name
+        self._agent = agent
+        self._task: Task | None = None
+        self.observations: list[NDArray[np.float32]] = []
+        self.indices: list[NDArray[np.int64]] = []
+
+    def reset(self, task: Task, seeds: Sequence[int]) -> None:
+        """Begin episodes."""
+        self._task = task
+        self.observations, self.indices = [], []
+        self._agent.reset(task, seeds)
+
+    def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
+        """ACTION[n], points of the grid."""
+        if self._task is None:
+            raise InputError("call reset before act")
+        grid = self._task.grid
+        self.observations.append(observations)
+        self.indices.append(grid.indices(self._agent.act(observations, windows)))
+        return grid.actions(self.indices[-1])
+
+
+def record(player: OnGrid, task: Task, seeds: range) -> list[Any]:
+    """Play episodes; a Minari episode for each."""
+    from llmserve_env.agents import play
+
+    buffer = import_module("minari.data_collector").EpisodeBuffer
+    windows: list[tuple[NDArray[Any], ...]] = []
+    lengths = np.zeros(len(seeds), np.int64)
+
+    def watch(batch: EpisodeBatch, result: StepResult) -> None:
+        lengths[:] = batch.steps
+        windows.append(
+            (
+                result.observations,
+                result.rewards,
+                result.terminated,
+                result.truncated,
+                batch.components.copy(),
+                batch.costs.copy(),
+            )
+        )
+
+    play(player, task, seeds, size=len(seeds), watch=watch)
+    observations, rewards, terminated, truncated, components, costs = (
+        np.stack(column) for column in zip(*windows, strict=True)
+    )
+    seen = np.concatenate([player.observations[0][None], observations])
+    actions = np.stack(player.indices)
+    episodes = []
+    for i, (seed, length) in enumerate(zip(seeds, lengths.tolist(), strict=True)):
+        infos = {"components": components[:length, i], "cost": costs[:length, i]}
+        episodes.append(
+            buffer(
+                seed=seed,
+                observations=seen[: length + 1, i],
+                actions=actions[:length, i],
+                rewards=rewards[:length, i],
+                terminations=terminated[:length, i],
+                truncations=truncated[:length, i],
+                # An entry for the reset, too: Minari's own collector has one.
+                infos={key: np.concatenate([np.zeros_like(each[:1]), each]) for key, each in infos.items()},
+            )
+        )
+    return episodes
+
+
+def _minari() -> Any:
+    try:
+        import_module("h5py")
+        return import_module("minari")
+    except ImportError as error:
+        raise InputError(f"the package {error.name} is missing: pip install 'minari[hdf5]'") from error
+
+
+def _path(minari: Any, name: str, out: Path | None) -> Path:
+    """Where the dataset comes to lie."""
+    try:
+        minari.dataset.minari_dataset.parse_dataset_id(name)
+    except ValueError as error:
+        raise InputError(f"expected NAMESPACE/NAME-vN, found '{name}'", field="name") from error
+    root = out or Path(import_module("minari.storage.datasets_root_dir").get_dataset_path())
+    path = Path(root) / name
+    if path.exists():
+        raise InputError("is there already: remove it or give another --name", file=str(path))
+    return path
+
+
+def _storage(folder: Path, task: Task) -> Any:
+    import gymnasium
+
+    from llmserve_env.envs import spaces
+
+    spec = copy.deepcopy(gymnasium.spec("LLMServe-v0"))
+    spec.kwargs = {"task_id": task.id}
+    data = folder / "data"
+    return import_module("minari.dataset.minari_storage").MinariStorage.new(
+        data,
+        observation_space=spaces.observation_space(),
+        action_space=spaces.action_space(task.grid),
+        env_spec=spec,
+        data_format="hdf5",
+    )
+
+
+def _metadata(name: str, task: Task, agent: str, seeds: range, minari_version: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from llmserve_env import __version__
+    from llmserve_env.observation import FEATURES
+    from llmserve_env.provenance import made_by
+    from llmserve_env.rewards import COMPONENTS
+
+    return {
+        "dataset_id": name,
+        "minari_version": minari_version,
+        "algorithm_name": agent,
+        "author": {"LLMServe contributors"},
+        "description": f"{task.title}. Played by the agent {agent}.",
+        "requirements": [f"llmserve-env=={__version__}"],
+        "license": "Apache-2.0",
+        "llmserve": {
+            "package_version": __version__,
+            "task_id": task.id,
+            "task": task.model_dump(mode="json"),
+            "agent": agent,
+            "seeds": [seeds[0], seeds[-1]],
+            "features": [asdict(feature) for feature in FEATURES],
+            "controls": {control: list(values) for control, values in task.grid.values.items()},
+            "components": list(COMPONENTS),
+            "made_by": made_by(),
+        },
+    }

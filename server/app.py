@@ -123,6 +123,8 @@ def main() -> None:
                 server.close()
             for listening in sockets or []:
                 listening.close()
+            if settings.web:
+                app.state.end_streams()  # an open page would wait for its next event
             await app.state.service.drain(_DRAIN_S)  # uvicorn itself cuts WebSockets off
             await super().shutdown(sockets)
 

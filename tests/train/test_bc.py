@@ -1,0 +1,146 @@
+"""Clones do what their teachers do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llmserve_env.actions import to_action, to_array
+from llmserve_env.agents import ConstantAgent, RandomAgent, load_agent, play
+from llmserve_env.agents.policy import PolicyAgent, load_policy
+from llmserve_env.errors import InputError
+from llmserve_env.schema import ServeAction
+from llmserve_env.tasks import EVALUATION_SEEDS, load_task
+from train import bc
+from train.bc import Arguments, Cloner, clone, watch
+from train.ppo import VALIDATION
+
+TASK = load_task("bursty_workload", horizon_s=200.0)
+CONSTANT = ServeAction(batch_cap=200, quantization_tier="INT8", priority_routing=True)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    """Short episodes, few validation seeds."""
+    monkeypatch.setattr(bc, "load_task", lambda task_id: load_task(task_id, horizon_s=200.0))
+    monkeypatch.setattr(bc, "VALIDATION", VALIDATION[:4])
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """Gives the teacher that a name means."""
+
+    def teach(agent):
+        monkeypatch.setattr(bc, "find_agent", lambda name, task: agent)
+
+    return teach
+
+
+def small(out, **changes):
+    return Arguments(**{"out": out, "rounds": 2, "episodes": 8, "hidden": 16, "epochs": 20, **changes})
+
+
+@pytest.mark.parametrize(("recurrent", "frames"), [(False, 2), (True, 1)])
+def test_a_constant_teacher_is_learned_exactly(tmp_path, taught, recurrent, frames):
+    taught(ConstantAgent(CONSTANT))
+    best = clone(small(tmp_path, recurrent=recurrent, frames=frames, batch=64, epochs=60))
+    task = TASK
+    nearest = task.grid.indices(to_array([CONSTANT]))
+    played = watch(task, range(3), PolicyAgent(load_policy(tmp_path)))
+    assert (played.labels == nearest).all()
+    on_grid = ConstantAgent(to_action(task.grid.actions(nearest)[0]))
+    assert best == play(on_grid, task, VALIDATION[:4]).scores.mean()
+
+
+def test_the_teacher_sees_the_episode_that_is_played():
+    """A rule remembers what it saw: asked beside a player, it must say what it says on that very episode."""
+    task, seeds = TASK, range(3)
+    seen = []
+
+    class Spy(RandomAgent):
+        def act(self, observations, windows):
+            seen.append((observations.copy(), windows.copy()))
+            return super().act(observations, windows)
+
+    watched = watch(task, seeds, load_agent("reactive", task), Spy())
+    teacher = load_agent("reactive", task)
+    teacher.reset(task, seeds)
+    for t, (observations, windows) in enumerate(seen):
+        np.testing.assert_array_equal(watched.observations[t], observations)
+        labels = task.grid.indices(teacher.act(observations, windows))
+        np.testing.assert_array_equal(watched.labels[t], labels)
+    # What is current is what the player, not the teacher, set before; at first what the cell starts in.
+    player = RandomAgent()
+    player.reset(task, seeds)
+    expected = [task.grid.indices(to_array([task.start])).repeat(3, axis=0)]
+    expected += [task.grid.indices(player.act(*each)) for each in seen]
+    np.testing.assert_array_equal(watched.current, np.stack(expected[:-1]))
+    assert (watched.labels[:-1] != watched.current[1:]).any()
+
+
+def test_episodes_that_ended_teach_nothing():
+    task = TASK.model_copy(update={"max_in_flight": 60})
+    watched = watch(task, range(8), load_agent("defaults", task))
+    lengths = watched.there.sum(axis=0)
+    assert lengths.min() < lengths.max() <= task.windows
+    for i, length in enumerate(lengths):
+        assert watched.there[:length, i].all()
+
+
+def test_training_is_on_training_seeds_that_are_not_validated_on(tmp_path, monkeypatch):
+    played = []
+    whole = bc.watch
+    monkeypatch.setattr(
+        bc, "watch", lambda task, seeds, *agents: played.append(seeds) or whole(task, seeds, *agents)
+    )
+    clone(small(tmp_path, epochs=1))
+    validated = [seeds for seeds in played if seeds == VALIDATION[:4]]
+    learned = [seed for seeds in played if seeds not in validated for seed in seeds]
+    assert len(validated) == 2
+    assert len(set(learned)) == len(learned) == 16
+    assert not set(learned) & set(VALIDATION)
+    assert max(learned) < EVALUATION_SEEDS.start
+
+
+def weights_after(tmp_path, name, *rounds):
+    """Weights after cloning in several goes."""
+    out = tmp_path / name
+    for i, count in enumerate(rounds):
+        torch.manual_seed(i)  # nothing may hang on what was drawn elsewhere
+        clone(small(out, rounds=count, epochs=3, resume=i > 0))
+    return torch.load(out / "checkpoint.pt", weights_only=False)
+
+
+def test_resumed_is_as_if_never_stopped(tmp_path):
+    straight, resumed = weights_after(tmp_path, "a", 3), weights_after(tmp_path, "b", 2, 3)
+    assert straight["told"] == resumed["told"]
+    assert len(straight["told"]) == 3
+    for name, value in straight["net"].items():
+        assert torch.equal(value, resumed["net"][name]), name
+
+
+def test_ctrl_c_keeps_the_best(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cloner, "learn", stop)
+    clone(small(tmp_path / "first"))
+    load_policy(tmp_path / "first")  # of a round that was not finished: as far as it came
+
+
+def test_nothing_to_resume_is_told(tmp_path):
+    with pytest.raises(InputError, match="none to go on from") as caught:
+        clone(small(tmp_path, resume=True))
+    assert caught.value.file == str(tmp_path / "checkpoint.pt")
+
+
+def test_the_policy_says_how_it_was_made(tmp_path):
+    best = clone(small(tmp_path, epochs=1))
+    made = load_policy(tmp_path).config.training
+    assert made["arguments"]["teacher"] == "reactive"
+    assert max(made["rounds"], key=lambda told: told["agreement"])["validation"] == best
+    task = TASK
+    assert made["teacher_validation"] == pytest.approx(
+        play(load_agent("reactive", task), task, VALIDATION[:4]).scores.mean()
+    )

@@ -1,0 +1,71 @@
+"""PPO goes on from a checkpoint as if it had never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmserve_env.agents.policy import save_policy
+from train.ppo import Arguments, Statistics, Trainer
+
+ENVS, ROLLOUT = 4, 70  # an episode has 120 windows: the checkpoint lies in the second one
+
+
+def trainer(out: Path, **changes) -> Trainer:
+    arguments = {
+        "task_id": "bursty_workload",
+        "out": out,
+        "steps": 4 * ENVS * ROLLOUT,
+        "envs": ENVS,
+        "rollout": ROLLOUT,
+        "minibatches": 2,
+        "hidden": 16,
+        "device": "cpu",
+        **changes,
+    }
+    return Trainer(Arguments(**arguments))
+
+
+def updates(trainer: Trainer, count: int) -> list[dict[str, float]]:
+    return [trainer.learn(trainer.collect()) for _ in range(count)]
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recurrent": True}, {"frames": 3}, {"init": True}],
+    ids=["plain", "recurrent", "frames", "from a clone"],
+)
+def test_resumed_is_as_if_never_stopped(tmp_path, network, changes):
+    if changes.get("init"):
+        save_policy(tmp_path / "clone", network().policy())
+        changes = {"init": tmp_path / "clone", "init_warmup": 1}
+    straight = trainer(tmp_path, **changes)
+    told = updates(straight, 4)
+    first = trainer(tmp_path, **changes)
+    assert updates(first, 2) == told[:2]
+    first.save()
+    torch.manual_seed(99)  # nothing may hang on what was drawn elsewhere
+    second = trainer(tmp_path, **changes)
+    second.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=False))
+    assert updates(second, 2) == told[2:]
+    for name, value in straight.net.state_dict().items():
+        assert torch.equal(value, second.net.state_dict()[name]), name
+    one, other = straight.optimizer.state_dict()["state"], second.optimizer.state_dict()["state"]
+    for place, moments in one.items():
+        assert all(torch.equal(value, other[place][name]) for name, value in moments.items())
+    np.testing.assert_array_equal(straight.stacked, second.stacked)
+    assert straight.finished == second.finished
+    np.testing.assert_array_equal(straight.env.unwrapped.batch.seeds, second.env.unwrapped.batch.seeds)
+
+
+def test_running_statistics_are_those_of_all_values():
+    values = np.random.default_rng(0).normal(3, 2, (100, 4))
+    running = Statistics(np.zeros(4), np.ones(4))
+    for part in np.split(values, [1, 30, 31]):
+        running.add(part)
+    np.testing.assert_allclose(running.mean, values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(running.variance, values.var(0), rtol=1e-3)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llmserve_env.agents.agent import Agent
 from llmserve_env.agents.aimd import AIMDAgent, AIMDRule
 from llmserve_env.agents.constant import ConstantAgent
+from llmserve_env.agents.mpc import MPCAgent
 from llmserve_env.agents.play import Played, play
 from llmserve_env.agents.random import RandomAgent
 from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule
@@ -29,6 +30,7 @@ __all__ = [
     "AIMDRule",
     "Agent",
     "ConstantAgent",
+    "MPCAgent",
     "Played",
     "RandomAgent",
     "ReactiveAgent",
@@ -50,6 +52,7 @@ AGENTS: dict[str, Callable[[Task], Agent]] = {
 
 CONTROLLERS: dict[str, Callable[[Task], Agent]] = {
     "aimd": lambda task: AIMDAgent(AIMDRule(), tuned_constant(task.id)),
+    "mpc": lambda task: MPCAgent([tuned_constant(task.id)]),
 }
 """Further agents by name: to compare with, in no table of the reference agents."""
 
@@ -61,10 +64,10 @@ def load_agent(name: str, task: Task) -> Agent:
     """An agent by its name.
 
     Args:
-        name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`); aimd
-            (`CONTROLLERS`); shielded:NAME, any of them in a `Shield`.
-        task: what it will play; best-constant, reactive and aimd rest on what was tuned to the shipped task
-            of this id.
+        name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`); aimd,
+            mpc (`CONTROLLERS`); shielded:NAME, any of them in a `Shield`.
+        task: what it will play; all but random and defaults rest on what was tuned to the shipped task of
+            this id.
 
     Raises:
         InputError: there is no such agent, or nothing was tuned to the task.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from evaluate.jobs import Job, Setting, play_job, play_jobs
 from evaluate.scores import Scores, begin_scores, scores_path
-from llmserve_env.agents.find import find_agent
+from llmserve_env.agents.find import SHIELDED, find_agent
 from llmserve_env.errors import InputError
 from llmserve_env.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, list_tasks
@@ -217,7 +217,8 @@ def agent_labels(agents: Sequence[str]) -> dict[str, str]:
     for agent in agents:
         label, equals, plays = agent.partition("=")
         if not equals:
-            label, plays = (Path(agent).name if ":" not in agent else agent), agent
+            shielded = SHIELDED if agent.startswith(SHIELDED) else ""
+            label, plays = shielded + Path(agent.removeprefix(SHIELDED)).name, agent
         if label in found or plays in found.values():
             raise InputError(f"'{agent}' is there already; LABEL=AGENT gives it a name", field="agents")
         found[label] = plays

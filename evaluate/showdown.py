@@ -18,7 +18,7 @@ import tyro
 
 from evaluate.evaluate import agent_labels, choose_seeds, measure, open_settings
 from evaluate.showdown_report import write_report
-from llmserve_env.agents import AGENTS
+from llmserve_env.agents import AGENTS, CONTROLLERS
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import list_tasks
 
@@ -44,7 +44,7 @@ class Arguments:
         other_seeds: that they are none of evaluation; the results are marked so.
     """
 
-    agents: tuple[str, ...] = tuple(AGENTS)
+    agents: tuple[str, ...] = (*AGENTS, *CONTROLLERS)
     tasks: tuple[str, ...] = list_tasks()
     episodes: int = 50
     workload: str | None = None

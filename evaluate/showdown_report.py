@@ -20,7 +20,7 @@ from evaluate.headroom import RESULTS
 from evaluate.headroom_report import scores_of
 from evaluate.jobs import Setting
 from evaluate.scores import Scores, read_scores
-from llmserve_env.agents import AGENTS
+from llmserve_env.agents import AGENTS, CONTROLLERS
 from llmserve_env.errors import InputError
 from llmserve_env.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.files import write_atomic
@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
         )
     if len({scores.seeds_of for scores in files}) > 1:
         raise InputError("holds scores on seeds of evaluation and others", file=str(arguments.results))
-    order = {name: place for place, name in enumerate(AGENTS)}
+    order = {name: place for place, name in enumerate((*AGENTS, *CONTROLLERS))}
     files.sort(key=lambda scores: (order.get(scores.agent, len(order)), scores.agent))
     seeds = sorted(set.intersection(*(set(scores.seeds) for scores in files)))
     if len(seeds) < 2:

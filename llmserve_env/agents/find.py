@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmserve_env.agents import load_agent
+from llmserve_env.agents import Shield, load_agent
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy
 
 if TYPE_CHECKING:
@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from llmserve_env.tasks import Task
 
 
+SHIELDED = "shielded:"
+
+
 def policy_folder(name: str, task: Task) -> Path | None:
     """The folder of the policy that a name means for a task, None where it is a reference agent's."""
-    folder = Path(name.replace("{task}", task.id))
+    name = name.removeprefix(SHIELDED).replace("{task}", task.id)
+    folder = Path(name)
     if (folder / CONFIG).exists() or (":" not in name and len(folder.parts) > 1):
         return folder
     return None
@@ -25,13 +29,15 @@ def find_agent(name: str, task: Task) -> Agent:
     """An agent.
 
     Args:
-        name: as `load_agent` takes it, or the folder of a policy, in which "{task}" stands for the task's id.
+        name: as `load_agent` takes it, or the folder of a policy, in which "{task}" stands for the task's id;
+            shielded:FOLDER for one in a `Shield`.
         task: what it will play.
 
     Raises:
         InputError: there is no such agent, or its files cannot be used; names them.
     """
     folder = policy_folder(name, task)
-    if folder is not None:
-        return PolicyAgent(load_policy(folder), folder.name)
-    return load_agent(name, task)
+    if folder is None:
+        return load_agent(name, task)
+    agent: Agent = PolicyAgent(load_policy(folder), folder.name)
+    return Shield(agent) if name.startswith(SHIELDED) else agent

@@ -19,8 +19,10 @@ from evaluate.evaluate import (
 )
 from evaluate.jobs import Setting
 from evaluate.scores import read_scores
-from llmserve_env.agents import load_agent, play
+from llmserve_env.agents import Shield, load_agent, play
+from llmserve_env.agents.policy import Policy, PolicyAgent, PolicyConfig, save_policy, shapes
 from llmserve_env.errors import InputError
+from llmserve_env.observation import FEATURES
 from llmserve_env.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 
@@ -132,12 +134,54 @@ def test_settings_lie_apart(tmp_path):
 
 
 def test_labels():
-    assert agent_labels(["reactive", "shielded:random", "a/b/ppo", "other=a/c/ppo"]) == {
+    assert agent_labels(["reactive", "shielded:random", "shielded:a/ppo", "a/b/ppo", "other=a/c/ppo"]) == {
         "reactive": "reactive",
         "shielded:random": "shielded:random",
+        "shielded:ppo": "shielded:a/ppo",
         "ppo": "a/b/ppo",
         "other": "a/c/ppo",
     }
     for agents in (["a/ppo", "b/ppo"], ["reactive", "reactive"], ["one=reactive", "reactive"]):
         with pytest.raises(InputError, match="is there already"):
             agent_labels(agents)
+
+
+def test_policies_are_found_by_their_folder_and_watched_for_changes(tmp_path):
+    policy = random_policy(0)
+    save_policy(tmp_path / "static_workload", policy)
+    task, plays = load_task("static_workload"), f"{tmp_path}/{{task}}"
+    agents = {"plain": plays, "shielded": f"shielded:{plays}"}
+    found = measure(agents, [STATIC], SEEDS[:2], tmp_path / "out")
+    for label, agent in (("plain", PolicyAgent(policy)), ("shielded", Shield(PolicyAgent(policy)))):
+        assert found[label, STATIC].scores == play(agent, task, SEEDS[:2]).scores.tolist()
+    save_policy(tmp_path / "static_workload", random_policy(1))
+    for label, name in agents.items():
+        with pytest.raises(InputError) as caught:
+            measure({label: name}, [STATIC], SEEDS[:3], tmp_path / "out")
+        assert caught.value.field == "policy"
+    with pytest.raises(InputError, match="cannot be read"):
+        measure({"plain": f"{tmp_path}/nonesuch/policy"}, [STATIC], SEEDS[:2], tmp_path / "out")
+
+
+def test_tasks_that_do_not_suit_a_policy_are_left_out(tmp_path, capsys):
+    save_policy(tmp_path / "policy", random_policy(0))
+    agents = {"policy": str(tmp_path / "policy"), "defaults": "defaults"}
+    found = measure(agents, [STATIC, Setting(task="bursty_workload")], SEEDS[:2], tmp_path / "out")
+    assert [label for label, _ in found] == ["policy", "defaults", "defaults"]
+    assert "policy does not play bursty_workload" in capsys.readouterr().err
+
+
+def random_policy(seed):
+    task = load_task("static_workload")
+    config = PolicyConfig(
+        package_version="0",
+        task_id=task.id,
+        features=[feature.name for feature in FEATURES],
+        controls={name: list(values) for name, values in task.grid.values.items()},
+        frames=1,
+        hidden=8,
+        recurrent=False,
+    )
+    rng = np.random.default_rng(seed)
+    weights = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes(config).items()}
+    return Policy(config, {**weights, "std": np.ones(len(FEATURES), np.float32)})

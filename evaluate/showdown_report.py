@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Found = Mapping[tuple[str, Setting], Scores]
 
 _COLOURS = (BLUE, ORANGE, "#4c9a6a", "#8b5fbf", "#c0504d", "#3aa6b9", "#b08b2e", INK, GREY)
+_CONSTANT = "best-constant"
 _SAME = 1e-9
 """Difference of scores (1) up to which two runs of one agent are one."""
 
@@ -100,7 +101,7 @@ def write_report(found: Found, seeds: Sequence[int], baseline: str, out: Path) -
         raise InputError(f"'{baseline}' has not played every setting", field="baseline")
     whole = {agent: _stacked(row) for agent, row in table.items() if len(row) == len(settings)}
     parts = [_scores(table, whole, settings), _differences(table, whole, settings, baseline)]
-    shares = _gap_shares(table, settings, seeds, baseline)
+    shares = _gap_shares(table, settings, seeds)
     text = "\n\n".join([_title(found, seeds), *parts, *([shares] if shares else [])]) + "\n"
     write_atomic(out / "showdown.md", text)
     _draw_scores(out / "scores.png", table, whole, settings)
@@ -164,26 +165,27 @@ def _gap_shares(
     table: Mapping[str, Mapping[Setting, NDArray[np.float64]]],
     settings: Sequence[Setting],
     seeds: Sequence[int],
-    baseline: str,
 ) -> str:
-    """How far agents come from the baseline to the clairvoyant plan, on the seeds for which there is one."""
+    """How far agents come from the best constant to the clairvoyant plan, on the seeds that have one."""
     gaps = {}
     for setting in settings:
-        found = None if setting.changed or baseline != "best-constant" else clairvoyant_scores(setting.task)
-        both = [seed for seed in seeds if found and seed in found]
-        if found is None or len(both) < 2:
+        if setting.changed or setting not in table.get(_CONSTANT, {}):
+            continue
+        found = clairvoyant_scores(setting.task) or {}
+        both = [seed for seed in seeds if seed in found]
+        if len(both) < 2:
             continue
         places = [list(seeds).index(seed) for seed in both]
         plan = np.array([found[seed] for seed in both])
         constant = plan[:, 0]
-        if np.abs(constant - table[baseline][setting][places]).max() > _SAME:
+        if np.abs(constant - table[_CONSTANT][setting][places]).max() > _SAME:
             continue  # made by another simulator: the pairs are none
         gaps[setting] = (places, constant, plan[:, 1])
     if not gaps:
         return ""
     lines = _header(list(gaps), [])
     for agent, row in table.items():
-        if agent == baseline:
+        if agent == _CONSTANT:
             continue
         cells = []
         for setting, (places, constant, plan) in gaps.items():
@@ -194,7 +196,7 @@ def _gap_shares(
         lines.append(_row(agent, cells))
     count = max(len(places) for places, _, _ in gaps.values())
     title = (
-        f"Shares of the gap between {baseline} (0) and the clairvoyant plan (1), on the {count} seeds for "
+        f"Shares of the gap between {_CONSTANT} (0) and the clairvoyant plan (1), on the {count} seeds for "
         "which there is a plan:"
     )
     return "\n".join([title, "", *lines])

@@ -568,7 +568,7 @@ class Cell:
         for e in self.engines:
             if e.next_ps == NEVER_PS and (e.fresh or e.resumed):
                 e.next_ps = max(start_ps, e.busy_ps)
-        now_ps = start_ps
+        now_ps = start_ps - 1
         while True:
             to_send = [r for r in self.requests if r.status in ("pending", "retrying")]
             r = min(to_send, key=lambda r: (r.sent_ps, r.index), default=None)

@@ -95,7 +95,7 @@ class ActionGrid:
     def indices(self, actions: NDArray[np.void]) -> NDArray[np.int64]:
         """int64[n, 7], for each action of ACTION[n] the nearest grid point (the lower of two as near)."""
         columns = [
-            np.abs(_finite(actions[name])[:, None] - _finite(codes)).argmin(axis=1)
+            np.abs(finite(actions[name])[:, None] - finite(codes)).argmin(axis=1)
             for name, codes in zip(CONTROLS, self._codes, strict=True)
         ]
         return np.stack(columns, axis=1).astype(np.int64)
@@ -120,6 +120,6 @@ def _checked(name: str, value: Any) -> float:
         raise InputError(f"not a value of ServeAction: {value!r}", field=name) from error
 
 
-def _finite(codes: NDArray[Any]) -> NDArray[Any]:
-    """Codes with a number for inf that is farther from every rate than they are from each other."""
+def finite(codes: NDArray[Any]) -> NDArray[Any]:
+    """Codes with a number for inf, farther from every rate than the rates are from each other."""
     return np.minimum(codes, 1e6)

@@ -20,8 +20,10 @@ from llmserve_env.sim import kernel
 from llmserve_env.sim.state import (
     ACCEPT_ONE,
     BLOCK_TOKENS,
+    CANCELLED,
     CELL,
     COLOCATED,
+    COMPLETED,
     COUNTERS,
     DECODE,
     ENGINE,
@@ -587,8 +589,8 @@ def _pool(engines: NDArray[np.void], cost: Cost, shared: bool) -> Pool:
 def _outcomes(requests: NDArray[np.void], outcomes: NDArray[np.void]) -> Outcomes:
     arrival_ps, first_ps = requests["arrival_ps"], outcomes["first_ps"]
     status = outcomes["status"]
-    completed = status == STATUS_NAMES.index("completed")
-    over = status >= STATUS_NAMES.index("completed")
+    completed = status == COMPLETED
+    over = np.isin(status, (COMPLETED, FAILED, CANCELLED))
     gaps = requests["output_tokens"] - 1
     ttft_s = np.where(first_ps > 0, (first_ps - arrival_ps) / PS_PER_S, np.nan)
     finish_ps = outcomes["finish_ps"]

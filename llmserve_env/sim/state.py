@@ -38,9 +38,9 @@ MAX_TOKEN_PS = 1 << 59
 """Longest time between two tokens of the admission bucket (6.7 days)."""
 
 # Request.status
-PENDING, WAITING, RUNNING, TRANSFER, RETRYING, COMPLETED, FAILED, CANCELLED = range(8)
+PENDING, WAITING, RUNNING, TRANSFER, COMPLETED, FAILED, CANCELLED, RETRYING = range(8)
 STATUS_NAMES = (
-    "pending", "waiting", "running", "transfer", "retrying", "completed", "failed", "cancelled",
+    "pending", "waiting", "running", "transfer", "completed", "failed", "cancelled", "retrying",
 )  # fmt: skip
 
 # Engine.role and Engine.condition

@@ -102,7 +102,11 @@ def _after(task: Task, seeds: Sequence[int], windows: NDArray[np.void]) -> NDArr
     """float64[k], requests in SLO per arrival after surges, of the episodes that have such a time."""
     shares = []
     for column, seed in enumerate(seeds):
-        surges, start_s, end_s = _surges(task, seed), windows["start_s"][:, column], windows["end_s"][:, column]
+        surges, start_s, end_s = (
+            _surges(task, seed),
+            windows["start_s"][:, column],
+            windows["end_s"][:, column],
+        )
         calm = np.zeros(len(windows), bool)
         if surges:
             calm = start_s >= surges[0][1] + AFTER_S

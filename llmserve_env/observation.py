@@ -75,7 +75,9 @@ _CELL = (
     Feature("refused", "tries that the admission rate did not let in, per engine (tries/s)", 4.0),
     Feature("timeouts", "tries that their client gave up, per engine (tries/s)", 4.0),
     Feature("retries", "tries after a request's first, per engine (tries/s)", 4.0),
-    Feature("retrying", "requests whose client waits to send them again, per engine, at the window's end", 64.0),
+    Feature(
+        "retrying", "requests whose client waits to send them again, per engine, at the window's end", 64.0
+    ),
 )
 _ACTION = (
     Feature("set_batch_cap", "batch cap that is set, of 512"),

@@ -127,12 +127,17 @@ def grade_table(result: GradeResult) -> str:
         ("Parts", parts),
         ("Requests", requests),
         ("Played", played),
-        ("Task", escape(result.task_id) + (", changed: compares with no other score" if result.custom else "")),
+        (
+            "Task",
+            escape(result.task_id) + (", changed: compares with no other score" if result.custom else ""),
+        ),
         ("Seed", f"{result.seed}, of {'evaluation' if result.held_out else 'training'}"),
         ("Verified", "yes, by replay" if result.verified else "no, real engines cannot be replayed"),
     )
     body = "".join(f"<tr><th scope=row>{name}</th><td>{cell}</td></tr>" for name, cell in rows if cell)
-    return f'<div class="ls"><table class="ls-grade"><caption>Grade</caption><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="ls"><table class="ls-grade"><caption>Grade</caption><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _head(trace: Trace, note: str) -> str:
@@ -236,7 +241,7 @@ def _settings(trace: Trace) -> str:
     area = _area(scale, curves, [], labels, f' ls-lanes" style="height:{height}px')
     return (
         '<figure class="ls-plot ls-wide"><figcaption><b>Actions</b> <i>each from the lowest to the highest value of '
-        f'the task\'s grid; time (s)</i></figcaption>{area}</figure>'
+        f"the task's grid; time (s)</i></figcaption>{area}</figure>"
     )
 
 
@@ -274,7 +279,9 @@ def _area(
         text = f"{t:g} s" if t == times[-1] else f"{t:g}"
         marks += f'<span class="x{" last" if share > 94 else ""}" style="left:{share:.2f}%">{text}</span>'
     svg = f'<svg viewBox="0 0 {_W:g} {_H:g}" preserveAspectRatio="none" aria-hidden="true">'
-    return f'<div class="ls-area{place}">{svg}<path class="grid" d="{grid}"/>{curves}</svg>{marks}{labels}</div>'
+    return (
+        f'<div class="ls-area{place}">{svg}<path class="grid" d="{grid}"/>{curves}</svg>{marks}{labels}</div>'
+    )
 
 
 def _key(name: str, colour: str, form: str = "") -> str:

@@ -154,9 +154,15 @@ class PlayTab:
             download.click(self._on_download, None, [carried, refused], **_EVENT).then(
                 None, carried, carried, js=_SAVE_LOG
             )
-            most = str(self._service.settings.max_body_bytes * 3 // 4)  # sent as text within JSON, which is longer
+            most = str(
+                self._service.settings.max_body_bytes * 3 // 4
+            )  # sent as text within JSON, which is longer
             upload.click(
-                self._on_upload, carried, [board, refused, result], js=_PICK_LOG.replace("MOST", most), **_EVENT
+                self._on_upload,
+                carried,
+                [board, refused, result],
+                js=_PICK_LOG.replace("MOST", most),
+                **_EVENT,
             )
 
             def unload(request: gr.Request) -> None:
@@ -369,7 +375,9 @@ def _control(info: TaskInfo, name: str) -> dict[str, Any]:
         shown["choices"] = values or [start]
     elif name == "admission_rate":
         rates = values or [start]
-        shown["choices"] = [("everybody" if rate is None else f"{rate:g}", rate or _EVERYBODY) for rate in rates]
+        shown["choices"] = [
+            ("everybody" if rate is None else f"{rate:g}", rate or _EVERYBODY) for rate in rates
+        ]
         shown["value"] = start or _EVERYBODY
     elif name in _STEPS:
         field = ServeAction.model_json_schema()["properties"][name]

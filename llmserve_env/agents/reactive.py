@@ -179,7 +179,9 @@ class _State:
         """Let fewer in while tries wait for long, then more and more, in the end everybody."""
         p, rate = self._p, self._admission_rate
         crowded = wait_s >= p["admission_wait_s"]
-        less = np.maximum(p["admission_cut"] * np.minimum(rate, sent_rps), LEAST_ADMISSION_RPS * self._engines)
+        less = np.maximum(
+            p["admission_cut"] * np.minimum(rate, sent_rps), LEAST_ADMISSION_RPS * self._engines
+        )
         more = p["admission_growth"] * rate
         enough = more > 1.5 * sent_rps + LEAST_ADMISSION_RPS * self._engines
         self._admission_rate = np.where(crowded, less, np.where(enough, np.inf, more))

@@ -695,7 +695,9 @@ def _leave_queues(e, counters, g, cell, req, out, ten, pool, tr, now_ps):
         request = np.int64(e.fresh_head[tenant])
         while request >= 0:  # those that came from a prefill pool
             after = np.int64(out[request].next)
-            leave_ps = max(_queued_ps(cell, req, out, request), out[request].sent_ps + ten.deadline_ps[tenant])
+            leave_ps = max(
+                _queued_ps(cell, req, out, request), out[request].sent_ps + ten.deadline_ps[tenant]
+            )
             if out[request].status != TRANSFER or leave_ps > now_ps:
                 if out[request].status == TRANSFER:
                     soonest = min(soonest, leave_ps)
@@ -1518,9 +1520,7 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
         if cell.shortest_wait_ps < NEVER_PS:
             quiet_ps = _quiet_ps(engines, cell, tr)
             if quiet_ps <= now_ps and quiet_ps < until_ps:
-                _advance_pool(
-                    engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, quiet_ps
-                )
+                _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, quiet_ps)
                 _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, quiet_ps)
                 for i in range(len(engines)):
                     if engines[i].waiting > 0:

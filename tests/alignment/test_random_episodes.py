@@ -37,7 +37,16 @@ def compare(seed, retries=False):
         twin.serve(act, now_ps, until_ps)
         now_ps = until_ps
         totals.update({name: getattr(record, name) for name in COUNTS})
-        names = ("preemptions", "failed", "cancelled", "evictions", "transfers", "refused", "retries", "timeouts")
+        names = (
+            "preemptions",
+            "failed",
+            "cancelled",
+            "evictions",
+            "transfers",
+            "refused",
+            "retries",
+            "timeouts",
+        )
         reached |= {name for name in names if getattr(record, name)}
         if record.cached_tokens:
             reached.add("prefix hits" if batch._prefixes.per_id else "own blocks found again")

@@ -121,7 +121,8 @@ def random_episode(seed, *, retries=False, **fixed):
     if retries:
         rates = [rng.choice([None, None, 0.3, 4.0, 50.0]) for _ in actions]
         actions = [
-            action.model_copy(update={"admission_rate": rate}) for action, rate in zip(actions, rates, strict=True)
+            action.model_copy(update={"admission_rate": rate})
+            for action, rate in zip(actions, rates, strict=True)
         ]
     window_s = float(rng.choice([0.05, 0.3, 1.0, 2.0]))
     cell = {

@@ -232,7 +232,10 @@ class _Engine:
         limits = self.batch._tenant_arrays.deadline_ps
         for slot in self.run:
             request, c = self.e["slot_request"][slot], self.e["slot_class"][slot]
-            if slot != self.e["partial"] and self.e["heap_key"][c, self.e["slot_heap"][slot]] <= self.clock[c]:
+            if (
+                slot != self.e["partial"]
+                and self.e["heap_key"][c, self.e["slot_heap"][slot]] <= self.clock[c]
+            ):
                 continue
             leave_ps = int(self.out["sent_ps"][request]) + int(limits[self.req["tenant"][request]])
             assert self.e["leave_ps"] <= leave_ps

@@ -84,6 +84,7 @@ def tune_rule(
     best = best or Found(ReactiveRule(), -np.inf)
     best.rule, best.score, best.episodes = ReactiveRule(), -np.inf, 0
     rng = np.random.default_rng(len(seeds))
+    names = tunable(task)
 
     def means(rules: Sequence[ReactiveRule], on: Sequence[int]) -> list[float]:
         pairs = [(rule, seed) for rule in rules for seed in on]
@@ -100,7 +101,7 @@ def tune_rule(
     first = list(seeds[:FIRST_SEEDS])
     count = max(episodes // 3 // len(first), 1)
     drawn = [ReactiveRule()]
-    drawn += [changed(drawn[0], rng, share=0.3 if i % 2 else 1.0) for i in range(count - 1)]
+    drawn += [changed(drawn[0], rng, names, share=0.3 if i % 2 else 1.0) for i in range(count - 1)]
     pool: list[tuple[float, ReactiveRule]] = []
     tried: list[tuple[float, ReactiveRule]] = []
     for low in range(0, count, 32):
@@ -114,36 +115,44 @@ def tune_rule(
         pool = sorted(pool, key=_score, reverse=True)[:KEPT]
         best.score, best.rule = pool[0]
         spread = 1.0 - best.episodes / episodes  # from bold to careful
-        children = [_child(pool, rng, spread) for _ in range(KEPT)]
+        children = [_child(pool, rng, names, spread) for _ in range(KEPT)]
     return best.rule, best.score
 
 
+def tunable(task: Task) -> list[str]:
+    """Parameters that are searched: those of admission where the task grants it, and all others."""
+    granted = "admission_rate" in task.controls
+    return [name for name in ReactiveRule.model_fields if granted or not name.startswith("admission_")]
+
+
 def _child(
-    pool: Sequence[tuple[float, ReactiveRule]], rng: np.random.Generator, spread: float
+    pool: Sequence[tuple[float, ReactiveRule]], rng: np.random.Generator, names: Sequence[str], spread: float
 ) -> ReactiveRule:
     """One of the best rules with parameters of another and a few changed ones."""
     mother, father = (pool[min(int(rng.geometric(0.3)) - 1, len(pool) - 1)][1] for _ in range(2))
-    mixed = {
-        name: getattr(father if rng.random() < 0.2 else mother, name) for name in ReactiveRule.model_fields
-    }
+    mixed = {name: getattr(father if rng.random() < 0.2 else mother, name) for name in names}
     if rng.random() < 0.3:
-        return changed(ReactiveRule(**mixed), rng, share=0.1)
-    return changed(ReactiveRule(**mixed), rng, share=0.2, spread=0.05 + 0.15 * spread)
+        return changed(ReactiveRule(**mixed), rng, names, share=0.1)
+    return changed(ReactiveRule(**mixed), rng, names, share=0.2, spread=0.05 + 0.15 * spread)
 
 
 def changed(
-    rule: ReactiveRule, rng: np.random.Generator, share: float, spread: float | None = None
+    rule: ReactiveRule,
+    rng: np.random.Generator,
+    names: Sequence[str],
+    share: float,
+    spread: float | None = None,
 ) -> ReactiveRule:
     """A rule with some parameters changed, at least one.
 
     Args:
         rule: is copied.
         rng: draws.
+        names: of the parameters that may change.
         share: of the parameters that change.
         spread: standard deviation of a change, as a share of the parameter's range, on a logarithmic scale
             where the range spans a decade; None draws them anew, uniformly on that scale.
     """
-    names = list(ReactiveRule.model_fields)
     chosen = [name for name in names if rng.random() < share] or [names[rng.integers(len(names))]]
     values = rule.model_dump()
     for name in chosen:

@@ -24,6 +24,7 @@ ACTION = np.dtype(
         ("quantization_tier", np.int64),  # index into hardware.profile.TIERS
         ("prefill_decode_split", np.int64),
         ("priority_routing", np.int64),
+        ("admission_rate", np.float64),  # inf for none
     ]
 )
 """One ServeAction as a record."""
@@ -37,27 +38,34 @@ def to_array(actions: Sequence[ServeAction]) -> NDArray[np.void]:
     array = np.empty(len(actions), ACTION)
     for row, action in zip(array, actions, strict=True):
         for name in CONTROLS:
-            value = getattr(action, name)
-            row[name] = TIERS.index(value.value) if name == "quantization_tier" else value
+            row[name] = _code(name, getattr(action, name))
     return array
 
 
 def to_action(row: NDArray[np.void]) -> ServeAction:
     """The ServeAction of one ACTION record."""
-    values = {name: row[name].item() for name in CONTROLS}
-    return ServeAction(**{**values, "quantization_tier": TIERS[int(row["quantization_tier"])]})
+    return ServeAction(**{name: to_value(name, row[name].item()) for name in CONTROLS})
+
+
+def to_value(name: str, code: Any) -> Any:
+    """The value of a control in ServeAction, from its code in an ACTION record."""
+    if name == "quantization_tier":
+        return TIERS[int(code)]
+    if name == "admission_rate":
+        return None if code == np.inf else code
+    return bool(code) if name in ("prefill_decode_split", "priority_routing") else code
 
 
 class ActionGrid:
     """The values from which an agent chooses, control by control.
 
     Args:
-        values: for each control, ascending values as a ServeAction takes them; a control with one value is
-            not the agent's to set.
+        values: for each control, ascending values as a ServeAction takes them, an admission rate of None
+            last; a control with one value is not the agent's to set.
 
     Attributes:
         values: as given, in the order of CONTROLS.
-        nvec: int64[6], number of values of each control.
+        nvec: int64[7], number of values of each control.
 
     Raises:
         InputError: a control is missing or unknown, or a value is out of its range.
@@ -68,9 +76,9 @@ class ActionGrid:
             if name not in CONTROLS or not values.get(name):
                 raise InputError(f"expected values for each of {', '.join(CONTROLS)}", field=name)
         self.values = {name: tuple(values[name]) for name in CONTROLS}
-        self._codes = [np.array([_code(name, value) for value in self.values[name]]) for name in CONTROLS]
+        self._codes = [np.array([_checked(name, value) for value in self.values[name]]) for name in CONTROLS]
         for name, codes in zip(CONTROLS, self._codes, strict=True):
-            if (np.diff(codes) <= 0).any():
+            if (codes[1:] <= codes[:-1]).any():
                 raise InputError(f"expected ascending values, found {list(values[name])}", field=name)
         self.nvec = np.array([len(codes) for codes in self._codes], np.int64)
         self._all = np.empty(int(self.nvec.prod()), ACTION)
@@ -80,14 +88,14 @@ class ActionGrid:
         self._strides = np.append(np.cumprod(self.nvec[:0:-1])[::-1], 1)
 
     def actions(self, indices: NDArray[np.int64]) -> NDArray[np.void]:
-        """ACTION[n] of int64[n, 6] indices."""
+        """ACTION[n] of int64[n, 7] indices."""
         actions: NDArray[np.void] = self._all[(np.asarray(indices) * self._strides).sum(axis=1)]
         return actions
 
     def indices(self, actions: NDArray[np.void]) -> NDArray[np.int64]:
-        """int64[n, 6], for each action of ACTION[n] the nearest grid point (the lower of two as near)."""
+        """int64[n, 7], for each action of ACTION[n] the nearest grid point (the lower of two as near)."""
         columns = [
-            np.abs(actions[name][:, None] - codes).argmin(axis=1)
+            np.abs(finite(actions[name])[:, None] - finite(codes)).argmin(axis=1)
             for name, codes in zip(CONTROLS, self._codes, strict=True)
         ]
         return np.stack(columns, axis=1).astype(np.int64)
@@ -98,9 +106,20 @@ class ActionGrid:
 
 
 def _code(name: str, value: Any) -> float:
-    """A value as it stands in an ACTION record, checked against the schema."""
+    """A value of a ServeAction as it stands in an ACTION record."""
+    if name == "quantization_tier":
+        return TIERS.index(value.value)
+    return np.inf if value is None else value + 0
+
+
+def _checked(name: str, value: Any) -> float:
+    """The code of a value, checked against the schema."""
     try:
-        checked = getattr(ServeAction(**{name: value}), name)
+        return _code(name, getattr(ServeAction(**{name: value}), name))
     except ValueError as error:
         raise InputError(f"not a value of ServeAction: {value!r}", field=name) from error
-    return TIERS.index(checked.value) if name == "quantization_tier" else checked + 0
+
+
+def finite(codes: NDArray[Any]) -> NDArray[Any]:
+    """Codes with a number for inf, farther from every rate than the rates are from each other."""
+    return np.minimum(codes, 1e6)

@@ -27,7 +27,11 @@ WINDOW = np.dtype(
         ("completed", np.int64),
         ("failed", np.int64),
         ("cancelled", np.int64),
+        ("refused", np.int64),
+        ("timeouts", np.int64),
+        ("retries", np.int64),
         ("in_flight", np.int64),
+        ("retrying", np.int64),
         ("waiting", np.int64),
         ("running", np.int64),
         ("oldest_wait_s", np.float64),
@@ -84,13 +88,17 @@ class WindowRecord:
         arrived: requests that clients sent.
         arrived_prompt_tokens: tokens of their prompts.
         completed: requests that got their last token.
-        failed: requests that their client gave up before the first token.
+        failed: requests whose last try was given up or not let in.
         cancelled: requests refused on arrival, too long for the KV cache.
+        refused: tries that `admission_rate` did not let in.
+        timeouts: tries that their client gave up, waiting for the first token or for the whole answer.
+        retries: tries after a request's first that were sent.
         in_flight: requests that have arrived and are not over; one is over when the batch with its last
             token is scheduled (gauge).
+        retrying: of those, requests whose client waits to send them again (gauge).
         waiting: requests in a queue or in transfer (gauge).
         running: requests in an engine's batch, until the batch with their last token has ended (gauge).
-        oldest_wait_s: age of the oldest request that waits for its first admission, 0 without one (s, gauge).
+        oldest_wait_s: age of the oldest try that waits for its first admission, 0 without one (s, gauge).
         kv_occupancy: share of all KV blocks that running requests hold (gauge).
         gpu_memory_gb: weights and held KV blocks of all engines (GB, gauge).
         preemptions: running requests thrown back to the queue.
@@ -105,8 +113,8 @@ class WindowRecord:
         drafted_tokens: draft tokens proposed.
         accepted_tokens: draft tokens accepted.
         transfers: KV caches sent from prefill to decode engines.
-        first_tokens: requests that got their first token.
-        mean_ttft_s: of first tokens in this window (s; nan without any).
+        first_tokens: tries that got their first token.
+        mean_ttft_s: of first tokens in this window, from the request's first try on (s; nan without any).
         p50_ttft_s: their median (s; nan without any); percentiles come from histograms with bins 7 to 12%
             wide.
         p99_ttft_s: their 99th percentile (s; nan without any).
@@ -122,7 +130,7 @@ class WindowRecord:
         tenant_in_flight: int64[tenant] (gauge).
         tenant_in_slo: int64[tenant], completed with TTFT and TPOT within the tenant's SLO.
         tenant_output_tokens: int64[tenant], tokens of completed requests.
-        tenant_first_tokens: int64[tenant], requests that got their first token.
+        tenant_first_tokens: int64[tenant], tries that got their first token.
         tenant_ttft_s: float64[tenant], sum of their TTFT (s).
         tenant_headroom: float64[tenant], over requests within the SLO the sum of 1 - max(TTFT, TPOT), each as
             a share of what was promised.
@@ -140,7 +148,11 @@ class WindowRecord:
     completed: int
     failed: int
     cancelled: int
+    refused: int
+    timeouts: int
+    retries: int
     in_flight: int
+    retrying: int
     waiting: int
     running: int
     oldest_wait_s: float

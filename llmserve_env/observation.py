@@ -1,7 +1,7 @@
 """What an agent sees: a flat float32 vector in [0, 1], every feature with a fixed scaling.
 
-Quantities without an upper bound are mapped by x / (x + half), so that `half` becomes 0.5: monotone, never
-clipped, the same for every task. Shares stand as they are. A latency without any request is 0.
+Quantities without an upper bound are mapped by x / (x + half), so that `half` becomes 0.5 and no bound 1:
+monotone, never clipped, the same for every task. Shares stand as they are. A latency without any request is 0.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CELL = (
     Feature("queue_depth", "waiting requests per engine, at the window's end", 32.0),
     Feature("active_requests", "running requests per engine, at the window's end", 64.0),
     Feature("in_flight", "requests that are not over, per engine, at the window's end", 64.0),
-    Feature("oldest_wait", "age of the oldest request not yet admitted, at the window's end (s)", 1.0),
+    Feature("oldest_wait", "age of the oldest try not yet admitted, at the window's end (s)", 1.0),
     Feature("kv_cache_occupancy", "share of KV blocks held, at the window's end"),
     Feature("mean_kv_occupancy", "share of KV blocks held, averaged over busy time"),
     Feature("request_arrival_rate", "arrivals per engine (requests/s)", 4.0),
@@ -72,6 +72,12 @@ _CELL = (
     Feature("engines_int8", "share of engines with INT8 weights, at the window's end"),
     Feature("engines_int4", "share of engines with INT4 weights, at the window's end"),
     Feature("engines_split", "share of engines in prefill or decode pools, at the window's end"),
+    Feature("refused", "tries that the admission rate did not let in, per engine (tries/s)", 4.0),
+    Feature("timeouts", "tries that their client gave up, per engine (tries/s)", 4.0),
+    Feature("retries", "tries after a request's first, per engine (tries/s)", 4.0),
+    Feature(
+        "retrying", "requests whose client waits to send them again, per engine, at the window's end", 64.0
+    ),
 )
 _ACTION = (
     Feature("set_batch_cap", "batch cap that is set, of 512"),
@@ -81,6 +87,7 @@ _ACTION = (
     Feature("set_int4", "1 if INT4 weights are set"),
     Feature("set_split", "1 if prefill and decode are set to be split"),
     Feature("set_priority", "1 if priority routing is set"),
+    Feature("set_admission_rate", "admission rate that is set, per engine (requests/s); 1 for none", 4.0),
 )
 _TENANT = (
     Feature("arrival_rate", "arrivals per engine (requests/s)", 2.0),
@@ -175,6 +182,7 @@ def describe(
         queue_depth=w["waiting"],
         active_requests=w["running"],
         in_flight=w["in_flight"],
+        retrying_requests=w["retrying"],
         oldest_wait_ms=w["oldest_wait_s"] * 1e3,
         kv_cache_occupancy=w["kv_occupancy"],
         mean_prompt_length=w["arrived_prompt_tokens"] / w["arrived"] if w["arrived"] else 0.0,
@@ -186,6 +194,9 @@ def describe(
         throughput_tps=w["output_tokens"] / task.window_s,
         slo_compliance_rate=float(w["tenant_in_slo"].sum()) / over if over else 1.0,
         failed_requests=w["failed"] + w["cancelled"],
+        refused_tries=w["refused"],
+        timed_out_tries=w["timeouts"],
+        retries=w["retries"],
         gpu_memory_used_gb=w["gpu_memory_gb"],
         estimated_cost_per_1k=_cost_per_1k(task, w["output_tokens"]),
         request_arrival_rate=w["arrived"] / task.window_s,
@@ -222,7 +233,9 @@ def _cost_per_1k(task: Task, output_tokens: int) -> float | None:
 
 @njit(cache=True, error_model="numpy")
 def _scaled(value, half):  # type: ignore[no-untyped-def]
-    return value / (value + half) if half > 0.0 else min(max(value, 0.0), 1.0)
+    if half > 0.0:
+        return 1.0 if value == np.inf else value / (value + half)
+    return min(max(value, 0.0), 1.0)
 
 
 @njit(cache=True, error_model="numpy")
@@ -271,14 +284,19 @@ def _fill(windows, actions, progress, window_s, engines, tenants, halves, observ
         raw[26] = w.engines_tier[1] / engines
         raw[27] = w.engines_tier[2] / engines
         raw[28] = w.engines_split / engines
-        raw[29] = a.batch_cap / 512.0
-        raw[30] = a.kv_budget_fraction
-        raw[31] = a.speculation_depth / 8.0
-        raw[32] = a.quantization_tier == 1
-        raw[33] = a.quantization_tier == 2
-        raw[34] = a.prefill_decode_split
-        raw[35] = a.priority_routing
-        place = 36
+        raw[29] = w.refused * per_s
+        raw[30] = w.timeouts * per_s
+        raw[31] = w.retries * per_s
+        raw[32] = w.retrying / engines
+        raw[33] = a.batch_cap / 512.0
+        raw[34] = a.kv_budget_fraction
+        raw[35] = a.speculation_depth / 8.0
+        raw[36] = a.quantization_tier == 1
+        raw[37] = a.quantization_tier == 2
+        raw[38] = a.prefill_decode_split
+        raw[39] = a.priority_routing
+        raw[40] = a.admission_rate / engines
+        place = 41
         for slot in range(len(tenants)):
             ended = w.tenant_completed[slot] + w.tenant_failed[slot]
             first_tokens = w.tenant_first_tokens[slot]

@@ -37,6 +37,10 @@ class ServeAction(BaseModel):
     """Prefill and decode in pools of their own. A change drains and restarts engines."""
     priority_routing: bool = False
     """Requests of more urgent tenants are admitted first and preempted last."""
+    admission_rate: float | None = Field(None, gt=0, le=1000)
+    """Requests per second of the whole cell that are let into the queue; the others are refused at once.
+    None lets all in.
+    """
 
 
 class TenantObservation(BaseModel):
@@ -69,8 +73,10 @@ class ServeObservation(BaseModel):
     """Running requests (gauge)."""
     in_flight: int
     """Requests that are not over (gauge)."""
+    retrying_requests: int
+    """Requests in flight whose client waits to send them again (gauge)."""
     oldest_wait_ms: float
-    """Age of the oldest request that waits for its first admission (ms, gauge)."""
+    """Age of the oldest try that waits for its first admission (ms, gauge)."""
     kv_cache_occupancy: float
     """Share of KV blocks held (gauge)."""
     mean_prompt_length: float
@@ -90,7 +96,13 @@ class ServeObservation(BaseModel):
     slo_compliance_rate: float
     """Share of the requests that ended within their SLO (1 without any)."""
     failed_requests: int
-    """Requests given up or refused."""
+    """Requests given up or refused for good."""
+    refused_tries: int
+    """Tries that the admission rate did not let in."""
+    timed_out_tries: int
+    """Tries that their client gave up, waiting for the first token or for the whole answer."""
+    retries: int
+    """Tries that followed a refused or given up one of the same request."""
     gpu_memory_used_gb: float
     """Weights and held KV blocks of all engines (GB, gauge)."""
     estimated_cost_per_1k: float | None

@@ -242,6 +242,7 @@ class ServeToolEnv:
         quantization_tier: Literal["FP16", "INT8", "INT4"],
         prefill_decode_split: bool,
         priority_routing: bool,
+        admission_rate: float | None = None,
         windows: int = 1,
     ) -> str:
         """Set the configuration of the service and serve with it for one window of time or several.
@@ -256,6 +257,8 @@ class ServeToolEnv:
             prefill_decode_split: Whether prefill and decode run on engines of their own. A change restarts
                 engines.
             priority_routing: Whether requests of more urgent tenants go first.
+            admission_rate: Requests per second that are let into the queue, up to 1000; the others are refused
+                at once. Leave it out to let everybody in.
             windows: For how many windows to serve with it, 1 to 1000; it stops at the end of the episode.
 
         Returns:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmserve_env.actions import finite
 from llmserve_env.hardware.profile import TIERS
 from server.ui_trace import PARTS
 
@@ -169,7 +170,7 @@ def _settings(trace: Trace) -> str:
     for lane, (name, codes) in enumerate(trace.lanes.items()):
         base, rise = (lane + 0.88) * step, 0.74 * step
         values = np.array(trace.columns[name])
-        shares = np.interp(values, codes, np.linspace(0, 1, len(codes)))
+        shares = np.interp(finite(values), finite(np.array(codes)), np.linspace(0, 1, len(codes)))
         middle = _H - (lane + 0.5) * step
         labels += f'<span class="y" style="bottom:{middle:.2f}%">{name.replace("_", " ")}</span>'
         curves += f'<path class="grid" d="M0 {base:.2f}H{_W:g}"/>'
@@ -312,4 +313,4 @@ def _setting(name: str, code: float) -> str:
         return TIERS[int(code)]
     if name in _SWITCHES:
         return "on" if code else "off"
-    return f"{code:g}"
+    return "none" if code == np.inf else f"{code:g}"

@@ -34,6 +34,8 @@ _PACES: dict[str, float | None] = {
     "200 windows/s": 200.0,
     "full speed": None,
 }
+_EVERYBODY = "everybody"
+"""Stands for an admission rate of None in the form: a list has no value of nothing."""
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Of every event: the plots do not fade while they follow."""
 _LABELS = {
@@ -43,12 +45,14 @@ _LABELS = {
     "quantization_tier": "Precision of the weights",
     "prefill_decode_split": "Split prefill and decode",
     "priority_routing": "Priority routing",
+    "admission_rate": "Admission rate (requests/s let in)",
 }
 _MEANINGS = {
     "quantization_tier": "A change drains engines and loads other weights.",
     "prefill_decode_split": "In pools of their own; a change drains and restarts engines.",
     "priority_routing": "Urgent tenants are admitted first and preempted last.",
 }
+_CHOSEN = ("quantization_tier", "admission_rate")
 _STEPS = {"batch_cap": 1, "kv_budget_fraction": 0.05, "speculation_depth": 1}
 
 _PICK_LOG = """(_) => new Promise((resolve) => {
@@ -180,7 +184,7 @@ class PlayTab:
             for name in CONTROLS:
                 settings = _control(info, name)
                 kind: Any = gr.Checkbox
-                if name == "quantization_tier":
+                if name in _CHOSEN:
                     kind = gr.Dropdown
                 elif name in _STEPS:
                     kind = gr.Slider
@@ -285,7 +289,11 @@ class PlayTab:
     def _action(self, task_id: str, settings: list[Any]) -> ServeAction:
         """What the form says; controls that the task does not grant stay as the cell starts."""
         info = self._tasks[task_id]
-        asked = {name: value for name, value in zip(CONTROLS, settings, strict=True) if name in info.controls}
+        asked = {
+            name: None if value == _EVERYBODY else value
+            for name, value in zip(CONTROLS, settings, strict=True)
+            if name in info.controls
+        }
         return ServeAction.model_validate({**info.start.model_dump(), **asked})
 
 
@@ -333,11 +341,18 @@ def _control(info: TaskInfo, name: str) -> dict[str, Any]:
     shown: dict[str, Any] = {"label": _LABELS[name], "value": start, "interactive": values is not None}
     if values is None:
         stays = {True: "on", False: "off"}.get(start, start) if isinstance(start, bool) else start
+        stays = "everybody" if start is None else stays
         shown["info"] = f"Not granted by this task: stays {stays}."
     else:  # never empty: an update to nothing would leave the text of the task before
         shown["info"] = _MEANINGS.get(name) or f"Agents choose from {', '.join(map(str, values))}."
     if name == "quantization_tier":
         shown["choices"] = values or [start]
+    elif name == "admission_rate":
+        rates = values or [start]
+        shown["choices"] = [
+            ("everybody" if rate is None else f"{rate:g}", rate or _EVERYBODY) for rate in rates
+        ]
+        shown["value"] = start or _EVERYBODY
     elif name in _STEPS:
         field = ServeAction.model_json_schema()["properties"][name]
         whole = (field["minimum"], field["maximum"])

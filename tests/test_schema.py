@@ -17,6 +17,7 @@ ACTIONS = st.builds(
     quantization_tier=st.sampled_from(QuantizationTier),
     prefill_decode_split=st.booleans(),
     priority_routing=st.booleans(),
+    admission_rate=st.none() | st.floats(0, 1000, exclude_min=True),
 )
 
 
@@ -78,4 +79,5 @@ def test_the_default_is_plain_vllm():
         "quantization_tier": "FP16",
         "prefill_decode_split": False,
         "priority_routing": False,
+        "admission_rate": None,
     }

@@ -29,7 +29,7 @@ class Unusable(Exception):
 
 def answer_schema(brief: TaskBrief) -> dict[str, Any]:
     """JSON schema of an answer: an object with every control that the task grants, each one of its values."""
-    properties = {name: {"type": _type(values[0]), "enum": values} for name, values in brief.controls.items()}
+    properties = {name: {"type": _type(values), "enum": values} for name, values in brief.controls.items()}
     return {
         "type": "object",
         "properties": properties,
@@ -139,8 +139,10 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _type(value: Any) -> str:
-    """JSON type of a control's value."""
-    if isinstance(value, bool):
+def _type(values: list[Any]) -> str | list[str]:
+    """JSON type of a control's values."""
+    if isinstance(values[0], bool):
         return "boolean"
-    return {int: "integer", float: "number"}.get(type(value), "string")
+    if values[-1] is None:
+        return ["number", "null"]
+    return {int: "integer", float: "number"}.get(type(values[0]), "string")

@@ -21,6 +21,11 @@ BULK_TTFT_S = 10.0
 """Tenants who were promised their first token in this time or later send bulk work, others converse (s)."""
 
 
+LEAST_ADMISSION_RPS = 1.0
+"""Requests per second and engine that the rule always lets in."""
+_MOST_ADMISSION_RPS = 1000.0  # of ServeAction
+
+
 class ReactiveRule(BaseModel):
     """Parameters of the rule, per engine where a measure grows with the cell.
 
@@ -53,6 +58,10 @@ class ReactiveRule(BaseModel):
         split_after_s: ... that have to last this long before prefill and decode are split (s).
         calm_s: calm that has to last before precision is raised or engines are joined again (s): engines
             restart for it one after the other.
+        admission_wait_s: age of the oldest waiting try from which on fewer are let in (s).
+        admission_cut: what is let in then, of what was let in or sent in the window.
+        admission_growth: by what more are let in, window by window, once nobody waits so long; when it is half
+            as much again as what is sent, everybody is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +87,9 @@ class ReactiveRule(BaseModel):
     split_prompt_rate: float = Field(8000.0, ge=500, le=50000)
     split_after_s: float = Field(60.0, ge=5, le=1000)
     calm_s: float = Field(60.0, ge=5, le=1000)
+    admission_wait_s: float = Field(0.5, ge=0.1, le=10)
+    admission_cut: float = Field(0.5, ge=0.2, le=0.95)
+    admission_growth: float = Field(1.15, ge=1.01, le=2)
 
 
 class ReactiveAgent:
@@ -138,6 +150,7 @@ class _State:
         }
         self._wanted_s = {name: np.zeros(episodes) for name in ("fast", "split")}
         self._calm_s = {name: np.zeros(episodes) for name in ("fast", "split")}
+        self._admission_rate = np.full(episodes, np.inf)
 
     def see(self, windows: NDArray[np.void]) -> None:
         """Update averages and triggers with the last window."""
@@ -160,6 +173,18 @@ class _State:
         light = prompts < p["release"] * p["split_prompt_rate"]
         light |= prompts < p["release"] * p["split_ratio"] * outputs
         self._trigger_slowly("split", heavy, light, p["split_after_s"])
+        self._admit((windows["arrived"] + windows["retries"]) / self._window_s, wait_s)
+
+    def _admit(self, sent_rps: NDArray[np.float64], wait_s: NDArray[np.float64]) -> None:
+        """Let fewer in while tries wait for long, then more and more, in the end everybody."""
+        p, rate = self._p, self._admission_rate
+        crowded = wait_s >= p["admission_wait_s"]
+        less = np.maximum(
+            p["admission_cut"] * np.minimum(rate, sent_rps), LEAST_ADMISSION_RPS * self._engines
+        )
+        more = p["admission_growth"] * rate
+        enough = more > 1.5 * sent_rps + LEAST_ADMISSION_RPS * self._engines
+        self._admission_rate = np.where(crowded, less, np.where(enough, np.inf, more))
 
     def actions(self) -> NDArray[np.void]:
         """ACTION[n], what the triggers ask for."""
@@ -177,6 +202,9 @@ class _State:
             "quantization_tier": np.where(on["fast"], p["fast_tier"], 0),
             "prefill_decode_split": on["split"],
             "priority_routing": on["flood"] | on["priority"] | (p["priority_wait_s"] == 0),
+            "admission_rate": np.where(
+                self._admission_rate > _MOST_ADMISSION_RPS, np.inf, self._admission_rate
+            ),
         }
         actions = np.repeat(self._start, len(self._gain))
         for name in self._granted:

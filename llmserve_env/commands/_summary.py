@@ -39,6 +39,7 @@ def summarise(served: Served) -> dict[str, Any]:
             "speculation_depth": action.speculation_depth,
             "prefill_decode_split": action.prefill_decode_split,
             "priority_routing": action.priority_routing,
+            "admission_rate": action.admission_rate,
             "prefix_cache": cell.prefix_cache,
         },
         "requests": {
@@ -151,6 +152,7 @@ def _extras(cell: dict[str, Any]) -> str:
         f"speculation depth {depth}": depth > 0,
         "prefill and decode split": cell["prefill_decode_split"],
         "priority routing": cell["priority_routing"],
+        f"{cell['admission_rate']} requests/s let in": cell["admission_rate"] is not None,
         "no prefix cache": not cell["prefix_cache"],
     }
     return ", ".join(text for text, said in words.items() if said)

@@ -29,6 +29,7 @@ def simulate(
     kv_budget_fraction: float = 1.0,
     split: bool = False,
     priority_routing: bool = False,
+    admission_rate: float | None = None,
     prefix_cache: bool = True,
     skip_bad_rows: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -52,6 +53,7 @@ def simulate(
         kv_budget_fraction: share of the KV cache that running requests may hold, 0.1 to 1.
         split: prefill and decode on engines of their own; needs two or more.
         priority_routing: more urgent tenants first.
+        admission_rate: requests per second that are let in, up to 1000; the others are refused.
         prefix_cache: whether blocks of finished or preempted requests can be found again.
         skip_bad_rows: skip and count rows of the trace that cannot be read, rather than refuse it.
         json_file: also write the summary there, as JSON.
@@ -77,6 +79,7 @@ def simulate(
         quantization_tier=quantization_tier,
         prefill_decode_split=split,
         priority_routing=priority_routing,
+        admission_rate=admission_rate,
     )
     blocks = kv_blocks(hardware, quantization_tier)
     if kv_tokens is not None:

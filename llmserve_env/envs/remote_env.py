@@ -110,7 +110,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Serve one window.
 
         Args:
-            action: int[6] indices into the grid, or an ACTION record.
+            action: int[7] indices into the grid, or an ACTION record.
 
         Returns:
             float32[features], reward, terminated, truncated, info.

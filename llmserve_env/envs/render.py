@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS
+from llmserve_env.actions import CONTROLS, finite
 from llmserve_env.figures import BLUE, GREY, INK, ORANGE, new_figure, picture_file
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.rewards import COMPONENTS
@@ -190,7 +190,7 @@ def _settings(axes: Axes, task: Task, time_s: NDArray[np.float64], actions: NDAr
     start_s = np.concatenate([np.zeros(min(len(time_s), 1)), time_s])
     for lane, name in enumerate(reversed(lanes)):
         codes = np.unique(everything[name])
-        share = np.interp(actions[name], codes, np.linspace(0, 1, len(codes)))
+        share = np.interp(finite(actions[name]), finite(codes), np.linspace(0, 1, len(codes)))
         steps = np.concatenate([share[:1], share])
         axes.fill_between(
             start_s, lane + 0.1, lane + 0.1 + 0.75 * steps, step="pre", color=BLUE, alpha=0.25, lw=0
@@ -237,7 +237,7 @@ def _value(name: str, code: Any) -> str:
         return TIERS[int(code)]
     if name in ("prefill_decode_split", "priority_routing"):
         return "on" if code else "off"
-    return f"{code:g}"
+    return "none" if code == np.inf else f"{code:g}"
 
 
 def _ms(seconds: float) -> str:

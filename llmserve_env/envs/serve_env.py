@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import to_action
+from llmserve_env.actions import CONTROLS, to_action, to_value
 from llmserve_env.envs import spaces
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
-from llmserve_env.hardware.profile import TIERS
 from llmserve_env.recording import Recording
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.tasks import TRAINING_SEEDS, Task, load_task
@@ -39,7 +38,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     ## Action Space
 
-    A `MultiDiscrete` of six, for each control the index of a value of the task's grid (`task.grid.values`,
+    A `MultiDiscrete` of seven, for each control the index of a value of the task's grid (`task.grid.values`,
     ascending). A control that a task does not grant has one value.
 
     | Num | Control              | Values           | What it sets                                        |
@@ -50,6 +49,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     | 3   | quantization_tier    | FP16, INT8, INT4 | precision of the weights; a change drains, reloads  |
     | 4   | prefill_decode_split | False, True      | prefill and decode in pools; a change drains        |
     | 5   | priority_routing     | False, True      | urgent tenants are admitted first, preempted last   |
+    | 6   | admission_rate       | ..1000, None     | requests/s that are let in; the others are refused  |
 
     `step` also takes a record of dtype `actions.ACTION`, whose values may lie between those of the grid.
     `action_masks()` tells which values the cell can apply.
@@ -172,7 +172,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Serve one window.
 
         Args:
-            action: int[6] indices into the grid, or an ACTION record.
+            action: int[7] indices into the grid, or an ACTION record.
 
         Returns:
             float32[features], reward, terminated, truncated, info.
@@ -233,14 +233,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             "cost": float(batch.costs[0]),
             "score": float(batch.scores[0]),
             "seed": int(batch.seeds[0]),
-            "action": {
-                "batch_cap": codes[0],
-                "kv_budget_fraction": codes[1],
-                "speculation_depth": codes[2],
-                "quantization_tier": TIERS[codes[3]],
-                "prefill_decode_split": bool(codes[4]),
-                "priority_routing": bool(codes[5]),
-            },
+            "action": {name: to_value(name, code) for name, code in zip(CONTROLS, codes, strict=True)},
             "not_applied": self._missing(codes).copy(),
         }
 

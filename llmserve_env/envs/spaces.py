@@ -30,8 +30,10 @@ PARTS: dict[str, slice] = {
 """Where the observation's features of the cell, of what is set and of the tenants lie."""
 
 _SCHEMA = ServeAction.model_json_schema()["properties"]
+_FASTEST: float = _SCHEMA["admission_rate"]["anyOf"][0]["maximum"]
 _RANGES = {name: (_SCHEMA[name].get("minimum", 0), _SCHEMA[name].get("maximum", 1)) for name in CONTROLS} | {
-    "quantization_tier": (0, len(TIERS) - 1)
+    "quantization_tier": (0, len(TIERS) - 1),
+    "admission_rate": (np.nextafter(0.0, 1.0), _FASTEST),
 }
 """Least and greatest code of each control."""
 
@@ -42,7 +44,7 @@ def observation_space() -> spaces.Space[NDArray[np.float32]]:
 
 
 def action_space(grid: ActionGrid) -> spaces.Space[NDArray[np.int64]]:
-    """MultiDiscrete int64[6]: for each control the index of a value of the grid."""
+    """MultiDiscrete int64[7]: for each control the index of a value of the grid."""
     return spaces.MultiDiscrete(grid.nvec)
 
 
@@ -51,7 +53,7 @@ def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
 
     Args:
         grid: the values from which indices choose.
-        actions: int[n, 6] indices into the grid, or ACTION[n] records with any values.
+        actions: int[n, 7] indices into the grid, or ACTION[n] records with any values.
 
     Raises:
         InputError: neither of the two, or an index or a value out of its range.
@@ -78,15 +80,15 @@ def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
 
 
 class BoxActions:
-    """Actions as a box [-1, 1] float32[6], one entry for each control.
+    """Actions as a box [-1, 1] float32[7], one entry for each control.
 
     -1 is a control's first value in the grid, 1 its last, and what lies outside is clipped:
 
     - batch_cap: on a log scale between them, rounded.
     - kv_budget_fraction: linear between them.
     - speculation_depth: every whole number between them has an equal part of [-1, 1].
-    - quantization_tier, prefill_decode_split, priority_routing: every value of the grid has an equal part;
-      with two values the second begins at 0.
+    - quantization_tier, prefill_decode_split, priority_routing, admission_rate: every value of the grid has an
+      equal part; with two values the second begins at 0.
 
     A control that the grid leaves at one value is not the agent's: its entry is ignored.
 
@@ -99,11 +101,11 @@ class BoxActions:
 
     @property
     def space(self) -> spaces.Space[NDArray[np.float32]]:
-        """Box [-1, 1] float32[6]."""
+        """Box [-1, 1] float32[7]."""
         return spaces.Box(-1.0, 1.0, (len(CONTROLS),), np.float32)
 
     def records(self, box: Any) -> NDArray[np.void]:
-        """ACTION[n] of float[n, 6].
+        """ACTION[n] of float[n, 7].
 
         Raises:
             InputError: of another shape, or an entry is not a number.
@@ -128,7 +130,7 @@ class BoxActions:
         return actions
 
     def box(self, actions: NDArray[np.void]) -> NDArray[np.float32]:
-        """float32[n, 6] of ACTION[n]: for each value the middle of the part that means it."""
+        """float32[n, 7] of ACTION[n]: for each value the middle of the part that means it."""
         box = np.zeros((len(actions), len(CONTROLS)), np.float32)
         for column, (name, codes) in enumerate(self._codes.items()):
             values, low, high = actions[name].astype(np.float64), codes[0], codes[-1]
@@ -153,7 +155,7 @@ def action_dict_space(grid: ActionGrid) -> spaces.Dict:
 
 
 def from_dict(grid: ActionGrid, action: Mapping[str, Any]) -> NDArray[np.int64]:
-    """int64[6], indices of a dictionary of them; all controls of `action_dict_space` must be there.
+    """int64[7], indices of a dictionary of them; all controls of `action_dict_space` must be there.
 
     Raises:
         InputError: a control is missing, or is not the agent's.
@@ -211,6 +213,8 @@ def _checked(records: NDArray[np.void]) -> NDArray[np.void]:
     """
     for name, (low, high) in _RANGES.items():
         values = records[name]
+        if name == "admission_rate":
+            values = np.where(values == np.inf, high, values)  # everybody is let in
         if not ((values >= low) & (values <= high)).all():
             raise InputError(f"expected {low}..{high}, found {values.tolist()}", field=name)
     return records

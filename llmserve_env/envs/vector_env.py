@@ -125,7 +125,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         """Serve one window of every episode.
 
         Args:
-            actions: int[n, 6] indices into the grid, or ACTION[n] records.
+            actions: int[n, 7] indices into the grid, or ACTION[n] records.
 
         Returns:
             float32[n, features], rewards float64[n], terminated bool[n], truncated bool[n], info.

@@ -23,7 +23,7 @@ class ContinuousActions(
     gym.ActionWrapper["NDArray[np.float32]", "NDArray[np.float32]", "NDArray[np.int64]"],
     gym.utils.RecordConstructorArgs,
 ):
-    """Actions as a `Box` [-1, 1]^6; `spaces.BoxActions` says what each entry means.
+    """Actions as a `Box` [-1, 1]^7; `spaces.BoxActions` says what each entry means.
 
     Args:
         env: LLMServe-v0, wrapped or not.
@@ -36,7 +36,7 @@ class ContinuousActions(
         self.action_space = self._box.space
 
     def action(self, action: NDArray[np.float32]) -> Any:
-        """The ACTION record of float32[6]."""
+        """The ACTION record of float32[7]."""
         return self._box.records(np.asarray(action)[None])[0]
 
 
@@ -57,7 +57,7 @@ class DictActions(
         self.action_space = spaces.action_dict_space(self._grid)
 
     def action(self, action: dict[str, Any]) -> NDArray[np.int64]:
-        """int64[6], indices into the grid."""
+        """int64[7], indices into the grid."""
         return spaces.from_dict(self._grid, action)
 
 
@@ -85,7 +85,7 @@ class DictObservations(
 
 
 class ContinuousVectorActions(gym.vector.VectorActionWrapper):
-    """`ContinuousActions` for the vector environment: a `Box` [-1, 1] float32[n, 6].
+    """`ContinuousActions` for the vector environment: a `Box` [-1, 1] float32[n, 7].
 
     Args:
         env: of `gym.make_vec("LLMServe-v0", ...)`.
@@ -98,7 +98,7 @@ class ContinuousVectorActions(gym.vector.VectorActionWrapper):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
 
     def actions(self, actions: NDArray[np.float32]) -> Any:
-        """ACTION[n] of float32[n, 6]."""
+        """ACTION[n] of float32[n, 7]."""
         return self._box.records(actions)
 
 

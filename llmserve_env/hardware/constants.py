@@ -71,6 +71,16 @@ class Speculation(Sourced):
         return tokens
 
 
+class Admission(Sourced):
+    """The token bucket in front of the queue.
+
+    Attributes:
+        burst_s: what a full bucket holds, in seconds of its rate (s).
+    """
+
+    burst_s: PositiveFloat
+
+
 class Quality(Sourced):
     """Answers of a precision.
 
@@ -121,6 +131,7 @@ class Constants(Record):
     Attributes:
         host: the engine's own work.
         speculation: by class of requests: "chat", "math", "ngram".
+        admission: the token bucket of `ServeAction.admission_rate`.
         quality: by precision.
         switching: cost of another precision or role.
         kv_transfer: by link: "nvlink4", "nvlink3", "rdma", "pcie5", "pcie4".
@@ -128,6 +139,7 @@ class Constants(Record):
 
     host: Host
     speculation: dict[str, Speculation]
+    admission: Admission
     quality: dict[TierName, Quality]
     switching: Switching
     kv_transfer: dict[str, KvTransfer]

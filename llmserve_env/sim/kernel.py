@@ -34,17 +34,20 @@ from llmserve_env.sim.state import (
     FAILED,
     GAPS,
     HISTOGRAM_BINS,
+    MAX_DOUBLINGS,
     MAX_RUNNING,
+    MAX_TOKEN_PS,
     NEVER_PS,
     PREFILL,
     PS_PER_S,
     RELOADING,
+    RETRYING,
     RUNNING,
     TRANSFER,
     UP,
     WAITING,
     Prefixes,
-    Transfers,
+    Timers,
 )
 
 # The arrays belong to the caller for the length of a call, so their references need no counting; with it a
@@ -475,6 +478,106 @@ def _preempt_newest(e, counters, g, cell, req, out, ten, pool, pre):
     counters.preemptions += 1
 
 
+@_inlined
+def _cancel(e, g, out, pool, pre, slot):
+    """Take a running sequence out for good; what it held is free and its work is lost."""
+    request = e.slot_request[slot]
+    if slot == e.partial:
+        tokens = e.partial_done
+        e.partial = -1
+    else:
+        tokens = _deactivate(e, slot)
+    _unlink(e, slot)
+    _free_blocks(e, g, out, pool, pre, slot, request, tokens, -1)
+    e.running -= 1
+    e.unfinished -= 1
+    e.free_slot[e.slots_free] = slot
+    e.slots_free += 1
+
+
+# --------------------------------------------------------------------------- timers, and clients that go away
+
+
+@_compiled
+def _timer_push(times, requests, size, time_ps, request):
+    """Enter a request into a heap of `size` others by (time, request)."""
+    position = size
+    while position > 0:
+        parent = (position - 1) >> 1
+        if (times[parent], requests[parent]) <= (time_ps, request):
+            break
+        times[position] = times[parent]
+        requests[position] = requests[parent]
+        position = parent
+    times[position] = time_ps
+    requests[position] = request
+
+
+@_compiled
+def _timer_pop(times, requests, size):
+    """Take the first request from a heap of `size`."""
+    request = requests[0]
+    size -= 1
+    time_ps = times[size]
+    last = requests[size]
+    position = 0
+    child = 1
+    while child < size:
+        right = child + 1
+        if right < size and (times[right], requests[right]) < (times[child], requests[child]):
+            child = right
+        if (times[child], requests[child]) >= (time_ps, last):
+            break
+        times[position] = times[child]
+        requests[position] = requests[child]
+        position = child
+        child = 2 * position + 1
+    times[position] = time_ps
+    requests[position] = last
+    return request
+
+
+@_compiled
+def _end_try(counters, cell, req, out, ten, tr, request, now_ps):
+    """A try has been refused or given up: its client sends the request again later, or it has failed."""
+    tenant = req[request].tenant
+    out[request].first_ps = 0
+    out[request].worst_gap_ps = 0
+    out[request].generated = 0
+    out[request].finish_ps = 0
+    tries = np.int64(out[request].retries)
+    if tries < ten.retries[tenant]:
+        again_ps = now_ps + (ten.retry_after_ps[tenant] << min(tries, MAX_DOUBLINGS))
+        out[request].retries = tries + 1
+        out[request].status = RETRYING
+        out[request].sent_ps = again_ps
+        _timer_push(tr.retry_ps, tr.retry_request, cell.retrying, again_ps, request)
+        cell.retrying += 1
+        return
+    out[request].status = FAILED
+    out[request].finish_ps = now_ps
+    counters.failed += 1
+    counters.tenant_failed[tenant] += 1
+    cell.tenant_in_flight[tenant] -= 1
+
+
+@_inlined
+def _lets_in(cell, ten, tenant, priority, now_ps):
+    """Take a token from the bucket in front of the queue, if there is one for this tenant.
+
+    The bucket as a virtual clock, exact in integers: `full_ps` is when it will be full again, a token takes
+    `token_ps` to come back. Under priority routing rank r of n may take what is above r / n of the bucket.
+    """
+    full_ps = max(cell.full_ps, now_ps) + cell.token_ps
+    burst_ps = cell.burst_ps
+    if priority:
+        burst_ps = burst_ps * (ten.ranks - ten.rank[tenant]) // ten.ranks
+    if full_ps - now_ps > max(burst_ps, cell.token_ps):
+        return False
+    cell.full_ps = full_ps
+    return True
+
+
 # ------------------------------------------------------------------------------------------- waiting requests
 
 
@@ -488,7 +591,7 @@ def _queued_ps(cell, req, out, request):
     """When a fresh request reached its engine's queue."""
     if out[request].status == TRANSFER:
         return out[request].finish_ps + _transfer_ps(cell, req[request].prompt_tokens)
-    return req[request].arrival_ps
+    return out[request].sent_ps
 
 
 @_inlined
@@ -501,12 +604,20 @@ def _count_arrival(e, now_ps):
 
 
 @_inlined
+def _limit(e, out, ten, tenant, request):
+    """Note when the client of a request that the engine has started on goes away."""
+    e.leave_ps = min(e.leave_ps, out[request].sent_ps + ten.deadline_ps[tenant])
+
+
+@_inlined
 def _enqueue(e, req, out, ten, request, now_ps):
     tenant = req[request].tenant
     out[request].next = -1
     if out[request].status != TRANSFER:
         out[request].status = WAITING
-        e.soonest_ps = min(e.soonest_ps, req[request].arrival_ps + ten.patience_ps[tenant])
+        e.soonest_ps = min(e.soonest_ps, out[request].sent_ps + ten.patience_ps[tenant])
+    else:
+        _limit(e, out, ten, tenant, request)
     if e.fresh_head[tenant] < 0:
         e.fresh_head[tenant] = request
     else:
@@ -516,8 +627,8 @@ def _enqueue(e, req, out, ten, request, now_ps):
 
 
 @_inlined
-def _expire(e, counters, cell, req, out, ten, now_ps):
-    """Fail the requests whose client has given up by now; returns a time before which no other will."""
+def _expire(e, counters, cell, req, out, ten, tr, now_ps):
+    """End the tries whose client has given up waiting by now; returns a time before which no other will."""
     if now_ps < e.soonest_ps:
         return e.soonest_ps
     soonest = NEVER_PS
@@ -533,15 +644,12 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
                 before = request
                 request = after
                 continue
-            deadline = req[request].arrival_ps + patience
+            deadline = out[request].sent_ps + patience
             if deadline > now_ps:
                 soonest = min(soonest, deadline)
                 break
-            out[request].status = FAILED
-            out[request].finish_ps = deadline
-            counters.failed += 1
-            counters.tenant_failed[tenant] += 1
-            cell.tenant_in_flight[tenant] -= 1
+            counters.timeouts += 1
+            _end_try(counters, cell, req, out, ten, tr, request, deadline)
             e.waiting -= 1
             e.unfinished -= 1
             if before >= 0:
@@ -553,6 +661,93 @@ def _expire(e, counters, cell, req, out, ten, now_ps):
             request = after
     e.soonest_ps = soonest
     return soonest
+
+
+@_compiled
+def _leave_queues(e, counters, g, cell, req, out, ten, pool, tr, now_ps):
+    """End the tries past their deadline that wait after they were started on; returns when the next is due."""
+    soonest = NEVER_PS
+    before = np.int64(-1)
+    request = np.int64(e.resumed_head)
+    while request >= 0:  # preempted ones
+        after = np.int64(out[request].next)
+        leave_ps = out[request].sent_ps + ten.deadline_ps[req[request].tenant]
+        if leave_ps > now_ps:
+            soonest = min(soonest, leave_ps)
+            before = request
+        else:
+            if out[request].segment >= 0:
+                pool.queue_owner[g, out[request].segment] = -1
+                out[request].segment = -1
+            if before >= 0:
+                out[before].next = after
+            else:
+                e.resumed_head = after
+            e.waiting -= 1
+            e.unfinished -= 1
+            counters.timeouts += 1
+            _end_try(counters, cell, req, out, ten, tr, request, leave_ps)
+        request = after
+    if not cell.can_split:
+        return soonest
+    for tenant in range(cell.tenants):
+        before = np.int64(-1)
+        request = np.int64(e.fresh_head[tenant])
+        while request >= 0:  # those that came from a prefill pool
+            after = np.int64(out[request].next)
+            leave_ps = max(
+                _queued_ps(cell, req, out, request), out[request].sent_ps + ten.deadline_ps[tenant]
+            )
+            if out[request].status != TRANSFER or leave_ps > now_ps:
+                if out[request].status == TRANSFER:
+                    soonest = min(soonest, leave_ps)
+                before = request
+            else:
+                if before >= 0:
+                    out[before].next = after
+                else:
+                    e.fresh_head[tenant] = after
+                if after < 0:
+                    e.fresh_tail[tenant] = before
+                e.waiting -= 1
+                e.unfinished -= 1
+                counters.timeouts += 1
+                _end_try(counters, cell, req, out, ten, tr, request, leave_ps)
+            request = after
+    return soonest
+
+
+@_compiled
+def _leave(e, counters, g, cell, req, out, ten, pool, pre, tr, now_ps):
+    """End the tries past their deadline that the engine has started on, in the order of their deadlines.
+
+    One whose last token is scheduled is not cancelled any more.
+    """
+    soonest = _leave_queues(e, counters, g, cell, req, out, ten, pool, tr, now_ps)
+    while True:
+        first = np.int64(-1)
+        first_ps = NEVER_PS
+        slot = np.int64(e.run_head)
+        while slot >= 0:
+            request = e.slot_request[slot]
+            leave_ps = out[request].sent_ps + ten.deadline_ps[req[request].tenant]
+            c = e.slot_class[slot]
+            over = slot != e.partial and e.heap_key[c, e.slot_heap[slot]] <= e.clock[c]
+            if not over and (
+                leave_ps < first_ps or (leave_ps == first_ps and request < e.slot_request[first])
+            ):
+                first = slot
+                first_ps = leave_ps
+            slot = np.int64(e.slot_next[slot])
+        if first < 0 or first_ps > now_ps:
+            break
+        if e.limbo_count > 0 and e.limbo_ps <= first_ps:
+            _release(e, g, out, pool, pre)
+        request = np.int64(e.slot_request[first])
+        _cancel(e, g, out, pool, pre, first)
+        counters.timeouts += 1
+        _end_try(counters, cell, req, out, ten, tr, request, first_ps)
+    e.leave_ps = min(soonest, first_ps)
 
 
 @_inlined
@@ -676,6 +871,7 @@ def _admit(e, counters, g, req, out, ten, pool, pre, request, before, chunk, hit
     e.run_tail = slot
     e.running += 1
     out[request].status = RUNNING
+    _limit(e, out, ten, req[request].tenant, request)
     first = pre.offsets[request] if shared > 0 else 0
     for block in range(shared):
         key = pre.ids[first + block // pre.per_id] * pre.per_id + block % pre.per_id
@@ -697,45 +893,6 @@ def _admit(e, counters, g, req, out, ten, pool, pre, request, before, chunk, hit
 
 
 # --------------------------------------------------------------------------------------------- one decision
-
-
-@_compiled
-def _transfer_push(cell, tr, ready_ps, request):
-    position = cell.transfers
-    cell.transfers += 1
-    while position > 0:
-        parent = (position - 1) >> 1
-        if (tr.ready_ps[parent], tr.request[parent]) <= (ready_ps, request):
-            break
-        tr.ready_ps[position] = tr.ready_ps[parent]
-        tr.request[position] = tr.request[parent]
-        position = parent
-    tr.ready_ps[position] = ready_ps
-    tr.request[position] = request
-
-
-@_compiled
-def _transfer_pop(cell, tr):
-    request = tr.request[0]
-    size = cell.transfers - 1
-    cell.transfers = size
-    ready_ps = tr.ready_ps[size]
-    last = tr.request[size]
-    position = 0
-    child = 1
-    while child < size:
-        right = child + 1
-        if right < size and (tr.ready_ps[right], tr.request[right]) < (tr.ready_ps[child], tr.request[child]):
-            child = right
-        if (tr.ready_ps[child], tr.request[child]) >= (ready_ps, last):
-            break
-        tr.ready_ps[position] = tr.ready_ps[child]
-        tr.request[position] = tr.request[child]
-        position = child
-        child = 2 * position + 1
-    tr.ready_ps[position] = ready_ps
-    tr.request[position] = last
-    return request
 
 
 @_inlined
@@ -766,7 +923,9 @@ def _finish(e, counters, cell, req, out, ten, tr, slot):
         out[request].status = TRANSFER
         out[request].finish_ps = e.busy_ps  # its last token so far
         counters.transfers += 1
-        _transfer_push(cell, tr, e.busy_ps + _transfer_ps(cell, req[request].prompt_tokens), request)
+        ready_ps = e.busy_ps + _transfer_ps(cell, req[request].prompt_tokens)
+        _timer_push(tr.ready_ps, tr.request, cell.transfers, ready_ps, request)
+        cell.transfers += 1
         return
     tenant = req[request].tenant
     counters.output_tokens -= generated - req[request].output_tokens  # speculation ran past the end
@@ -986,13 +1145,16 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     """Start the next batch, or the next stretch of like batches; rest when there is nothing to do."""
     if e.condition == RELOADING:
         _restart(e, g, out, cost, pool)
+    if e.leave_ps <= e.next_ps:
+        _leave(e, counters, g, cell, req, out, ten, pool, pre, tr, e.next_ps)
+    limit_ps = min(limit_ps, e.leave_ps)
     if e.limbo_count > 0 and e.next_ps >= e.limbo_ps:
         _release(e, g, out, pool, pre)
     for c in range(cell.classes):
         while e.heap_size[c] > 0 and e.heap_key[c, 0] <= e.clock[c]:
             _finish(e, counters, cell, req, out, ten, tr, e.heap_slot[c, 0])
     if e.waiting > 0:
-        limit_ps = min(limit_ps, _expire(e, counters, cell, req, out, ten, e.next_ps))
+        limit_ps = min(limit_ps, _expire(e, counters, cell, req, out, ten, tr, e.next_ps))
 
     # running sequences first: one token each, 1 + depth under speculation
     depth = e.depth
@@ -1177,11 +1339,11 @@ def _reset_blocks(e, g, cost, pool):
 
 
 @_compiled
-def _route(engines, counters, cell, req, out, ten, now_ps, transferred):
+def _route(engines, counters, cell, req, out, ten, tr, now_ps, transferred):
     """Least-loaded engine that takes this kind of request; one that is up before one that is not."""
     for i in range(len(engines)):
         if engines[i].waiting > 0:
-            _expire(engines[i], counters, cell, req, out, ten, now_ps)
+            _expire(engines[i], counters, cell, req, out, ten, tr, now_ps)
     other = DECODE if not transferred else PREFILL
     best = -1
     best_load = NEVER_PS
@@ -1210,9 +1372,11 @@ def _enqueue_in_turn(e, cell, req, out, ten, request, now_ps):
     tenant = req[request].tenant
     queued = _queued_ps(cell, req, out, request)
     if out[request].status != TRANSFER:
-        e.soonest_ps = min(e.soonest_ps, req[request].arrival_ps + ten.patience_ps[tenant])
+        e.soonest_ps = min(e.soonest_ps, out[request].sent_ps + ten.patience_ps[tenant])
+    else:
+        _limit(e, out, ten, tenant, request)
     before = np.int64(e.merged[tenant])
-    if before >= 0 and out[before].status == FAILED:  # given up since
+    if before >= 0 and out[before].status != WAITING and out[before].status != TRANSFER:  # given up since
         before = np.int64(-1)
     after = np.int64(out[before].next) if before >= 0 else np.int64(e.fresh_head[tenant])
     while after >= 0 and (_queued_ps(cell, req, out, after), after) < (queued, np.int64(request)):
@@ -1230,7 +1394,7 @@ def _enqueue_in_turn(e, cell, req, out, ten, request, now_ps):
 
 
 @_compiled
-def _reroute(engines, i, counters, cell, req, out, ten, now_ps):
+def _reroute(engines, i, counters, cell, req, out, ten, tr, now_ps):
     """Send the fresh requests that wait at a draining engine where they would go now."""
     e = engines[i]
     chain = np.int64(-1)
@@ -1252,13 +1416,13 @@ def _reroute(engines, i, counters, cell, req, out, ten, now_ps):
             engines[j].merged[tenant] = -1
     while chain >= 0:
         after = np.int64(out[chain].next)
-        target = _route(engines, counters, cell, req, out, ten, now_ps, out[chain].status == TRANSFER)
+        target = _route(engines, counters, cell, req, out, ten, tr, now_ps, out[chain].status == TRANSFER)
         _enqueue_in_turn(engines[target], cell, req, out, ten, chain, now_ps)
         chain = after
 
 
 @_compiled
-def _begin_switch(engines, counters, cell, req, out, ten, now_ps):
+def _begin_switch(engines, counters, cell, req, out, ten, tr, now_ps):
     """Start to drain the next engine whose role or precision is not the wanted one, one engine at a time."""
     for i in range(len(engines)):
         if engines[i].condition != UP:
@@ -1277,8 +1441,16 @@ def _begin_switch(engines, counters, cell, req, out, ten, now_ps):
         if e.next_ps == NEVER_PS:
             e.next_ps = max(now_ps, e.busy_ps)
         if len(engines) > 1:
-            _reroute(engines, i, counters, cell, req, out, ten, now_ps)
+            _reroute(engines, i, counters, cell, req, out, ten, tr, now_ps)
         return
+
+
+@_inlined
+def _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, now_ps):
+    """End the tries past their deadline at every engine."""
+    for i in range(len(engines)):
+        if engines[i].leave_ps <= now_ps:
+            _leave(engines[i], counters, first_g + i, cell, req, out, ten, pool, pre, tr, now_ps)
 
 
 @_compiled
@@ -1296,38 +1468,88 @@ def _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, co
                 _advance(e, counters, first_g + i, cell, req, out, ten, pool, pre, cost, tr, stop_ps, False)
         if due:
             ready_ps = tr.ready_ps[0]
-            request = _transfer_pop(cell, tr)
-            target = _route(engines, counters, cell, req, out, ten, ready_ps, True)
+            request = _timer_pop(tr.ready_ps, tr.request, cell.transfers)
+            cell.transfers -= 1
+            _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, ready_ps)
+            target = _route(engines, counters, cell, req, out, ten, tr, ready_ps, True)
             _enqueue(engines[target], req, out, ten, request, ready_ps)
         elif cell.transfers == 0 or tr.ready_ps[0] >= until_ps:
             return
 
 
+@_inlined
+def _next_try(cell, req, tr):
+    """The request that is sent next, -1 for none, and when: one that arrives, or one that is sent again.
+
+    One that is sent again arrived earlier, so at equal times the lower request goes first.
+    """
+    request = np.int64(-1)
+    sent_ps = NEVER_PS
+    if cell.next_request < len(req):
+        request = cell.next_request
+        sent_ps = req[request].arrival_ps
+    if cell.retrying > 0 and tr.retry_ps[0] <= sent_ps:
+        request = np.int64(tr.retry_request[0])
+        sent_ps = tr.retry_ps[0]
+    return request, sent_ps
+
+
+@_inlined
+def _quiet_ps(engines, cell, tr):
+    """No try that ends from now on is followed by another before this time."""
+    soonest = tr.ready_ps[0] if cell.transfers > 0 else NEVER_PS
+    for i in range(len(engines)):
+        e = engines[i]
+        soonest = min(soonest, e.next_ps)
+        soonest = min(soonest, e.leave_ps)
+        if e.waiting > 0:
+            soonest = min(soonest, e.soonest_ps)
+    return min(soonest + cell.shortest_wait_ps, NEVER_PS)
+
+
 @_compiled
 def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
-    """Serve one cell from `start_ps` to `until_ps`: switch, route arrivals, take all earlier decisions."""
-    _begin_switch(engines, counters, cell, req, out, ten, start_ps)
+    """Serve one cell from `start_ps` to `until_ps`: switch, route what is sent, take all earlier decisions."""
+    _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, start_ps)
+    _begin_switch(engines, counters, cell, req, out, ten, tr, start_ps)
     for i in range(len(engines)):
         if engines[i].next_ps == NEVER_PS and engines[i].waiting > 0:
             engines[i].next_ps = max(start_ps, engines[i].busy_ps)
-    while cell.next_request < len(req):
-        request = cell.next_request
-        now_ps = req[request].arrival_ps
-        if now_ps >= until_ps:
+    while True:
+        request, now_ps = _next_try(cell, req, tr)
+        if cell.shortest_wait_ps < NEVER_PS:
+            quiet_ps = _quiet_ps(engines, cell, tr)
+            if quiet_ps <= now_ps and quiet_ps < until_ps:
+                _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, quiet_ps)
+                _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, quiet_ps)
+                for i in range(len(engines)):
+                    if engines[i].waiting > 0:
+                        _expire(engines[i], counters, cell, req, out, ten, tr, quiet_ps)
+                continue
+        if request < 0 or now_ps >= until_ps:
             break
-        cell.next_request = request + 1
         tenant = req[request].tenant
-        counters.arrived += 1
-        counters.arrived_prompt_tokens += req[request].prompt_tokens
-        counters.tenant_arrived[tenant] += 1
-        tokens = req[request].prompt_tokens + req[request].output_tokens + MAX_DEPTH
-        if _blocks(tokens) > cell.most_blocks:
-            out[request].status = CANCELLED
-            out[request].finish_ps = now_ps
-            counters.cancelled += 1
-            counters.tenant_failed[tenant] += 1
+        if out[request].status == RETRYING:
+            _timer_pop(tr.retry_ps, tr.retry_request, cell.retrying)
+            cell.retrying -= 1
+            counters.retries += 1
+        else:
+            cell.next_request = request + 1
+            counters.arrived += 1
+            counters.arrived_prompt_tokens += req[request].prompt_tokens
+            counters.tenant_arrived[tenant] += 1
+            tokens = req[request].prompt_tokens + req[request].output_tokens + MAX_DEPTH
+            if _blocks(tokens) > cell.most_blocks:
+                out[request].status = CANCELLED
+                out[request].finish_ps = now_ps
+                counters.cancelled += 1
+                counters.tenant_failed[tenant] += 1
+                continue
+            cell.tenant_in_flight[tenant] += 1
+        if cell.token_ps > 0 and not _lets_in(cell, ten, tenant, engines[0].priority, now_ps):
+            counters.refused += 1
+            _end_try(counters, cell, req, out, ten, tr, request, now_ps)
             continue
-        cell.tenant_in_flight[tenant] += 1
         if len(engines) == 1:
             if engines[0].next_ps < now_ps:
                 _advance(
@@ -1336,12 +1558,15 @@ def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, co
             _enqueue(engines[0], req, out, ten, request, now_ps)
         else:
             _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, now_ps)
-            target = _route(engines, counters, cell, req, out, ten, now_ps, False)
+            _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, now_ps)
+            target = _route(engines, counters, cell, req, out, ten, tr, now_ps, False)
             _enqueue(engines[target], req, out, ten, request, now_ps)
     _advance_pool(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, until_ps)
+    end_ps = min(until_ps - 1, NEVER_PS - 1)
+    _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, end_ps)
     for i in range(len(engines)):
         if engines[i].waiting > 0:
-            _expire(engines[i], counters, cell, req, out, ten, min(until_ps - 1, NEVER_PS - 1))
+            _expire(engines[i], counters, cell, req, out, ten, tr, end_ps)
 
 
 # ------------------------------------------------------------------------------------ actions and the record
@@ -1362,6 +1587,9 @@ def _apply(engines, cell, action):
         cell.tier = action.quantization_tier
     if cell.can_split or action.prefill_decode_split == 0:
         cell.split = action.prefill_decode_split
+    cell.token_ps = 0  # everybody is let in
+    if action.admission_rate < np.inf:
+        cell.token_ps = np.int64(np.rint(min(PS_PER_S / action.admission_rate, float(MAX_TOKEN_PS))))
 
 
 @_compiled
@@ -1381,6 +1609,9 @@ def _clear(counters, tenants):
     counters.evictions = 0
     counters.transfers = 0
     counters.first_tokens = 0
+    counters.refused = 0
+    counters.retries = 0
+    counters.timeouts = 0
     counters.busy_ps = 0.0
     counters.sequence_ps = 0.0
     counters.block_ps = 0.0
@@ -1454,8 +1685,9 @@ def _record(engines, counters, cell, req, out, start_ps, until_ps, window):
             while request >= 0 and out[request].status != WAITING:  # in transfer
                 request = out[request].next
             if request >= 0:
-                oldest_ps = min(oldest_ps, req[request].arrival_ps)
-    window.in_flight = waiting + limbo
+                oldest_ps = min(oldest_ps, out[request].sent_ps)
+    window.in_flight = waiting + limbo + cell.retrying
+    window.retrying = cell.retrying
     window.waiting = waiting
     window.running = running
     window.oldest_wait_s = (until_ps - oldest_ps) / PS_PER_S
@@ -1478,6 +1710,9 @@ def _record(engines, counters, cell, req, out, start_ps, until_ps, window):
     window.accepted_tokens = counters.accepted_tokens
     window.transfers = counters.transfers
     window.first_tokens = counters.first_tokens
+    window.refused = counters.refused
+    window.retries = counters.retries
+    window.timeouts = counters.timeouts
     busy_ps = max(counters.busy_ps, 1.0)
     window.busy_s = counters.busy_ps / PS_PER_S
     window.mean_running = counters.sequence_ps / busy_ps
@@ -1534,7 +1769,9 @@ def _serve_episode(
     high = low + cells[i].requests
     offsets = pre.offsets[low + i : high + i + 1] if pre.per_id > 0 else pre.offsets
     own = Prefixes(offsets, pre.ids, pre.per_id)
-    transfers = Transfers(tr.ready_ps[low:high], tr.request[low:high])
+    timers = Timers(
+        tr.ready_ps[low:high], tr.request[low:high], tr.retry_ps[low:high], tr.retry_request[low:high]
+    )
     _apply(engines[i], cells[i], actions[i])
     _clear(counters[i], cells[i].tenants)
     _serve_window(
@@ -1548,7 +1785,7 @@ def _serve_episode(
         pool,
         own,
         cost,
-        transfers,
+        timers,
         start_ps[i],
         until_ps[i],
     )
@@ -1577,7 +1814,7 @@ def serve(
         pool: Pool, first axis episode * engines + engine.
         pre: Prefixes; offsets of episode i start at first[i] + i.
         cost: Cost.
-        tr: Transfers.
+        tr: Timers.
         start_ps: int64[episode], start of the window.
         until_ps: int64[episode], its end; every decision before it is taken. Negative: the episode
             is left alone.

@@ -20,8 +20,10 @@ from llmserve_env.sim import kernel
 from llmserve_env.sim.state import (
     ACCEPT_ONE,
     BLOCK_TOKENS,
+    CANCELLED,
     CELL,
     COLOCATED,
+    COMPLETED,
     COUNTERS,
     DECODE,
     ENGINE,
@@ -34,6 +36,7 @@ from llmserve_env.sim.state import (
     PREFILL,
     PS_PER_S,
     REQUEST,
+    RETRYING,
     RUNNING,
     STATUS_NAMES,
     TRANSFER,
@@ -42,7 +45,7 @@ from llmserve_env.sim.state import (
     Pool,
     Prefixes,
     Tenants,
-    Transfers,
+    Timers,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ class Outcomes:
         e2e_s: float64[n], from arrival to last token (s; nan if not completed).
         finish_s: float64[n], time of the last token, or of failing (s; nan while in flight).
         preemptions: uint16[n].
+        retries: int8[n], tries after the first that were sent or will be.
         status_code: int8[n], index into sim.state.STATUS_NAMES.
     """
 
@@ -81,6 +85,7 @@ class Outcomes:
     e2e_s: NDArray[np.float64]
     finish_s: NDArray[np.float64]
     preemptions: NDArray[np.uint16]
+    retries: NDArray[np.int8]
     status_code: NDArray[np.int8]
 
     @property
@@ -163,6 +168,8 @@ class SimulatorBatch:
         self.cells["block_bytes"] = profile.model.kv_bytes_per_token * BLOCK_TOKENS
         if engines > 1 and not 1 <= self.cells["prefill_engines"][0] < engines:
             raise InputError(f"expected 1..{engines - 1}, found {prefill_engines}", field="prefill_engines")
+        self.cells["burst_ps"] = round(constants().admission.burst_s * PS_PER_S)
+        self.cells["shortest_wait_ps"] = _shortest_wait_ps(self._tenant_arrays)
         self._set_switching()
         self._prefix_tokens = _prefix_tokens(workloads) if prefix_cache else 0
         self._pool = _pool(self.engines, self._cost, self._prefix_tokens > 0)
@@ -193,12 +200,18 @@ class SimulatorBatch:
                 self._prefix_tokens // BLOCK_TOKENS,
             )
         transfers = total if self.engines.shape[1] > 1 else 0
-        self._transfers = Transfers(np.zeros(transfers, np.int64), np.zeros(transfers, np.int32))
+        retries = total if self._tenant_arrays.retries.any() else 0
+        self._timers = Timers(
+            np.zeros(transfers, np.int64),
+            np.zeros(transfers, np.int32),
+            np.zeros(retries, np.int64),
+            np.zeros(retries, np.int32),
+        )
 
     def _grow(self, episode: int, workload: Workload) -> None:
         """Make room for a longer workload; a quarter more, as others of its kind will come."""
-        old = (self._first, self._first_id, self.requests, self.outcomes, self._prefixes, self._transfers)
-        first, first_id, requests, outcomes, prefixes, transfers = old
+        old = (self._first, self._first_id, self.requests, self.outcomes, self._prefixes, self._timers)
+        first, first_id, requests, outcomes, prefixes, timers = old
         sizes, ids = np.diff(first), np.diff(first_id)
         sizes[:] = np.maximum(sizes, len(workload) * 5 // 4)
         if self._prefix_tokens:
@@ -208,10 +221,9 @@ class SimulatorBatch:
             count, source, target = int(self.cells["requests"][other]), first[other], self._first[other]
             self.requests[target : target + count] = requests[source : source + count]
             self.outcomes[target : target + count] = outcomes[source : source + count]
-            if len(transfers.request):
-                part = slice(source, source + count)
-                self._transfers.ready_ps[target : target + count] = transfers.ready_ps[part]
-                self._transfers.request[target : target + count] = transfers.request[part]
+            for was, now in zip(timers, self._timers, strict=True):
+                if len(was):
+                    now[target : target + count] = was[source : source + count]
             if self._prefix_tokens and other != episode:
                 offsets = prefixes.offsets[source + other : source + other + count + 1]
                 shift = self._first_id[other] - first_id[other]
@@ -247,6 +259,7 @@ class SimulatorBatch:
         requests["output_tokens"] = workload.output_tokens
         requests["tenant"] = workload.tenant
         outcomes[:] = np.zeros(1, OUTCOME)
+        outcomes["sent_ps"] = requests["arrival_ps"]
         outcomes["next"] = -1
         outcomes["segment"] = -1
         if self._prefix_tokens:
@@ -254,7 +267,9 @@ class SimulatorBatch:
             self._prefixes.offsets[low + episode : low + episode + len(workload) + 1] = offsets
             self._prefixes.ids[offsets[0] : offsets[-1]] = _small(workload.prefix_ids)
         cell: Any = self.cells[episode]
-        cell["requests"], cell["next_request"], cell["transfers"] = len(workload), 0, 0
+        cell["requests"] = len(workload)
+        for name in ("next_request", "transfers", "retrying", "full_ps"):
+            cell[name] = 0
         cell["tenant_in_flight"] = 0
         self.workloads[episode] = workload
         self.now_s[episode] = 0.0
@@ -368,7 +383,7 @@ class SimulatorBatch:
             self._pool,
             self._prefixes,
             self._cost,
-            self._transfers,
+            self._timers,
             start_ps,
             until_ps,
         )
@@ -396,7 +411,7 @@ class SimulatorBatch:
         for episode, now_s in enumerate(self.now_s):
             part = slice(self._first[episode], self._first[episode] + self.cells["requests"][episode])
             requests, outcomes = self.requests[part], self.outcomes[part]
-            unfinished = np.isin(outcomes["status"], (WAITING, RUNNING, TRANSFER))
+            unfinished = np.isin(outcomes["status"], (WAITING, RUNNING, TRANSFER, RETRYING))
             # served out: the end is when the last engine stopped
             end_ps = self.engines["busy_ps"][episode].max() if np.isinf(now_s) else self._now_ps[episode]
             outcomes["status"][unfinished] = FAILED
@@ -454,6 +469,7 @@ def _ps(time_s: NDArray[np.float64]) -> NDArray[np.int64]:
 def _engines(episodes: int, count: int, budget: int) -> NDArray[np.void]:
     engines = np.zeros((episodes, count), ENGINE)
     engines["next_ps"] = NEVER_PS
+    engines["leave_ps"] = NEVER_PS
     engines["token_budget"] = budget
     engines["slots_free"] = MAX_RUNNING
     engines["free_slot"] = np.arange(MAX_RUNNING - 1, -1, -1)
@@ -481,7 +497,11 @@ def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
     drafting = max((known[name].draft_layers, known[name].draft_head) for name in classes)
     return (
         Tenants(
-            patience_ps=_ps(np.array([tenant.patience_s for tenant in tenants])),
+            patience_ps=_ps(np.array([min(tenant.patience_s, tenant.deadline_s) for tenant in tenants])),
+            deadline_ps=_ps(np.array([tenant.deadline_s for tenant in tenants])),
+            retries=np.array([tenant.retries for tenant in tenants], np.int64),
+            retry_after_ps=_ps(np.array([tenant.retry_after_s for tenant in tenants])),
+            ranks=len(ranks),
             rank=np.array([ranks.index(tenant.priority) for tenant in tenants], np.int64),
             speculation_class=np.array(
                 [classes.index(tenant.speculation_class) for tenant in tenants], np.int64
@@ -492,6 +512,12 @@ def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
         ),
         drafting,
     )
+
+
+def _shortest_wait_ps(tenants: Tenants) -> int:
+    """The shortest wait of clients who give up and try again, NEVER_PS without any (ps)."""
+    come_back = (tenants.retries > 0) & (tenants.patience_ps < NEVER_PS)
+    return int(tenants.retry_after_ps[come_back].min(initial=NEVER_PS))
 
 
 @lru_cache(maxsize=32)
@@ -563,8 +589,8 @@ def _pool(engines: NDArray[np.void], cost: Cost, shared: bool) -> Pool:
 def _outcomes(requests: NDArray[np.void], outcomes: NDArray[np.void]) -> Outcomes:
     arrival_ps, first_ps = requests["arrival_ps"], outcomes["first_ps"]
     status = outcomes["status"]
-    completed = status == STATUS_NAMES.index("completed")
-    over = status >= STATUS_NAMES.index("completed")
+    completed = status == COMPLETED
+    over = np.isin(status, (COMPLETED, FAILED, CANCELLED))
     gaps = requests["output_tokens"] - 1
     ttft_s = np.where(first_ps > 0, (first_ps - arrival_ps) / PS_PER_S, np.nan)
     finish_ps = outcomes["finish_ps"]
@@ -578,5 +604,6 @@ def _outcomes(requests: NDArray[np.void], outcomes: NDArray[np.void]) -> Outcome
         e2e_s=np.where(completed, (finish_ps - arrival_ps) / PS_PER_S, np.nan),
         finish_s=np.where(over, finish_ps / PS_PER_S, np.nan),
         preemptions=outcomes["preemptions"].copy(),
+        retries=outcomes["retries"].copy(),
         status_code=status.copy(),
     )

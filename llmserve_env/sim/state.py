@@ -32,9 +32,16 @@ GAPS = 1024
 ACCEPT_ONE = 1 << 20
 """Fixed-point one of the accepted-token accumulators."""
 
+MAX_DOUBLINGS = 4
+"""How often a client doubles its wait before it tries again: 0.5 s to 8 s, as the OpenAI client's."""
+MAX_TOKEN_PS = 1 << 59
+"""Longest time between two tokens of the admission bucket (6.7 days)."""
+
 # Request.status
-PENDING, WAITING, RUNNING, TRANSFER, COMPLETED, FAILED, CANCELLED = range(7)
-STATUS_NAMES = ("pending", "waiting", "running", "transfer", "completed", "failed", "cancelled")
+PENDING, WAITING, RUNNING, TRANSFER, COMPLETED, FAILED, CANCELLED, RETRYING = range(8)
+STATUS_NAMES = (
+    "pending", "waiting", "running", "transfer", "completed", "failed", "cancelled", "retrying",
+)  # fmt: skip
 
 # Engine.role and Engine.condition
 COLOCATED, PREFILL, DECODE = range(3)
@@ -52,7 +59,8 @@ REQUEST = np.dtype(
 
 OUTCOME = np.dtype(
     [
-        ("first_ps", np.int64),  # first token, 0 before it
+        ("sent_ps", np.int64),  # when its current try was sent, or will be
+        ("first_ps", np.int64),  # first token of that try, 0 before it
         ("finish_ps", np.int64),  # last token, or the time it failed; before, last token of one that is away
         ("worst_gap_ps", np.int64),  # longest time between two of its tokens so far
         ("generated", np.int32),  # tokens that survive a preemption or a transfer
@@ -60,6 +68,7 @@ OUTCOME = np.dtype(
         ("segment", np.int32),  # where its freed blocks wait in the free queue, -1 when nowhere
         ("preemptions", np.uint16),
         ("status", np.int8),
+        ("retries", np.int8),  # tries after the first
     ],
     align=True,
 )
@@ -110,7 +119,8 @@ ENGINE = np.dtype(
         ("limbo_ps", np.int64),
         # waiting requests
         ("waiting", np.int64),
-        ("soonest_ps", np.int64),  # no client gives up before
+        ("soonest_ps", np.int64),  # no client of a request that was never admitted gives up before
+        ("leave_ps", np.int64),  # and none of one that was
         ("resumed_head", np.int64),
         ("unfinished", np.int64),
         ("clock", np.int64, (MAX_CLASSES,)),  # tokens that a sequence of the class has gained so far
@@ -168,6 +178,9 @@ COUNTERS = np.dtype(
             "evictions",
             "transfers",
             "first_tokens",
+            "refused",
+            "retries",
+            "timeouts",
         )
     ]
     + [
@@ -194,6 +207,8 @@ CELL = np.dtype(
         ("requests", np.int64),  # of its workload
         ("next_request", np.int64),
         ("transfers", np.int64),  # KV transfers under way
+        ("retrying", np.int64),  # requests whose client waits to send them again
+        ("shortest_wait_ps", np.int64),  # of clients who time out and come back, NEVER_PS without any
         ("classes", np.int64),
         ("tenants", np.int64),
         ("prefix_cache", np.int64),
@@ -202,6 +217,10 @@ CELL = np.dtype(
         ("transfer_ps_per_token", np.int64),
         ("draft_layers", np.float64),  # share of the dense time that one draft token takes
         ("draft_head", np.float64),  # LM heads that one draft token takes
+        # the bucket in front of the queue
+        ("token_ps", np.int64),  # between two tokens, 0 when everybody is let in
+        ("burst_ps", np.int64),  # what the bucket holds, in time
+        ("full_ps", np.int64),  # when it is full again
         # what the fleet is wanted to be, and what a change costs
         ("split", np.int64),
         ("prefill_engines", np.int64),
@@ -240,8 +259,12 @@ class Cost(NamedTuple):
 class Tenants(NamedTuple):
     """What the scheduler knows of each tenant, [tenant]."""
 
-    patience_ps: NDArray[np.int64]
+    patience_ps: NDArray[np.int64]  # for a first admission, at most deadline_ps
+    deadline_ps: NDArray[np.int64]  # for the whole answer
+    retries: NDArray[np.int64]
+    retry_after_ps: NDArray[np.int64]
     rank: NDArray[np.int64]  # lower is served first under priority routing
+    ranks: int  # how many there are
     speculation_class: NDArray[np.int64]
     ttft_slo_ps: NDArray[np.int64]
     tpot_slo_ps: NDArray[np.int64]
@@ -274,11 +297,13 @@ class Pool(NamedTuple):
     table_node: NDArray[np.int32]
 
 
-class Transfers(NamedTuple):
-    """Binary heap of KV transfers under way, by arrival at the decode pool."""
+class Timers(NamedTuple):
+    """Binary heaps by (time, request): KV transfers under way, and requests that will be sent again."""
 
-    ready_ps: NDArray[np.int64]
+    ready_ps: NDArray[np.int64]  # arrival at the decode pool
     request: NDArray[np.int32]
+    retry_ps: NDArray[np.int64]
+    retry_request: NDArray[np.int32]
 
 
 def histogram_edges_s() -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isinf
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmserve_env.workloads.lengths import DEFAULT_LENGTHS
 from llmserve_env.workloads.presets import preset, presets, read_toml
 from llmserve_env.workloads.scenario import Regime
 from llmserve_env.workloads.uri import parse_uri
+from llmserve_env.workloads.workload import Tenant
 
 _SEEDS = TRAINING_SEEDS[:8]  # enough for two digits
 _EARNED = {
@@ -157,6 +158,7 @@ def _precisions(task: Task) -> Table:
 
 def _tenants(task: Task) -> Table:
     declared = _declared(task)
+    limits = any(isfinite(tenant.deadline_s) or tenant.retries for tenant in task.tenants)
     rows = [
         [
             tenant.name,
@@ -166,17 +168,30 @@ def _tenants(task: Task) -> Table:
             f"{1e3 * tenant.tpot_slo_s:g}",
             f"{tenant.weight:g}",
             "no limit" if isinf(tenant.patience_s) else f"{tenant.patience_s:g}",
+            *(_limits(tenant) if limits else ()),
             str(tenant.priority),
         ]
         for tenant in task.tenants
     ]
-    header = ("tenant", "SLO", "drafts", "TTFT (s)", "TPOT (ms)", "weight", "patience (s)", "priority")
+    more = ("deadline (s)", "retries", "after (s)") if limits else ()
+    header = ("tenant", "SLO", "drafts", "TTFT (s)", "TPOT (ms)", "weight", "patience (s)", *more, "priority")
     note = (
         "An SLO with a name is a published one. Drafts: the class whose acceptance its answers have. A "
         "client gives up when its first token has not come within its patience. Priority: lower goes first, "
         "where priority routing is on."
     )
+    if limits:
+        note += (
+            " It gives up, too, when its last token has not come within its deadline, and sends the request "
+            "again, as it does when that was refused: so often at most, after a wait that doubles every time."
+        )
     return Table("Tenants", header, rows, left=3, note=note)
+
+
+def _limits(tenant: Tenant) -> tuple[str, str, str]:
+    """How long a client waits for an answer, how often it asks again, and after how long the first time."""
+    again = (str(tenant.retries), f"{tenant.retry_after_s:g}") if tenant.retries else ("–", "–")
+    return ("no limit" if isinf(tenant.deadline_s) else f"{tenant.deadline_s:g}", *again)
 
 
 def _requests(task: Task, traffic: np.ndarray[Any, Any]) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmserve_env.actions import CONTROLS, ActionGrid
 from llmserve_env.errors import InputError
@@ -101,7 +101,8 @@ class Task(BaseModel):
         window_s: time between two actions (s).
         horizon_s: length of an episode (s), a whole number of windows.
         start: configuration that the cell starts in, vLLM's defaults.
-        controls: for each control that the agent has, the ascending values of its grid.
+        controls: for each control that the agent has, the ascending values of its grid. The last
+            `admission_rate` may be inf, as TOML has no None: everybody is let in.
         workload: a scenario's table, or a workload URI. A generator's URI is opened with the episode's seed;
             in a trace the seed draws where the episode begins.
         reward: what counts.
@@ -124,6 +125,15 @@ class Task(BaseModel):
     reward: RewardWeights
     max_in_flight: int | None = Field(None, ge=1)
 
+    @field_validator("controls")
+    @classmethod
+    def _without_inf(cls, controls: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """None for an infinite rate: inf is no JSON, and a log holds its task."""
+        if "admission_rate" not in controls:
+            return controls
+        rates = [None if rate == math.inf else rate for rate in controls["admission_rate"]]
+        return {**controls, "admission_rate": rates}
+
     @model_validator(mode="after")
     def _fits(self) -> Task:
         count = self.horizon_s / self.window_s
@@ -132,8 +142,9 @@ class Task(BaseModel):
                 f"horizon_s must be a whole number of windows, 1 to {_MOST_WINDOWS:,}, it is {count:g}"
             )
         for name, tenant in _tenants_of(self.workload):
-            if tenant.get("patience_s") == math.inf:
-                raise ValueError(f"workload.tenants.{name}.patience_s: leave it out for clients who never go")
+            for key in ("patience_s", "deadline_s"):
+                if tenant.get(key) == math.inf:
+                    raise ValueError(f"workload.tenants.{name}.{key}: leave it out for clients who never go")
         for name in self.controls:
             if name not in CONTROLS:
                 raise ValueError(f"controls: expected some of {', '.join(CONTROLS)}, found {name}")

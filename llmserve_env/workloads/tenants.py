@@ -19,6 +19,10 @@ from llmserve_env.workloads.workload import Tenant, Workload
 
 _TENANT_KEYS = tuple(entry.name for entry in fields(Tenant) if entry.name != "name")
 _MOST = 1e6  # of weights and seconds
+_MOST_RETRIES = 100
+_SHORTEST_WAIT = (
+    1e-3  # of clients who try again (s): a shorter one would cost more to serve than the requests
+)
 _STREAM = 2**31 + 1  # spawn key, apart from those of arrivals and lengths
 
 
@@ -112,10 +116,15 @@ def parse_tenant(name: str, entry: Any, *, others: tuple[str, ...] = ()) -> tupl
         elif key == "priority":
             if type(value) is not int:
                 raise InputError(f"expected a whole number, found {value!r}", field=key)
+        elif key == "retries":
+            if type(value) is not int or not 0 <= value <= _MOST_RETRIES:
+                raise InputError(f"expected a whole number in 0..{_MOST_RETRIES}, found {value!r}", field=key)
         elif not is_number(value) or not value > 0:
             raise InputError(f"expected a number > 0, found {value!r}", field=key)
-        elif value > _MOST and not (key == "patience_s" and value == math.inf):
+        elif value > _MOST and not (key in ("patience_s", "deadline_s") and value == math.inf):
             raise InputError(f"expected at most {_MOST:g}, found {value!r}", field=key)
+        elif key == "retry_after_s" and value < _SHORTEST_WAIT:
+            raise InputError(f"expected at least {_SHORTEST_WAIT:g}, found {value!r}", field=key)
     promises = preset("slos", entry["slo"], field="slo") if "slo" in entry else {}
     merged = {**promises, **entry}
     tenant = Tenant(name=name, **{key: merged[key] for key in _TENANT_KEYS if key in merged})

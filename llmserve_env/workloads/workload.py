@@ -22,7 +22,12 @@ class Tenant:
         weight: worth of one of its requests relative to the other tenants' (> 0).
         ttft_slo_s: time to first token that it was promised (s).
         tpot_slo_s: time per output token that it was promised (s).
-        patience_s: it cancels a request whose first token has not come by then (s; inf: never).
+        patience_s: it gives up a request that has not been started on by then (s; inf: never).
+        deadline_s: it gives up a request whose last token has not come by then, however far it is (s; inf:
+            never). Both count from when a try is sent.
+        retries: how often it sends a request again that it gave up or that was refused, 0 to 100.
+        retry_after_s: how long it waits before that (s); doubles with every further try, up to 16 times.
+            The default of half a second is that of the OpenAI client, which waits up to 8 s.
         priority: vLLM's request priority, lower is served first.
         speculation_class: workload class that sets how many draft tokens are accepted
             (a class of the hardware profile, such as "chat", "math" or "ngram").
@@ -33,6 +38,9 @@ class Tenant:
     ttft_slo_s: float = 2.0
     tpot_slo_s: float = 0.1
     patience_s: float = float("inf")
+    deadline_s: float = float("inf")
+    retries: int = 0
+    retry_after_s: float = 0.5
     priority: int = 0
     speculation_class: str = "chat"
 

@@ -27,6 +27,9 @@ def tenants(draw):
         Tenant(
             name=str(i),
             patience_s=draw(st.sampled_from([math.inf, 0.05, 0.5, 3.0])),
+            deadline_s=draw(st.sampled_from([math.inf, math.inf, 0.1, 0.7, 4.0])),
+            retries=draw(st.sampled_from([0, 0, 1, 3, 7])),
+            retry_after_s=draw(st.sampled_from([0.001, 0.05, 0.5])),
             priority=draw(st.integers(0, 2)),
             speculation_class=draw(st.sampled_from(["chat", "math", "ngram"])),
         )
@@ -68,6 +71,7 @@ ACTIONS = st.builds(
     quantization_tier=st.sampled_from(list(QuantizationTier)),
     prefill_decode_split=st.booleans(),
     priority_routing=st.booleans(),
+    admission_rate=st.sampled_from([None, None, 0.3, 4.0, 50.0]),
 )
 
 
@@ -77,6 +81,7 @@ def twin_action(action):
         "fraction": action.kv_budget_fraction,
         "depth": action.speculation_depth,
         "priority": action.priority_routing,
+        "rate": action.admission_rate,
         "tier": TIERS.index(action.quantization_tier.value),
         "split": action.prefill_decode_split,
     }
@@ -116,6 +121,7 @@ def twin_of(batch, workload, action, engines, budget):
         draft=(float(cell["draft_layers"]), float(cell["draft_head"])),
         restart_ps=int(cell["restart_ps"]),
         load_ps=[int(x) for x in cell["load_ps"]],
+        burst_ps=int(cell["burst_ps"]),
     )
 
 
@@ -123,8 +129,8 @@ def check_equal(batch, twin):
     outcomes = batch.outcomes
     for r, o in zip(twin.requests, outcomes, strict=True):
         status = STATUS_NAMES[o["status"]]
-        mine = (r.index, r.first_ps, r.preemptions, r.status)
-        assert mine == (r.index, int(o["first_ps"]), int(o["preemptions"]), status)
+        mine = (r.index, r.first_ps, r.preemptions, r.retries, r.status)
+        assert mine == (r.index, int(o["first_ps"]), int(o["preemptions"]), int(o["retries"]), status)
         if status in ("completed", "failed", "cancelled"):
             assert (r.index, r.finish_ps, r.worst_gap_ps) == (
                 r.index,
@@ -174,6 +180,9 @@ def test_kernel_equals_twin(workload, actions, window_s, blocks, engines, prefix
             "prefill_tokens",
             "cached_tokens",
             "evictions",
+            "refused",
+            "retries",
+            "timeouts",
         ):
             totals[name] = totals.get(name, 0) + getattr(record, name)
         over = totals["completed"] + totals["failed"] + totals["cancelled"]

@@ -15,14 +15,14 @@ from .test_alignment import check_equal, twin_action, twin_of
 
 COUNTS = (
     "arrived", "completed", "failed", "cancelled", "preemptions", "iterations", "prefill_tokens",
-    "cached_tokens", "output_tokens", "evictions",
+    "cached_tokens", "output_tokens", "evictions", "refused", "retries", "timeouts",
 )  # fmt: skip
 
 
 @cache
-def compare(seed):
+def compare(seed, retries=False):
     """Serve an episode on both; returns the states that it reached."""
-    batch, windows = random_episode(seed)
+    batch, windows = random_episode(seed, retries=retries)
     engines = batch.engines.shape[1]
     workload, action = batch.workloads[0], windows[0][0]
     twin = twin_of(batch, workload, action, engines, int(batch.engines["token_budget"][0, 0]))
@@ -37,8 +37,17 @@ def compare(seed):
         twin.serve(act, now_ps, until_ps)
         now_ps = until_ps
         totals.update({name: getattr(record, name) for name in COUNTS})
-        reached |= {name for name in ("preemptions", "failed", "cancelled", "evictions", "transfers")
-                    if getattr(record, name)}  # fmt: skip
+        names = (
+            "preemptions",
+            "failed",
+            "cancelled",
+            "evictions",
+            "transfers",
+            "refused",
+            "retries",
+            "timeouts",
+        )
+        reached |= {name for name in names if getattr(record, name)}
         if record.cached_tokens:
             reached.add("prefix hits" if batch._prefixes.per_id else "own blocks found again")
         if record.preemptions and action.priority_routing and len(workload.tenants) > 1:
@@ -85,3 +94,9 @@ def test_the_episodes_reach_every_state():
         seen.update(compare(seed))
     for name, episodes in LEAST.items():
         assert seen[name] >= episodes, (name, seen)
+
+
+@pytest.mark.parametrize("start", range(0, 240, 20))
+def test_kernel_equals_twin_where_clients_come_back(start):
+    for seed in range(10_000 + start, 10_000 + start + 20):
+        compare(seed, retries=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from llmserve_env.sim.state import ACCEPT_ONE, NEVER_PS, Cost, Tenants
+from llmserve_env.sim.state import ACCEPT_ONE, NEVER_PS, PS_PER_S, Cost, Tenants
 
 BLOCK = 16
 
@@ -41,6 +41,8 @@ class Request:
     last_ps: int = 0  # its last token so far
     worst_gap_ps: int = 0
     preemptions: int = 0
+    sent_ps: int = 0  # of its current try
+    retries: int = 0
     status: str = "pending"
     queued_ps: int = 0
     transferred: bool = False
@@ -50,6 +52,9 @@ class Request:
         return self.computed >= self.prompt + self.resume_from
 
     resume_from: int = 0  # output tokens that the current prefill recomputes
+
+    def __post_init__(self):
+        self.sent_ps = self.arrival_ps
 
 
 class Engine:
@@ -179,14 +184,40 @@ class Engine:
     def over(self, request):
         return request.generated >= request.output or (self.role == "prefill" and request.decoding)
 
+    def leaves_ps(self, r):
+        """When the client of a request that is here goes away; never once its last token is scheduled."""
+        tenants = self.cell.tenants
+        if r in self.running and self.over(r):
+            return NEVER_PS
+        untouched = r in self.fresh and not r.transferred
+        limit = int((tenants.patience_ps if untouched else tenants.deadline_ps)[r.tenant])
+        if limit >= NEVER_PS:
+            return NEVER_PS
+        return max(r.sent_ps + limit, r.queued_ps if r in self.fresh else 0)
+
     def expire(self, now_ps):
-        for r in list(self.fresh):
-            deadline = r.arrival_ps + int(self.cell.tenants.patience_ps[r.tenant])
-            if r.first_ps == 0 and deadline < NEVER_PS and deadline <= now_ps:
-                self.fresh.remove(r)
+        for leave_ps, _, r in sorted((self.leaves_ps(r), r.index, r) for r in self.assigned):
+            if leave_ps >= NEVER_PS or leave_ps > now_ps:
+                break
+            if r in self.running:
+                self.release(leave_ps)
+                self.running.remove(r)
+                self.give_back(r, keep=False)
+            else:
+                (self.fresh if r in self.fresh else self.resumed).remove(r)
+                self.disown(r)
+            self.assigned.remove(r)
+            self.cell.count["timeouts"] += 1
+            self.cell.end_try(r, leave_ps)
+
+    def release(self, now_ps):
+        """What ended in batches that are over by now gives back what it held."""
+        for batch in [b for b in self.in_flight if b[0] <= now_ps]:
+            self.in_flight.remove(batch)
+            for r in [r for r in self.running if r in batch[1]]:
+                self.running.remove(r)
+                self.give_back(r, keep=False)
                 self.assigned.remove(r)
-                r.status, r.finish_ps = "failed", deadline
-                self.cell.count["failed"] += 1
 
     def waiting_order(self):
         fresh = sorted(self.fresh, key=lambda r: (r.queued_ps, r.index))
@@ -209,14 +240,8 @@ class Engine:
             self.condition = "up"
             self.role, self.tier = self.next_role, self.next_tier
             self.reset(int(self.cell.cost.blocks[self.tier]))
-        for batch in [b for b in self.in_flight if b[0] <= now]:
-            self.in_flight.remove(batch)
-            for r in [r for r in self.running if r in batch[1]]:
-                self.running.remove(r)
-                self.give_back(r, keep=False)
-                self.assigned.remove(r)
-        if self.fresh or self.resumed:
-            self.expire(now)
+        self.expire(now)
+        self.release(now)
 
         self.finishing = [r for r in self.running if self.over(r)]  # in the batch in flight
         active = [r for r in self.running if r.decoding and r not in self.finishing]
@@ -317,12 +342,7 @@ class Engine:
         self.run(decodes, chunks, depth, joined)
 
     def rest(self, until_ps):
-        deadlines = [
-            r.arrival_ps + int(self.cell.tenants.patience_ps[r.tenant])
-            for r in self.fresh
-            if r.first_ps == 0 and self.cell.tenants.patience_ps[r.tenant] < NEVER_PS
-        ]
-        limit = min([until_ps, *deadlines])
+        limit = min([until_ps, *(self.leaves_ps(r) for r in self.assigned)])
         if self.busy_ps > self.next_ps:
             self.next_ps = self.busy_ps
         elif self.condition == "draining" and not self.running:
@@ -419,6 +439,7 @@ class Cell:
         draft,
         restart_ps,
         load_ps,
+        burst_ps,
     ):
         self.requests, self.tenants, self.cost = requests, tenants, cost
         self.budget, self.prefix_cache, self.prefill_engines = budget, prefix_cache, prefill_engines
@@ -435,11 +456,15 @@ class Cell:
                 "cached_tokens",
                 "output_tokens",
                 "evictions",
+                "refused",
+                "retries",
+                "timeouts",
                 "busy_ps",
             ),
             0,
         )
         self.transfers, self.next_request = [], 0
+        self.burst_ps, self.owed_ps, self.counted_ps = burst_ps, 0, 0  # of the bucket in front of the queue
         self.engines = [
             Engine(self, int(cost.blocks[action["tier"]]), self.role_of(i, action["split"]), action["tier"])
             for i in range(engines)
@@ -504,6 +529,37 @@ class Cell:
             elif all(t >= until_ps for t, _ in self.transfers):
                 return
 
+    def end_try(self, r, now_ps):
+        r.first_ps = r.last_ps = r.worst_gap_ps = r.generated = r.computed = r.resume_from = 0
+        r.transferred = False
+        if r.retries < self.tenants.retries[r.tenant]:
+            r.sent_ps = now_ps + int(self.tenants.retry_after_ps[r.tenant]) * min(2**r.retries, 16)
+            r.retries += 1
+            r.status = "retrying"
+        else:
+            r.status, r.finish_ps = "failed", now_ps
+            self.count["failed"] += 1
+
+    def lets_in(self, r, now_ps, action):
+        if action["rate"] is None:
+            return True
+        token_ps = min(round(PS_PER_S / action["rate"]), 1 << 59)
+        self.owed_ps = max(self.owed_ps - (now_ps - self.counted_ps), 0)
+        self.counted_ps = now_ps
+        holds_ps = self.burst_ps
+        if action["priority"]:
+            ranks = self.tenants.ranks
+            holds_ps = holds_ps * (ranks - int(self.tenants.rank[r.tenant])) // ranks
+        if self.owed_ps + token_ps > max(holds_ps, token_ps):
+            return False
+        self.owed_ps += token_ps
+        return True
+
+    def next_leave_ps(self, after_ps):
+        """When the next client goes away."""
+        moments = [e.leaves_ps(r) for e in self.engines for r in e.assigned]
+        return min([m for m in moments if m > after_ps], default=NEVER_PS)
+
     def serve(self, action, start_ps, until_ps):
         for e in self.engines:
             e.batch_cap, e.fraction = action["batch_cap"], action["fraction"]
@@ -512,18 +568,36 @@ class Cell:
         for e in self.engines:
             if e.next_ps == NEVER_PS and (e.fresh or e.resumed):
                 e.next_ps = max(start_ps, e.busy_ps)
-        while self.next_request < len(self.requests):
-            r = self.requests[self.next_request]
-            if r.arrival_ps >= until_ps:
-                break
-            self.next_request += 1
-            self.count["arrived"] += 1
-            if blocks_of(r.prompt + r.output + 8) > int(min(self.cost.blocks)):
-                r.status, r.finish_ps = "cancelled", r.arrival_ps
-                self.count["cancelled"] += 1
+        now_ps = start_ps - 1
+        while True:
+            to_send = [r for r in self.requests if r.status in ("pending", "retrying")]
+            r = min(to_send, key=lambda r: (r.sent_ps, r.index), default=None)
+            leave_ps = self.next_leave_ps(now_ps)
+            ready_ps = min((t for t, _ in self.transfers), default=NEVER_PS)  # gone before it is there, maybe
+            stop_ps = min(leave_ps, max(ready_ps, now_ps + 1))
+            if stop_ps < until_ps and (r is None or stop_ps <= r.sent_ps):
+                now_ps = stop_ps
+                self.advance(now_ps)
+                for e in self.engines:
+                    e.expire(now_ps)
                 continue
-            self.advance(r.arrival_ps)
-            self.route(r.arrival_ps, False).enqueue(r, r.arrival_ps)
+            if r is None or r.sent_ps >= until_ps:
+                break
+            if r.status == "retrying":
+                self.count["retries"] += 1
+            else:
+                self.count["arrived"] += 1
+                if blocks_of(r.prompt + r.output + 8) > int(min(self.cost.blocks)):
+                    r.status, r.finish_ps = "cancelled", r.arrival_ps
+                    self.count["cancelled"] += 1
+                    continue
+            if not self.lets_in(r, r.sent_ps, action):
+                self.count["refused"] += 1
+                self.end_try(r, r.sent_ps)
+                continue
+            now_ps = max(now_ps, r.sent_ps)
+            self.advance(r.sent_ps)
+            self.route(r.sent_ps, False).enqueue(r, r.sent_ps)
         self.advance(until_ps)
         for e in self.engines:
             e.expire(until_ps - 1)

@@ -159,7 +159,7 @@ def test_settings_reach_the_engines(tmp_path):
     args = (
         "--engines 3 --split --speculation-depth 2 --quantization-tier INT8 --priority-routing "
         "--no-prefix-cache --kv-budget-fraction 0.5 --kv-tokens 20000 --max-num-batched-tokens 1024 "
-        "--max-num-seqs 64 --tp 1"
+        "--max-num-seqs 64 --tp 1 --admission-rate 5.5"
     )
     assert simulate(tmp_path, *args.split(), "--json", str(tmp_path / "out.json")) == 0
     found = json.loads((tmp_path / "out.json").read_text())
@@ -174,6 +174,7 @@ def test_settings_reach_the_engines(tmp_path):
         "speculation_depth": 2,
         "prefill_decode_split": True,
         "priority_routing": True,
+        "admission_rate": 5.5,
         "prefix_cache": False,
     }
     assert found["speculation"]["drafted_tokens"] > 0

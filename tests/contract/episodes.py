@@ -52,6 +52,7 @@ def anything(rng, count):
     actions["quantization_tier"] = rng.integers(0, len(TIERS), count)
     actions["prefill_decode_split"] = rng.integers(0, 2, count)
     actions["priority_routing"] = rng.integers(0, 2, count)
+    actions["admission_rate"] = rng.choice([0.01, 3.0, 1000.0, np.inf, np.inf], count)
     return actions
 
 

@@ -20,6 +20,7 @@ ACTIONS = st.builds(
     quantization_tier=st.sampled_from(QuantizationTier),
     prefill_decode_split=st.booleans(),
     priority_routing=st.booleans(),
+    admission_rate=st.none() | st.floats(0, 1000, exclude_min=True),
 )
 VALUES = {
     "batch_cap": (8, 64, 512),
@@ -28,6 +29,7 @@ VALUES = {
     "quantization_tier": ("FP16", "INT8", "INT4"),
     "prefill_decode_split": (False, True),
     "priority_routing": (False, True),
+    "admission_rate": (0.5, 4.0, 1000.0, None),
 }
 
 
@@ -73,7 +75,13 @@ def test_the_nearest_point_is_found(action):
     grid = ActionGrid(VALUES)
     (index,) = grid.indices(to_array([action]))
     for name, place in zip(CONTROLS, index, strict=True):
-        if name in ("batch_cap", "kv_budget_fraction", "speculation_depth"):
+        if name == "admission_rate" and action.admission_rate is None:
+            assert VALUES[name][place] is None
+        elif name == "admission_rate":
+            rates = [rate for rate in VALUES[name] if rate is not None]
+            distance = [abs(rate - action.admission_rate) for rate in rates]
+            assert place == distance.index(min(distance))
+        elif name in ("batch_cap", "kv_budget_fraction", "speculation_depth"):
             distance = [abs(value - getattr(action, name)) for value in VALUES[name]]
             assert place == distance.index(min(distance))
         else:
@@ -99,6 +107,10 @@ def test_the_lower_of_two_as_near_is_taken():
         ({"speculation_depth": (0, 9)}, "speculation_depth"),
         ({"quantization_tier": ("FP16", "FP8")}, "quantization_tier"),
         ({"quantization_tier": ("INT8", "FP16")}, "quantization_tier"),
+        ({"admission_rate": (0.0, 4.0)}, "admission_rate"),
+        ({"admission_rate": (4.0, 1001.0)}, "admission_rate"),
+        ({"admission_rate": (None, 4.0)}, "admission_rate"),
+        ({"admission_rate": (4.0, None, None)}, "admission_rate"),
         ({"turbo": (1, 2)}, "turbo"),
     ],
 )

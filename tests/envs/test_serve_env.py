@@ -149,7 +149,7 @@ def test_it_terminates_where_the_task_does():
     assert (terminated, truncated) == (True, False)
     assert env.log().terminated
     with pytest.raises(InputError, match="over: call reset"):
-        env.step(np.zeros(6, np.int64))
+        env.step(np.zeros(7, np.int64))
 
 
 # Exact copies
@@ -224,14 +224,16 @@ def _short_of(task_id: str) -> LLMServeEnv:
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        ([7, 0, 0, 0, 0, 0], r"action\[0\] \(batch_cap\)': expected 0..6, found 7"),
-        ([0, -1, 0, 0, 0, 0], r"kv_budget_fraction\)': expected 0..5, found -1"),
-        ([0, 0, 0, 0, 0], "expected 6 whole numbers"),
-        ([0.0] * 6, "expected 6 whole numbers"),
-        (3, "expected 6 whole numbers"),
-        (np.array((0, 1.0, 0, 0, 0, 0), ACTION), "batch_cap': expected 1..512"),
-        (np.array((8, np.nan, 0, 0, 0, 0), ACTION), r"kv_budget_fraction': expected 0.1..1.0"),
-        (np.array((8, 1.0, 0, 3, 0, 0), ACTION), "quantization_tier': expected 0..2"),
+        ([7, 0, 0, 0, 0, 0, 0], r"action\[0\] \(batch_cap\)': expected 0..6, found 7"),
+        ([0, -1, 0, 0, 0, 0, 0], r"kv_budget_fraction\)': expected 0..5, found -1"),
+        ([0, 0, 0, 0, 0], "expected 7 whole numbers"),
+        ([0.0] * 7, "expected 7 whole numbers"),
+        (3, "expected 7 whole numbers"),
+        (np.array((0, 1.0, 0, 0, 0, 0, np.inf), ACTION), "batch_cap': expected 1..512"),
+        (np.array((8, np.nan, 0, 0, 0, 0, np.inf), ACTION), r"kv_budget_fraction': expected 0.1..1.0"),
+        (np.array((8, 1.0, 0, 3, 0, 0, np.inf), ACTION), "quantization_tier': expected 0..2"),
+        (np.array((8, 1.0, 0, 0, 0, 0, 1001.0), ACTION), "admission_rate': expected"),
+        (np.array((8, 1.0, 0, 0, 0, 0, 0.0), ACTION), "admission_rate': expected"),
     ],
 )
 def test_actions_out_of_range_are_refused_and_change_nothing(action, message):
@@ -246,15 +248,15 @@ def test_actions_out_of_range_are_refused_and_change_nothing(action, message):
 def test_steps_outside_an_episode_are_refused():
     env = short(2)
     with pytest.raises(InputError, match="call reset before step"):
-        env.step(np.zeros(6, np.int64))
+        env.step(np.zeros(7, np.int64))
     with pytest.raises(InputError, match="reset"):
         env.action_masks()
     env.reset(seed=0)
     play(env, samples(env, 2))
     with pytest.raises(InputError, match="over: call reset"):
-        env.step(np.zeros(6, np.int64))
+        env.step(np.zeros(7, np.int64))
     env.reset()
-    env.step(np.zeros(6, np.int64))
+    env.step(np.zeros(7, np.int64))
 
 
 @pytest.mark.parametrize(

@@ -202,11 +202,11 @@ def test_bad_resets_are_refused(given):
         env.reset(**given)
 
 
-@pytest.mark.parametrize("actions", [np.zeros((3, 6), int), np.zeros(6, int), np.full((2, 6), 99)])
+@pytest.mark.parametrize("actions", [np.zeros((3, 7), int), np.zeros(7, int), np.full((2, 7), 99)])
 def test_bad_actions_are_refused(actions):
     env = LLMServeVectorEnv(2, **arguments())
     with pytest.raises(InputError):
-        env.step(np.zeros((2, 6), int))
+        env.step(np.zeros((2, 7), int))
     env.reset(seed=0)
     with pytest.raises(InputError):
         env.step(actions)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from evaluate.tune import Found, changed, to_toml, tune_rule
+from evaluate.tune import Found, changed, to_toml, tunable, tune_rule
 from llmserve_env.agents import ReactiveAgent, ReactiveRule, play
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
@@ -19,6 +19,7 @@ else:
 
 TASK = load_task("static_workload", horizon_s=40.0)
 POOR = ReactiveRule(batch_cap=16, speculation_depth=5)
+NAMES = tuple(ReactiveRule.model_fields)
 
 
 def test_tuning_finds_a_rule_within_its_budget_and_says_what_it_scores():
@@ -44,12 +45,17 @@ def test_changed_rules_stay_in_range_and_change():
     rng, rule = np.random.default_rng(0), ReactiveRule()
     everything = set()
     for i in range(300):
-        child = changed(rule, rng, share=0.2, spread=None if i % 2 else 0.1)
+        child = changed(rule, rng, NAMES, share=0.2, spread=None if i % 2 else 0.1)
         assert ReactiveRule(**child.model_dump()) == child
         everything |= {name for name, value in child.model_dump().items() if value != getattr(rule, name)}
         rule = child
     assert everything == set(ReactiveRule.model_fields)
-    assert sum(changed(rule, rng, share=0.0) != rule for _ in range(50)) > 40  # one is always redrawn
+    assert sum(changed(rule, rng, NAMES, share=0.0) != rule for _ in range(50)) > 40  # one is always redrawn
+
+
+def test_admission_is_tuned_where_it_is_granted():
+    assert tunable(load_task("death_spiral")) == list(NAMES)
+    assert tunable(TASK) == [name for name in NAMES if not name.startswith("admission_")]
 
 
 def test_toml_holds_the_rule():

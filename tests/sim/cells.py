@@ -40,6 +40,19 @@ def requests(arrival_s, prompt, output, tenant=0, tenants=ANYONE):
                     np.zeros(n) + tenant, tenants)  # fmt: skip
 
 
+def impatient(rng, tenants):
+    """The tenants with clients who, some of them, wait for the whole answer only so long and try again."""
+    return tuple(
+        replace(
+            tenant,
+            deadline_s=float(rng.choice([math.inf, 0.1, 0.7, 4.0])),
+            retries=int(rng.choice([0, 1, 3, 7])),
+            retry_after_s=float(rng.choice([0.001, 0.05, 0.5])),
+        )
+        for tenant in tenants
+    )
+
+
 def random_tenants(rng):
     return tuple(
         Tenant(
@@ -93,13 +106,24 @@ class Episode(NamedTuple):
     windows: list
 
 
-def random_episode(seed, **fixed):
-    """A small cell with quick switches under a random workload and random actions."""
+def random_episode(seed, *, retries=False, **fixed):
+    """A small cell with quick switches under a random workload and random actions.
+
+    With `retries` clients have deadlines and come back, and actions bound the rate of admission.
+    """
     rng = np.random.default_rng(seed)
     tenants = random_tenants(rng)
+    if retries:
+        tenants = impatient(rng, tenants)
     shared, engines = bool(rng.integers(0, 2)), int(rng.choice([1, 1, 2, 3]))
     workload = random_workload(rng, int(rng.integers(20, 80)), tenants, longest=2000, shared=shared)
     actions = [random_action(rng) for _ in range(rng.integers(2, 7))]
+    if retries:
+        rates = [rng.choice([None, None, 0.3, 4.0, 50.0]) for _ in actions]
+        actions = [
+            action.model_copy(update={"admission_rate": rate})
+            for action, rate in zip(actions, rates, strict=True)
+        ]
     window_s = float(rng.choice([0.05, 0.3, 1.0, 2.0]))
     cell = {
         "engines": engines,

@@ -14,6 +14,7 @@ from llmserve_env.sim.state import (
     MAX_RUNNING,
     PENDING,
     PREFILL,
+    RETRYING,
     RUNNING,
     TRANSFER,
     UP,
@@ -46,12 +47,18 @@ def check(batch):
         out, cell = batch.outcomes[low:high], batch.cells[episode]
         flying = int(cell["transfers"])
         if flying:
-            heap = list(zip(batch._transfers.ready_ps[low:], batch._transfers.request[low:], strict=True))[
-                :flying
-            ]
+            heap = list(zip(batch._timers.ready_ps[low:], batch._timers.request[low:], strict=True))[:flying]
             assert all(heap[(i - 1) // 2] <= heap[i] for i in range(1, flying))
             places.update(int(request) for _, request in heap)
         status = out["status"]
+        away = int(cell["retrying"])
+        if away:
+            timers = batch._timers
+            heap = list(zip(timers.retry_ps[low:], timers.retry_request[low:], strict=True))[:away]
+            assert all(heap[(i - 1) // 2] <= heap[i] for i in range(1, away))
+            assert all(out["sent_ps"][request] == time_ps for time_ps, request in heap)
+            assert sorted(request for _, request in heap) == np.flatnonzero(status == RETRYING).tolist()
+        assert away == (status == RETRYING).sum()
         alive = np.flatnonzero((status == WAITING) | (status == RUNNING) | (status == TRANSFER))
         assert places == Counter(alive.tolist()), "each unfinished request is in exactly one place"
         seen = int(cell["next_request"])
@@ -92,6 +99,7 @@ class _Engine:
         self.totals()
         self.heaps()
         self.blocks()
+        self.deadlines()
         running = [int(self.e["slot_request"][slot]) for slot in self.run]
         assert (self.out["status"][running] == RUNNING).all()
         return running + self.queues()
@@ -218,6 +226,19 @@ class _Engine:
             while table[position] != key:
                 assert table[position] != -1
                 position = (position + 1) & (len(table) - 1)
+
+    def deadlines(self):
+        """No client goes away before the engine looks; one whose last token is scheduled does not."""
+        limits = self.batch._tenant_arrays.deadline_ps
+        for slot in self.run:
+            request, c = self.e["slot_request"][slot], self.e["slot_class"][slot]
+            if (
+                slot != self.e["partial"]
+                and self.e["heap_key"][c, self.e["slot_heap"][slot]] <= self.clock[c]
+            ):
+                continue
+            leave_ps = int(self.out["sent_ps"][request]) + int(limits[self.req["tenant"][request]])
+            assert self.e["leave_ps"] <= leave_ps
 
     def queues(self):
         e, out = self.e, self.out

@@ -69,6 +69,32 @@ def test_random_episodes_conserve():
         assert seen[name] >= episodes, (name, seen)
 
 
+def test_tries_and_requests_add_up_where_clients_come_back():
+    seen = Counter()
+    for seed in range(150):
+        batch, windows = random_episode(20_000 + seed, retries=True)
+        totals = Counter()
+        for action, window_s in windows:
+            record = batch.serve([action], window_s)[0]
+            check(batch)
+            for name in (*COUNTS, "refused", "timeouts", "retries"):
+                totals[name] += getattr(record, name)
+            over = totals["completed"] + totals["failed"] + totals["cancelled"]
+            assert totals["arrived"] == over + record.in_flight
+            sent = totals["arrived"] - totals["cancelled"] + totals["retries"]
+            ended = totals["completed"] + totals["refused"] + totals["timeouts"]
+            assert sent == ended + record.in_flight - record.retrying
+            assert totals["retries"] + record.retrying == batch.outcomes["retries"].sum()
+            assert record.tenant_in_flight.sum() == record.in_flight
+        allowed = batch._tenant_arrays.retries[batch.requests["tenant"]]
+        assert (batch.outcomes["retries"] <= allowed).all()
+        failed = batch.outcomes["status"] == FAILED
+        assert (batch.outcomes["retries"][failed] == allowed[failed]).all(), "the last try failed, no other"
+        seen.update({name: int(totals[name] > 0) for name in totals})
+    for name, episodes in {"refused": 60, "timeouts": 100, "retries": 100, "transfers": 20}.items():
+        assert seen[name] >= episodes, (name, seen)
+
+
 @pytest.mark.parametrize("depth", [0, 3])
 def test_prefill_and_cache_cover_the_prompts_exactly(depth):
     """Without preemption each prompt is computed or found, once; one that fits is not thrown out."""

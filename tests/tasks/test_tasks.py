@@ -58,9 +58,9 @@ def requests_of(workload):
 # What is shipped
 
 
-def test_the_four_tasks_are_there():
+def test_the_five_tasks_are_there():
     assert list_tasks() == (
-        "adversarial_multitenant", "bursty_workload", "static_workload", "trace_replay",
+        "adversarial_multitenant", "bursty_workload", "death_spiral", "static_workload", "trace_replay",
     )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
     python -m evaluate.spiral --picture docs/images/death-spiral.png
 
 plays evaluation seeds with vLLM's defaults, the best constant configuration that lets everybody in (of the
-task's whole grid, chosen on training seeds), the best constant of all and the tuned rule. It prints their scores
-and how many of the requests that arrive after a surge they serve in time: those from `AFTER_S` seconds after its
-end on, when no other surge is under way. The picture is of one episode.
+task's whole grid, chosen on training seeds), the best constant of all and the tuned rule. It prints their
+scores and how many requests they answer in time for each one that arrives after a surge, from `AFTER_S`
+seconds after its end on, when no other surge is under way. The picture is of one episode.
 """
 
 from __future__ import annotations

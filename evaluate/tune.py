@@ -153,7 +153,7 @@ def changed(
         spread: standard deviation of a change, as a share of the parameter's range, on a logarithmic scale
             where the range spans a decade; None draws them anew, uniformly on that scale.
     """
-    chosen = [name for name in names if rng.random() < share] or [names[rng.integers(len(names))]]
+    chosen = [name for name in names if rng.random() < share] or [names[int(rng.integers(len(names)))]]
     values = rule.model_dump()
     for name in chosen:
         values[name] = _drawn(name, values[name], rng, spread)

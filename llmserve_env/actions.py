@@ -122,4 +122,5 @@ def _checked(name: str, value: Any) -> float:
 
 def finite(codes: NDArray[Any]) -> NDArray[Any]:
     """Codes with a number for inf, farther from every rate than the rates are from each other."""
-    return np.minimum(codes, 1e6)
+    clipped: NDArray[Any] = np.minimum(codes, 1e6)
+    return clipped

@@ -1,7 +1,8 @@
 """What an agent sees: a flat float32 vector in [0, 1], every feature with a fixed scaling.
 
 Quantities without an upper bound are mapped by x / (x + half), so that `half` becomes 0.5 and no bound 1:
-monotone, never clipped, the same for every task. Shares stand as they are. A latency without any request is 0.
+monotone, never clipped, the same for every task. Shares stand as they are. A latency without any request
+is 0.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def _share(part, whole, without):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, error_model="numpy")
-def _fill(windows, actions, progress, window_s, engines, tenants, halves, observations):  # type: ignore[no-untyped-def]
+def _fill(windows, actions, progress, window_s, engines, tenants, halves, observations):  # type: ignore[no-untyped-def]  # noqa: PLR0915
     raw = np.zeros(len(halves))
     for i in range(len(windows)):
         w = windows[i]

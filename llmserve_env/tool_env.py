@@ -257,8 +257,8 @@ class ServeToolEnv:
             prefill_decode_split: Whether prefill and decode run on engines of their own. A change restarts
                 engines.
             priority_routing: Whether requests of more urgent tenants go first.
-            admission_rate: Requests per second that are let into the queue, up to 1000; the others are refused
-                at once. Leave it out to let everybody in.
+            admission_rate: Requests per second that are let into the queue, up to 1000; the others are
+                refused at once. Leave it out to let everybody in.
             windows: For how many windows to serve with it, 1 to 1000; it stops at the end of the episode.
 
         Returns:

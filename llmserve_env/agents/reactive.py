@@ -60,8 +60,8 @@ class ReactiveRule(BaseModel):
             restart for it one after the other.
         admission_wait_s: age of the oldest waiting try from which on fewer are let in (s).
         admission_cut: what is let in then, of what was let in or sent in the window.
-        admission_growth: by what more are let in, window by window, once nobody waits so long; when it is half
-            as much again as what is sent, everybody is.
+        admission_growth: by what more are let in, window by window, once nobody waits so long; when it is
+            half as much again as what is sent, everybody is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -87,8 +87,8 @@ class BoxActions:
     - batch_cap: on a log scale between them, rounded.
     - kv_budget_fraction: linear between them.
     - speculation_depth: every whole number between them has an equal part of [-1, 1].
-    - quantization_tier, prefill_decode_split, priority_routing, admission_rate: every value of the grid has an
-      equal part; with two values the second begins at 0.
+    - quantization_tier, prefill_decode_split, priority_routing, admission_rate: every value of the grid has
+      an equal part; with two values the second begins at 0.
 
     A control that the grid leaves at one value is not the agent's: its entry is ignored.
 

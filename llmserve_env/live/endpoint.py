@@ -41,7 +41,7 @@ NOT_APPLIED = {
     "speculation_depth": "an endpoint takes it at its start, if at all",
     "quantization_tier": "an endpoint has the weights that it was started with",
     "prefill_decode_split": "an endpoint has the engines that it was started with",
-    "admission_rate": "the clients send every request that is due, and an endpoint refuses by rules of its own",
+    "admission_rate": "clients send every request that is due; an endpoint refuses by its own rules",
 }
 """Fields of an action that a client cannot apply, with the reason."""
 

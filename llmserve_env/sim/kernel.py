@@ -665,7 +665,7 @@ def _expire(e, counters, cell, req, out, ten, tr, now_ps):
 
 @_compiled
 def _leave_queues(e, counters, g, cell, req, out, ten, pool, tr, now_ps):
-    """End the tries past their deadline that wait after they were started on; returns when the next is due."""
+    """End the tries past their deadline that wait after they were started on; returns when the next is."""
     soonest = NEVER_PS
     before = np.int64(-1)
     request = np.int64(e.resumed_head)
@@ -1509,7 +1509,7 @@ def _quiet_ps(engines, cell, tr):
 
 @_compiled
 def _serve_window(engines, counters, first_g, cell, req, out, ten, pool, pre, cost, tr, start_ps, until_ps):
-    """Serve one cell from `start_ps` to `until_ps`: switch, route what is sent, take all earlier decisions."""
+    """Serve one cell from `start_ps` to `until_ps`: switch, route tries, take all earlier decisions."""
     _leave_all(engines, counters, first_g, cell, req, out, ten, pool, pre, tr, start_ps)
     _begin_switch(engines, counters, cell, req, out, ten, tr, start_ps)
     for i in range(len(engines)):

@@ -221,7 +221,9 @@ class SimulatorBatch:
             count, source, target = int(self.cells["requests"][other]), first[other], self._first[other]
             self.requests[target : target + count] = requests[source : source + count]
             self.outcomes[target : target + count] = outcomes[source : source + count]
-            for was, now in zip(timers, self._timers, strict=True):
+            for name in Timers._fields:
+                was: Any = getattr(timers, name)
+                now: Any = getattr(self._timers, name)
                 if len(was):
                     now[target : target + count] = was[source : source + count]
             if self._prefix_tokens and other != episode:

@@ -109,7 +109,7 @@ def test_everything_in_the_file_is_told(told):
         "difficulty hard",
         "window 5 s between two actions",
         "ends after 60 s, 12 windows, or more than 777 requests in flight at a window's end",
-        "configurations 3 x 1 x 1 x 2 x 1 x 1 = 6",
+        "configurations 3 x 1 x 1 x 2 x 1 x 1 x 1 = 6",
         "engines 3 behind one router",
         "profile of each rtxpro6000-llama-3.1-8b",
         "when split 2 prefill, 1 decode",

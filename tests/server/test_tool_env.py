@@ -83,7 +83,7 @@ def test_reset_tells_the_task_and_what_is_seen():
         tenant.name: pytest.approx(1e3 * tenant.ttft_slo_s) for tenant in task.tenants
     }
     assert set(told["last_window"]["tenants"]) == {tenant.name for tenant in task.tenants}
-    assert told["config_in_force"] == task.start.model_dump(mode="json")
+    assert told["config_in_force"] == task.start.model_dump(mode="json", exclude_none=True)
     assert (env.score, env.done, told["done"]) == (0.0, False, False)
 
 

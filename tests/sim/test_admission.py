@@ -12,12 +12,12 @@ from llmserve_env.schema import ServeAction
 from llmserve_env.sim.simulator import Simulator
 from llmserve_env.workloads.workload import Tenant
 
-from .cells import PROFILE, requests
+from .cells import ANYONE, PROFILE, requests
 
 BURST_S = constants().admission.burst_s
 
 
-def admitted(arrival_s, rate, tenants=(Tenant(),), tenant=0, *, priority=False):
+def admitted(arrival_s, rate, tenants=ANYONE, tenant=0, *, priority=False):
     """bool[n], which requests a rate lets in."""
     simulator = Simulator(PROFILE, requests(arrival_s, 16, 2, tenant, tenants))
     outcomes = _served(simulator, ServeAction(admission_rate=rate, priority_routing=priority))

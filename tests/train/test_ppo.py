@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from llmserve_env.agents.policy import save_policy
+from llmserve_env.errors import InputError
+from llmserve_env.tasks import TRAINING_SEEDS
 from train.ppo import Arguments, Statistics, Trainer
 
 ENVS, ROLLOUT = 4, 70  # an episode has 120 windows: the checkpoint lies in the second one
@@ -69,3 +71,15 @@ def test_running_statistics_are_those_of_all_values():
         running.add(part)
     np.testing.assert_allclose(running.mean, values.mean(0), rtol=1e-4)
     np.testing.assert_allclose(running.variance, values.var(0), rtol=1e-3)
+
+
+@pytest.mark.xfail(
+    reason="the first episodes have seeds from `seed` * 1,000,003 on, which from --seed 2148 on are none of "
+    "training; nothing refuses that",
+)
+def test_seeds_never_reach_those_of_evaluation(tmp_path):
+    try:
+        first = trainer(tmp_path, seed=2_148)
+    except InputError:
+        return
+    assert first.env.unwrapped.batch.seeds.max() in TRAINING_SEEDS

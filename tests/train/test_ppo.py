@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llmserve_env.agents.policy import save_policy
-from llmserve_env.errors import InputError
 from llmserve_env.tasks import TRAINING_SEEDS
 from train.ppo import Arguments, Statistics, Trainer
 
@@ -35,7 +34,6 @@ def updates(trainer: Trainer, count: int) -> list[dict[str, float]]:
     return [trainer.learn(trainer.collect()) for _ in range(count)]
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"recurrent": True}, {"frames": 3}, {"init": True}],
@@ -73,13 +71,6 @@ def test_running_statistics_are_those_of_all_values():
     np.testing.assert_allclose(running.variance, values.var(0), rtol=1e-3)
 
 
-@pytest.mark.xfail(
-    reason="the first episodes have seeds from `seed` * 1,000,003 on, which from --seed 2148 on are none of "
-    "training; nothing refuses that",
-)
 def test_seeds_never_reach_those_of_evaluation(tmp_path):
-    try:
-        first = trainer(tmp_path, seed=2_148)
-    except InputError:
-        return
-    assert first.env.unwrapped.batch.seeds.max() in TRAINING_SEEDS
+    first = trainer(tmp_path, seed=2_148)
+    assert int(first.env.unwrapped.batch.seeds.max()) in TRAINING_SEEDS

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import llmserve_env
 from llmserve_env.actions import ACTION, to_action
-from llmserve_env.backend import WINDOW, window_field
+from llmserve_env.backend import WINDOW
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog
 
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
 
 def record_bytes(window: NDArray[np.void], tenants: int) -> bytes:
     """A WINDOW record as bytes, without the padding and the places of tenants that are not there."""
-    parts = []
-    for name in window.dtype.names or ():
-        parts.append(np.ascontiguousarray(window_field(window, name, tenants)).tobytes())
-    return b"".join(parts)
+    return np.frombuffer(window.tobytes(), np.uint8)[_places(tenants)].tobytes()
+
+
+@cache
+def _places(tenants: int) -> NDArray[np.intp]:
+    """Which bytes of a record those are: to collect them field by field takes ten times as long."""
+    place = np.arange(WINDOW.itemsize, dtype=np.intp)
+    places = []
+    for name, (field, offset, *_) in (WINDOW.fields or {}).items():
+        bytes_ = place[offset : offset + field.itemsize].reshape(*field.shape, field.base.itemsize)
+        if field.shape and name != "engines_tier":  # as `window_field`
+            bytes_ = bytes_[..., :tenants, :]
+        places.append(bytes_.ravel())
+    return np.concatenate(places)
 
 
 def record_digests(windows: Iterable[NDArray[np.void]], tenants: int) -> list[str]:

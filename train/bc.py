@@ -197,7 +197,7 @@ class Cloner:
     def collect(self) -> None:
         """Play a round's episodes and part them into those to learn from and those held out."""
         count, held = self.args.episodes, max(1, round(self.args.episodes * self.args.held_out))
-        first = self.args.seed * 1_000_003 + self.round * count
+        first = self.args.seed * _APART + self.round * count
         player = PolicyAgent(self.net.policy()) if self.round else None
         for kept, seeds in (
             (self.held_out, range(first, first + held)),
@@ -319,6 +319,9 @@ class Cloner:
         return torch.stack(losses).sum()
 
 
+_APART = 1_000_003
+"""Between the training seeds of one `seed` and the next."""
+
 _STATE = ("round", "best", "score", "told", "learned", "held_out", "teacher_score")
 
 
@@ -335,6 +338,8 @@ def clone(args: Arguments) -> float:
             raise InputError("there is none to go on from", file=str(checkpoint))
         state = torch.load(checkpoint, weights_only=False)  # our own file: it holds arrays, too
         args = Arguments(**{**state["arguments"], "out": args.out, "rounds": args.rounds, "resume": True})
+    if not 0 <= args.seed * _APART <= VALIDATION.start - args.rounds * args.episodes:
+        raise InputError(f"expected 0 to {VALIDATION.start // _APART - 1}, found {args.seed}", field="seed")
     cloner = Cloner(args)
     args.out.mkdir(parents=True, exist_ok=True)
     if state is not None:

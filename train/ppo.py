@@ -176,7 +176,8 @@ class Trainer:
         self.best = -np.inf
         self.wall_s = 0.0
         self.finished: list[float] = []
-        observations, _ = self.env.reset(seed=[args.seed * 1_000_003 + i for i in range(args.envs)])
+        drawn = np.random.default_rng(args.seed).choice(VALIDATION.start, args.envs, replace=False)
+        observations, _ = self.env.reset(seed=[int(seed) for seed in drawn])
         self.mask = torch.from_numpy(_mask(self.env)).to(self.device)
         if self.clone is None:
             self._rescale(observations)
@@ -284,7 +285,7 @@ class Trainer:
                     line = {
                         "approx_kl": (ratio - 1 - shift).mean(),
                         "clip_fraction": ((ratio - 1).abs() > args.clip).float().mean(),
-                        "value_loss": value_loss,
+                        "value_loss": value_loss.detach(),
                     }
                     spread = dict(zip(self.config.controls, entropies.mean(0), strict=True))
                     line |= {f"entropy/{name}": value for name, value in spread.items()}

@@ -52,7 +52,7 @@ AGENTS: dict[str, Callable[[Task], Agent]] = {
 
 CONTROLLERS: dict[str, Callable[[Task], Agent]] = {
     "aimd": lambda task: AIMDAgent(AIMDRule(), tuned_constant(task.id)),
-    "mpc": lambda task: MPCAgent([tuned_constant(task.id)]),
+    "mpc": lambda task: MPCAgent(),
 }
 """Further agents by name: to compare with, in no table of the reference agents."""
 
@@ -66,8 +66,8 @@ def load_agent(name: str, task: Task) -> Agent:
     Args:
         name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`); aimd,
             mpc (`CONTROLLERS`); shielded:NAME, any of them in a `Shield`.
-        task: what it will play; all but random and defaults rest on what was tuned to the shipped task of
-            this id.
+        task: what it will play; best-constant, reactive and aimd rest on what was tuned to the shipped task
+            of this id.
 
     Raises:
         InputError: there is no such agent, or nothing was tuned to the task.

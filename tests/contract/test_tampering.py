@@ -260,7 +260,7 @@ def test_a_log_that_names_files_is_graded_only_where_they_are_allowed(trace):
     log = played(task, 1, constant(3)).log()
     result = grade(log, allow_files=True)
     assert (result.custom, result.requests["completed"]) == (True, 2)
-    with pytest.raises(InputError, match=r"'task\.workload': expected .*allow_files"):
+    with pytest.raises(InputError, match=r"'task\.workload': expected .*may not name files"):
         grade(log)
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from llmserve_env import load_task
 from llmserve_env.errors import InputError
 from server.guard import Guard
 from server.refusals import AtCapacity
@@ -26,13 +27,9 @@ SCENARIO = {
 
 @pytest.fixture(scope="module")
 def guard():
-    guard = Guard(Settings(guard_timeout_s=1.0, guard_memory_gb=0.5, guard_queue=2))
+    guard = Guard(Settings(guard_timeout_s=3.0, guard_memory_gb=0.5, guard_queue=2))
     yield guard
     guard.close()
-
-
-def raising() -> None:
-    raise InputError("expected less", field="workload.regimes")
 
 
 def nested(levels: int) -> list:
@@ -45,14 +42,17 @@ def nested(levels: int) -> list:
 def test_it_gives_results_and_errors_whole(guard):
     assert asyncio.run(guard.run(abs, -1)) == 1
     with pytest.raises(InputError) as refused:
-        asyncio.run(guard.run(raising))
-    assert (refused.value.reason, refused.value.field) == ("expected less", "workload.regimes")
+        asyncio.run(guard.run(load_task, "static_workload", horizon_s="long"))
+    with pytest.raises(InputError) as here:
+        load_task("static_workload", horizon_s="long")
+    assert str(refused.value) == str(here.value)
+    assert refused.value.field == here.value.field == "horizon_s"
 
 
 @pytest.mark.parametrize(
     ("function", "argument", "said"),
     [
-        (time.sleep, 600, "longer than the 1 s"),
+        (time.sleep, 600, "longer than the 3 s"),
         (bytearray, 2 * 10**9, "more than the 0.5 GB"),
         (os._exit, 1, "more than the 0.5 GB"),  # as when the system kills it
         (len, nested(100_000), "nested too deeply"),

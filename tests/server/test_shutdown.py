@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 from tests.server.conftest import started
 
-WINDOWS = 3000
+WINDOWS = 1200
 LONG = {"task_id": "static_workload", "seed": 1, "horizon_s": float(WINDOWS), "workload": "poisson://?rate=2"}
 MESSAGE = {"actions": [{}] * WINDOWS, "every": False}
 

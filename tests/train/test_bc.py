@@ -129,6 +129,13 @@ def test_ctrl_c_keeps_the_best(tmp_path, monkeypatch):
     load_policy(tmp_path / "first")  # of a round that was not finished: as far as it came
 
 
+@pytest.mark.parametrize("seed", [-1, 2_148])
+def test_seeds_never_reach_those_of_validation_or_evaluation(tmp_path, seed):
+    with pytest.raises(InputError) as caught:
+        clone(small(tmp_path, seed=seed))
+    assert caught.value.field == "seed"
+
+
 def test_nothing_to_resume_is_told(tmp_path):
     with pytest.raises(InputError, match="none to go on from") as caught:
         clone(small(tmp_path, resume=True))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmserve_env.agents.policy import save_policy
+from llmserve_env.tasks import TRAINING_SEEDS
 from train.ppo import Arguments, Statistics, Trainer
 
 ENVS, ROLLOUT = 4, 70  # an episode has 120 windows: the checkpoint lies in the second one
@@ -33,7 +34,6 @@ def updates(trainer: Trainer, count: int) -> list[dict[str, float]]:
     return [trainer.learn(trainer.collect()) for _ in range(count)]
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"recurrent": True}, {"frames": 3}, {"init": True}],
@@ -69,3 +69,8 @@ def test_running_statistics_are_those_of_all_values():
         running.add(part)
     np.testing.assert_allclose(running.mean, values.mean(0), rtol=1e-4)
     np.testing.assert_allclose(running.variance, values.var(0), rtol=1e-3)
+
+
+def test_seeds_never_reach_those_of_evaluation(tmp_path):
+    first = trainer(tmp_path, seed=2_148)
+    assert int(first.env.unwrapped.batch.seeds.max()) in TRAINING_SEEDS

@@ -64,8 +64,7 @@ class Twins(SimulatorBatch):
         outcomes: Any = self.outcomes[first : first + count]
         outcomes[:] = np.zeros(1, OUTCOME)
         outcomes["next"] = outcomes["segment"] = -1
-        if "sent_ps" in (OUTCOME.names or ()):
-            outcomes["sent_ps"] = rows["arrival_ps"]
+        outcomes["sent_ps"] = rows["arrival_ps"]
         self.cells["requests"][episode] = known + count
 
     def copy_from(self, episodes: NDArray[np.int64], source: Twins, episode: int) -> None:
@@ -84,8 +83,7 @@ class Twins(SimulatorBatch):
 
     def _per_request(self) -> tuple[NDArray[Any], ...]:
         """Arrays with a place for every request: what it is, what became of it, heaps of those under way."""
-        heaps = getattr(self, "_timers", None) or self._transfers
-        return (self.requests, self.outcomes, *heaps)
+        return (self.requests, self.outcomes, *self._timers)
 
 
 def wider(task: Task, twins: Twins, room: int) -> Twins:

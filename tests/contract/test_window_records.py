@@ -13,12 +13,13 @@ from llmserve_env.episode import EpisodeBatch
 from llmserve_env.sim.state import (
     COMPLETED,
     PS_PER_S,
+    RETRYING,
     RUNNING,
     TRANSFER,
     WAITING,
     histogram_edges_s,
 )
-from llmserve_env.tasks import list_tasks
+from llmserve_env.tasks import list_tasks, load_task
 
 from .episodes import anything, short, sticky
 
@@ -58,7 +59,7 @@ class Recount:
         met = done & (ttft_ps <= ttft_slo) & (tpot_ps <= tpot_slo)
         headroom = 1 - np.maximum(ttft_ps / ttft_slo, tpot_ps / tpot_slo)
         first = (out["first_ps"] > 0) & (self.before["first_ps"] == 0)
-        alive = np.isin(out["status"], (WAITING, RUNNING, TRANSFER))
+        alive = np.isin(out["status"], (WAITING, RUNNING, TRANSFER, RETRYING))
         expected = {
             "tenant_completed": by_tenant(done),
             "tenant_in_slo": by_tenant(met),
@@ -86,7 +87,7 @@ class Recount:
         assert np.histogram(ttft_s, EDGES_S)[0].tolist() == counters["ttft_histogram"].tolist()
         fresh = (out["status"] == WAITING) & (out["preemptions"] == 0)
         end_ps = round(float(window["end_s"]) * PS_PER_S)
-        oldest_ps = (end_ps - req["arrival_ps"][fresh]).max() if fresh.any() else 0
+        oldest_ps = (end_ps - out["sent_ps"][fresh]).max() if fresh.any() else 0
         assert window["oldest_wait_s"] == pytest.approx(oldest_ps / PS_PER_S)
         assert window["in_flight"] == alive.sum()
         inside = (req["arrival_ps"] >= round(float(window["start_s"]) * PS_PER_S)) & (
@@ -125,7 +126,11 @@ def test_records_of_random_cells():
             recount.check(batch.windows[0], batch.counters[0])
 
 
-@pytest.mark.parametrize("task_id", list_tasks())
+# Where clients ask again, a try that began and ended within a window leaves no trace in the outcomes; those windows
+# are held to the plain twin in tests/alignment.
+@pytest.mark.parametrize(
+    "task_id", [name for name in list_tasks() if not any(t.retries for t in load_task(name).tenants)]
+)
 def test_records_of_the_tasks(task_id):
     for seed, draw in ((5, sticky), (6, lambda task, rng, count: anything(rng, count))):
         task = short(task_id, 16)

@@ -148,6 +148,7 @@ def test_everything_else_of_an_action_is_not_applied(live):
         "speculation_depth",
         "quantization_tier",
         "prefill_decode_split",
+        "admission_rate",
     }
 
 

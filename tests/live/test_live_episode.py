@@ -50,6 +50,7 @@ def test_an_episode_is_played_logged_and_graded_without_verification(url):
         "speculation_depth",
         "quantization_tier",
         "prefill_decode_split",
+        "admission_rate",
     }
     assert last.metadata["action"]["batch_cap"] == 8
     assert sum(each.tenants["chat"].completed for each in windows) > 0

@@ -20,6 +20,7 @@ from llmserve_env.client import (
     ServiceError,
 )
 from llmserve_env.errors import InputError
+from llmserve_env.observation import FEATURES
 from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction, ServeObservation
 from llmserve_env.tool_env import ServeToolEnv
 from tests.server.conftest import ends, running
@@ -114,7 +115,7 @@ def test_the_default_is_the_first_task_with_a_training_seed(env):
 
 def test_features_and_workloads_go_with_a_reset(env):
     calm = env.reset(seed=1, workload="poisson://?rate=1", horizon_s=5.0, features=True)
-    assert len(calm.observation.metadata["features"]) == 78
+    assert len(calm.observation.metadata["features"]) == len(FEATURES)
     rushed = env.reset(seed=1, workload="poisson://?rate=50", horizon_s=5.0)
     assert rushed.observation.metadata["seed"] == 1
     assert env.step(ServeAction()).observation.request_arrival_rate > 10

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 
 import llmserve_env  # noqa: F401 - registers the ids
-from llmserve_env.actions import to_array
+from llmserve_env.actions import CONTROLS, to_array
 from llmserve_env.envs.remote_env import LLMServeRemoteEnv
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.errors import InputError
@@ -73,7 +73,7 @@ def test_episodes_are_the_same_bit_for_bit(pair, task_id):
 def test_episodes_with_another_workload_are_the_same(pair):
     here, there = pair("bursty_workload", 3, workload="poisson://?rate=20")
     assert_same(here.reset(seed=1), there.reset(seed=1))
-    assert_same(here.step([0] * 6), there.step([0] * 6))
+    assert_same(here.step([0] * len(CONTROLS)), there.step([0] * len(CONTROLS)))
 
 
 def test_records_set_values_between_those_of_the_grid(pair):
@@ -158,21 +158,21 @@ def test_a_loop_that_was_written_for_the_one_learns_on_the_other(server_url):
 def test_refusals_are_those_of_the_local_one(pair):
     here, there = pair(windows=1)
     for call in (
-        lambda env: env.step(np.zeros(6, int)),
+        lambda env: env.step(np.zeros(len(CONTROLS), int)),
         lambda env: env.action_masks(),
         lambda env: env.reset(seed=-1),
         lambda env: env.reset(options={"x": 1}),
         lambda env: env.reset(seed=1) and env.step(np.full(6, 99)),
-        lambda env: env.step(np.zeros(6)),
+        lambda env: env.step(np.zeros(len(CONTROLS))),
     ):
         with pytest.raises(InputError) as ours:
             call(here)
         with pytest.raises(InputError) as theirs:
             call(there)
         assert theirs.value.field == ours.value.field
-    there.step(np.zeros(6, int))
+    there.step(np.zeros(len(CONTROLS), int))
     with pytest.raises(InputError, match=r"over.*reset"):
-        there.step(np.zeros(6, int))
+        there.step(np.zeros(len(CONTROLS), int))
     assert there.reset(seed=2)[1]["seed"] == 2
 
 
@@ -185,7 +185,7 @@ def test_an_unknown_task_and_a_bad_workload_are_named(server_url):
         env.reset(seed=1)
     assert refused.value.field == "workload"
     with pytest.raises(InputError):
-        env.step(np.zeros(6, int))
+        env.step(np.zeros(len(CONTROLS), int))
     env.close()
 
 
@@ -200,9 +200,9 @@ def test_after_a_break_a_reset_connects_anew(pair):
     there.reset(seed=4)
     there._client.disconnect()
     with pytest.raises(InputError, match="reset"):
-        there.step(np.zeros(6, int))  # of a new session, where no episode has begun
+        there.step(np.zeros(len(CONTROLS), int))  # of a new session, where no episode has begun
     assert_same(here.reset(seed=4), there.reset(seed=4))
-    assert_same(here.step(np.zeros(6, int)), there.step(np.zeros(6, int)))
+    assert_same(here.step(np.zeros(len(CONTROLS), int)), there.step(np.zeros(len(CONTROLS), int)))
 
 
 def test_closing_ends_the_session_and_twice_is_no_fault(server_url):

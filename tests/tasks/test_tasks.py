@@ -77,7 +77,7 @@ def test_a_shipped_task_loads(task_id):
     assert task.quality[0] == 1.0
     assert all(0 <= quality <= 1 for quality in task.quality)
     assert len(task.tenants) >= 1
-    assert set(task.controls) >= {"batch_cap", "kv_budget_fraction", "quantization_tier"}
+    assert set(task.controls) >= {"batch_cap", "kv_budget_fraction"}
     missing = EpisodeBatch(task)
     missing.reset([0])
     assert missing.simulator.not_applied(task.start) == {}
@@ -131,7 +131,7 @@ def test_fields_can_be_replaced():
         workload="gamma://?rate=3", max_in_flight=50, controls={"batch_cap": [8, 64]},
     )  # fmt: skip
     assert (task.cell.engines, task.cell.profile, task.windows) == (3, "h100-llama-3.1-8b", 5)
-    assert task.grid.nvec.tolist() == [2, 1, 1, 1, 1, 1]
+    assert task.grid.nvec.tolist() == [2, 1, 1, 1, 1, 1, 1]
     assert task.max_in_flight == 50
     assert task.requests(1).duration_s < 10
     assert load_task("static_workload").cell.engines == 1, "the shipped one stays as it is"

@@ -126,8 +126,8 @@ def test_records_of_random_cells():
             recount.check(batch.windows[0], batch.counters[0])
 
 
-# Where clients ask again, a try that began and ended within a window leaves no trace in the outcomes; those windows
-# are held to the plain twin in tests/alignment.
+# Where clients ask again, a try that began and ended within a window leaves no trace in the outcomes: those
+# windows are held to the plain twin in tests/alignment.
 @pytest.mark.parametrize(
     "task_id", [name for name in list_tasks() if not any(t.retries for t in load_task(name).tenants)]
 )

@@ -109,6 +109,7 @@ def _draw(path: Path, measured: dict[str, dict[str, NDArray[np.float64]]]) -> No
                     continue
                 _point(below, place, dropped, scores["clairvoyant"] - scores[f"fixed {control}"], ORANGE)
             below.set_yticks(range(len(CONTROLS)), list(reversed(CONTROLS)) if column == 0 else [])
+            below.set_ylim(-0.5, len(CONTROLS) - 0.5)
             below.axvline(0, color=GREY, linewidth=0.8)
             below.set_xlabel("lost by the plan if it is fixed")
 

@@ -18,6 +18,7 @@ def demo(
     tasks: tuple[str, ...] = (
         "bursty_workload",
         "adversarial_multitenant",
+        "death_spiral",
         "static_workload",
         "trace_replay",
     ),

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
-from llmserve_env.agents.brief import TaskBrief
 from llmserve_env.backend import WINDOW
+from llmserve_env.catalog import TaskInfo, task_info
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
@@ -33,7 +33,7 @@ _LONGEST_WAIT_S = 60.0
 class Policy(Protocol):
     """Plays one episode at a time from what the schema shows."""
 
-    def reset(self, brief: TaskBrief, seed: int) -> None:
+    def reset(self, brief: TaskInfo, seed: int) -> None:
         """Begin an episode."""
         ...
 
@@ -53,7 +53,7 @@ class BlindPolicy:
         self._name = name
         self._agent: Agent | None = None
 
-    def reset(self, brief: TaskBrief, seed: int) -> None:
+    def reset(self, brief: TaskInfo, seed: int) -> None:
         """Begin an episode of a shipped task."""
         task = load_task(brief.id)
         self._agent = load_agent(self._name, task)
@@ -73,7 +73,7 @@ class BlindPolicy:
 class Runtime(Protocol):
     """Where episodes are played."""
 
-    def brief(self, task_id: str) -> TaskBrief:
+    def brief(self, task_id: str) -> TaskInfo:
         """What players are told of a task."""
         ...
 
@@ -100,9 +100,9 @@ class InProcess:
     def __init__(self) -> None:
         self._episode: Episode | None = None
 
-    def brief(self, task_id: str) -> TaskBrief:
+    def brief(self, task_id: str) -> TaskInfo:
         """What players are told of a task."""
-        return TaskBrief.of(load_task(task_id))
+        return task_info(load_task(task_id))
 
     def reset(self, task_id: str, seed: int) -> ServeObservation:
         """Begin an episode."""
@@ -149,13 +149,13 @@ class OverHttp:
             raise InputError(f"expected the service's URL, found {base_url!r}", field="base_url") from error
         self._session: dict[str, str] = {}
 
-    def brief(self, task_id: str) -> TaskBrief:
+    def brief(self, task_id: str) -> TaskInfo:
         """What players are told of a task."""
         answer = self._call("GET", "/tasks")
         with self._expected("a list of tasks"):
             entries = {entry["id"]: entry for entry in answer["tasks"]}
             if task_id in entries:
-                return TaskBrief.model_validate(entries[task_id])
+                return TaskInfo.model_validate(entries[task_id])
         raise InputError(f"{self._url} has {', '.join(entries)}, not '{task_id}'", field="task")
 
     def reset(self, task_id: str, seed: int) -> ServeObservation:

@@ -26,7 +26,7 @@ from llmserve_env.urls import without_credentials
 if TYPE_CHECKING:
     import openai
 
-    from llmserve_env.agents.brief import TaskBrief
+    from llmserve_env.catalog import TaskInfo
 
 
 _OPENAI = "https://api.openai.com/v1"
@@ -126,7 +126,7 @@ class LLMPolicy:
 
     Example:
         >>> with LLMPolicy(LLMSettings("tiny", "http://127.0.0.1:8101/v1")) as policy:
-        ...     policy.reset(TaskBrief.of(task), seed)
+        ...     policy.reset(task_info(task), seed)
         ...     while not observation.done:
         ...         observation = episode.step(policy.act(observation))
     """
@@ -146,7 +146,7 @@ class LLMPolicy:
             timeout=settings.timeout_s,
             max_retries=settings.max_retries,
         )
-        self._brief: TaskBrief | None = None
+        self._brief: TaskInfo | None = None
         self._in_force = ServeAction()
         self._seen: deque[ServeObservation] = deque(maxlen=settings.history)
         self._seed = self._windows = self._without_answer = 0
@@ -166,7 +166,7 @@ class LLMPolicy:
         """Base URL without credentials."""
         return without_credentials(str(self._client.base_url))
 
-    def reset(self, brief: TaskBrief, seed: int) -> None:
+    def reset(self, brief: TaskInfo, seed: int) -> None:
         """Begin an episode.
 
         Args:
@@ -211,7 +211,7 @@ class LLMPolicy:
             self.usage.latency_s.append(time.perf_counter() - begun)
         return self._in_force
 
-    def _ask(self, brief: TaskBrief) -> str:
+    def _ask(self, brief: TaskInfo) -> str:
         """The text of the model's answer.
 
         Raises:
@@ -232,7 +232,7 @@ class LLMPolicy:
         except ValueError as error:  # a body that is no JSON
             raise Unusable("malformed", str(error)) from error
 
-    def _request(self, brief: TaskBrief) -> dict[str, Any]:
+    def _request(self, brief: TaskInfo) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.settings.model,
             "messages": prompt(

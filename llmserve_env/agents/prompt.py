@@ -9,7 +9,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction, ServeObservation
 
 if TYPE_CHECKING:
-    from llmserve_env.agents.brief import TaskBrief
+    from llmserve_env.catalog import TaskInfo
 
 NO_ANSWER = ("connection", "timeout", "rate_limited", "server_error", "rejected", "malformed")
 """Reasons of the endpoint's: no connection, no answer in time, 429, 5xx, another 4xx, no chat completion."""
@@ -27,7 +27,7 @@ class Unusable(Exception):
         self.reason = reason
 
 
-def answer_schema(brief: TaskBrief) -> dict[str, Any]:
+def answer_schema(brief: TaskInfo) -> dict[str, Any]:
     """JSON schema of an answer: an object with every control that the task grants, each one of its values."""
     properties = {name: {"type": _type(values), "enum": values} for name, values in brief.controls.items()}
     return {
@@ -38,7 +38,7 @@ def answer_schema(brief: TaskBrief) -> dict[str, Any]:
     }
 
 
-def parse(text: str, brief: TaskBrief) -> ServeAction:
+def parse(text: str, brief: TaskInfo) -> ServeAction:
     """The action that an answer holds; a control that the task does not grant stays as it starts.
 
     Raises:
@@ -58,7 +58,7 @@ def parse(text: str, brief: TaskBrief) -> ServeAction:
 
 
 def prompt(
-    brief: TaskBrief,
+    brief: TaskInfo,
     seen: list[ServeObservation],
     in_force: ServeAction,
     *,
@@ -95,7 +95,7 @@ def prompt(
         lines.pop(0)
 
 
-def _system(brief: TaskBrief, held_s: float) -> str:
+def _system(brief: TaskInfo, held_s: float) -> str:
     tenants = [
         f"- {each.name}: {each.ttft_slo_ms:g} ms, {each.tpot_slo_ms:g} ms, weight {each.weight:g}, "
         f"priority {each.priority}"

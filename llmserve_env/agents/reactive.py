@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.actions import to_array
+from llmserve_env.agents.granted import granted
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class _State:
     def __init__(self, task: Task, rules: Sequence[ReactiveRule], episodes: int) -> None:
         self._window_s, self._engines = task.window_s, task.cell.engines
         self._start = to_array([task.start])
-        self._granted = [name for name, count in zip(CONTROLS, task.grid.nvec, strict=True) if count > 1]
+        self._granted = granted(task)
         self._bulk = np.flatnonzero([tenant.ttft_slo_s >= BULK_TTFT_S for tenant in task.tenants])
         self._p = {
             name: np.broadcast_to([getattr(rule, name) for rule in rules], episodes)

@@ -13,9 +13,9 @@ import pytest
 from live.endpoint_server import ChatEndpoint, Reply, chat, closed_url, serving
 
 from llmserve_env.agents import load_agent, play
-from llmserve_env.agents.brief import TaskBrief
 from llmserve_env.agents.llm import LLMPolicy, LLMSettings
 from llmserve_env.agents.prompt import Unusable, answer_schema, parse, prompt
+from llmserve_env.catalog import task_info
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
@@ -26,7 +26,7 @@ from server.baseline_player import OverHttp
 
 SEED = EVALUATION_SEEDS.start
 TASK = load_task("trace_replay")
-BRIEF = TaskBrief.of(TASK)
+BRIEF = task_info(TASK)
 CHOICE = {
     "batch_cap": 64,
     "kv_budget_fraction": 0.75,

@@ -412,7 +412,7 @@ def train(args: Arguments) -> float:
     begun = time.perf_counter() - trainer.wall_s
     every = max(1, trainer.updates // args.validations)
     per_update = args.envs * args.rollout
-    with _logger(args) as log, tqdm(total=trainer.updates * per_update, initial=trainer.update * per_update,
+    with logger(args) as log, tqdm(total=trainer.updates * per_update, initial=trainer.update * per_update,
                                     unit="window", unit_scale=True) as bar:  # fmt: skip
         if trainer.clone is not None and trainer.update == 0:
             log({"validation": trainer.validate()}, 0)  # the first to beat is the clone itself
@@ -443,8 +443,8 @@ def train(args: Arguments) -> float:
 
 
 @contextmanager
-def _logger(args: Arguments) -> Iterator[Any]:
-    """Something that takes figures by name, and the windows played so far."""
+def logger(args: Any) -> Iterator[Any]:
+    """Something that takes figures by name, and the windows played so far; `args` has `out` and `wandb`."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(args.out / "log")

@@ -105,6 +105,70 @@ class ActionGrid:
         return self._all.copy()
 
 
+class BoxActions:
+    """Actions as a box [-1, 1] float32[7], one entry for each control.
+
+    -1 is a control's first value in the grid, 1 its last, and what lies outside is clipped:
+
+    - batch_cap: on a log scale between them, rounded.
+    - kv_budget_fraction: linear between them.
+    - speculation_depth: every whole number between them has an equal part of [-1, 1].
+    - quantization_tier, prefill_decode_split, priority_routing, admission_rate: every value of the grid has
+      an equal part; with two values the second begins at 0.
+
+    A control that the grid leaves at one value is not the agent's: its entry is ignored.
+
+    Args:
+        grid: first and last value of each control.
+    """
+
+    def __init__(self, grid: ActionGrid) -> None:
+        self._codes = {name: np.unique(grid.all()[name]) for name in CONTROLS}
+
+    def records(self, box: Any) -> NDArray[np.void]:
+        """ACTION[n] of float[n, 7].
+
+        Raises:
+            InputError: of another shape, or an entry is not a number.
+        """
+        box = np.asarray(box, np.float64)
+        if box.ndim != 2 or box.shape[1] != len(CONTROLS) or np.isnan(box).any():
+            raise InputError(
+                f"expected {len(CONTROLS)} numbers in [-1, 1], found {box.tolist()}", field="action"
+            )
+        shares = (np.clip(box, -1.0, 1.0) + 1.0) / 2.0
+        actions = np.empty(len(box), ACTION)
+        for column, (name, codes) in enumerate(self._codes.items()):
+            share, low, high = shares[:, column], codes[0], codes[-1]
+            if name == "batch_cap":
+                actions[name] = np.rint(low * (high / low) ** share)
+            elif name == "kv_budget_fraction":
+                actions[name] = np.minimum(low + share * (high - low), high)
+            elif name == "speculation_depth":
+                actions[name] = low + _part(share, int(high - low) + 1)
+            else:
+                actions[name] = codes[_part(share, len(codes))]
+        return actions
+
+    def box(self, actions: NDArray[np.void]) -> NDArray[np.float32]:
+        """float32[n, 7] of ACTION[n]: for each value the middle of the part that means it."""
+        box = np.zeros((len(actions), len(CONTROLS)), np.float32)
+        for column, (name, codes) in enumerate(self._codes.items()):
+            values, low, high = actions[name].astype(np.float64), codes[0], codes[-1]
+            if low == high:
+                continue
+            if name == "batch_cap":
+                share = np.log(values / low) / np.log(high / low)
+            elif name == "kv_budget_fraction":
+                share = (values - low) / (high - low)
+            elif name == "speculation_depth":
+                share = (values - low + 0.5) / (high - low + 1)
+            else:
+                share = (np.searchsorted(codes, values) + 0.5) / len(codes)
+            box[:, column] = np.clip(2.0 * share - 1.0, -1.0, 1.0)
+        return box
+
+
 def _code(name: str, value: Any) -> float:
     """A value of a ServeAction as it stands in an ACTION record."""
     if name == "quantization_tier":
@@ -124,3 +188,8 @@ def finite(codes: NDArray[Any]) -> NDArray[Any]:
     """Codes with a number for inf, farther from every rate than the rates are from each other."""
     clipped: NDArray[Any] = np.minimum(codes, 1e6)
     return clipped
+
+
+def _part(share: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """int64[n], in which of `count` equal parts of [0, 1] each share lies."""
+    return np.minimum((share * count).astype(np.int64), count - 1)

@@ -79,73 +79,9 @@ def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
     return records
 
 
-class BoxActions:
-    """Actions as a box [-1, 1] float32[7], one entry for each control.
-
-    -1 is a control's first value in the grid, 1 its last, and what lies outside is clipped:
-
-    - batch_cap: on a log scale between them, rounded.
-    - kv_budget_fraction: linear between them.
-    - speculation_depth: every whole number between them has an equal part of [-1, 1].
-    - quantization_tier, prefill_decode_split, priority_routing, admission_rate: every value of the grid has
-      an equal part; with two values the second begins at 0.
-
-    A control that the grid leaves at one value is not the agent's: its entry is ignored.
-
-    Args:
-        grid: first and last value of each control.
-    """
-
-    def __init__(self, grid: ActionGrid) -> None:
-        self._codes = {name: np.unique(grid.all()[name]) for name in CONTROLS}
-
-    @property
-    def space(self) -> spaces.Space[NDArray[np.float32]]:
-        """Box [-1, 1] float32[7]."""
-        return spaces.Box(-1.0, 1.0, (len(CONTROLS),), np.float32)
-
-    def records(self, box: Any) -> NDArray[np.void]:
-        """ACTION[n] of float[n, 7].
-
-        Raises:
-            InputError: of another shape, or an entry is not a number.
-        """
-        box = np.asarray(box, np.float64)
-        if box.ndim != 2 or box.shape[1] != len(CONTROLS) or np.isnan(box).any():
-            raise InputError(
-                f"expected {len(CONTROLS)} numbers in [-1, 1], found {box.tolist()}", field="action"
-            )
-        shares = (np.clip(box, -1.0, 1.0) + 1.0) / 2.0
-        actions = np.empty(len(box), ACTION)
-        for column, (name, codes) in enumerate(self._codes.items()):
-            share, low, high = shares[:, column], codes[0], codes[-1]
-            if name == "batch_cap":
-                actions[name] = np.rint(low * (high / low) ** share)
-            elif name == "kv_budget_fraction":
-                actions[name] = np.minimum(low + share * (high - low), high)
-            elif name == "speculation_depth":
-                actions[name] = low + _part(share, int(high - low) + 1)
-            else:
-                actions[name] = codes[_part(share, len(codes))]
-        return actions
-
-    def box(self, actions: NDArray[np.void]) -> NDArray[np.float32]:
-        """float32[n, 7] of ACTION[n]: for each value the middle of the part that means it."""
-        box = np.zeros((len(actions), len(CONTROLS)), np.float32)
-        for column, (name, codes) in enumerate(self._codes.items()):
-            values, low, high = actions[name].astype(np.float64), codes[0], codes[-1]
-            if low == high:
-                continue
-            if name == "batch_cap":
-                share = np.log(values / low) / np.log(high / low)
-            elif name == "kv_budget_fraction":
-                share = (values - low) / (high - low)
-            elif name == "speculation_depth":
-                share = (values - low + 0.5) / (high - low + 1)
-            else:
-                share = (np.searchsorted(codes, values) + 0.5) / len(codes)
-            box[:, column] = np.clip(2.0 * share - 1.0, -1.0, 1.0)
-        return box
+def box_space() -> spaces.Space[NDArray[np.float32]]:
+    """Box [-1, 1] float32[7]; `actions.BoxActions` says what each entry means."""
+    return spaces.Box(-1.0, 1.0, (len(CONTROLS),), np.float32)
 
 
 def action_dict_space(grid: ActionGrid) -> spaces.Dict:
@@ -218,8 +154,3 @@ def _checked(records: NDArray[np.void]) -> NDArray[np.void]:
         if not ((values >= low) & (values <= high)).all():
             raise InputError(f"expected {low}..{high}, found {values.tolist()}", field=name)
     return records
-
-
-def _part(share: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """int64[n], in which of `count` equal parts of [0, 1] each share lies."""
-    return np.minimum((share * count).astype(np.int64), count - 1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from llmserve_env.actions import BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import LLMServeEnv
 
@@ -23,7 +24,7 @@ class ContinuousActions(
     gym.ActionWrapper["NDArray[np.float32]", "NDArray[np.float32]", "NDArray[np.int64]"],
     gym.utils.RecordConstructorArgs,
 ):
-    """Actions as a `Box` [-1, 1]^7; `spaces.BoxActions` says what each entry means.
+    """Actions as a `Box` [-1, 1]^7; `actions.BoxActions` says what each entry means.
 
     Args:
         env: LLMServe-v0, wrapped or not.
@@ -32,8 +33,8 @@ class ContinuousActions(
     def __init__(self, env: Env) -> None:
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.ActionWrapper.__init__(self, env)
-        self._box = spaces.BoxActions(_task(env).grid)
-        self.action_space = self._box.space
+        self._box = BoxActions(_task(env).grid)
+        self.action_space = spaces.box_space()
 
     def action(self, action: NDArray[np.float32]) -> Any:
         """The ACTION record of float32[7]."""
@@ -93,8 +94,8 @@ class ContinuousVectorActions(gym.vector.VectorActionWrapper):
 
     def __init__(self, env: LLMServeVectorEnv) -> None:
         super().__init__(env)
-        self._box = spaces.BoxActions(env.unwrapped.task.grid)
-        self.single_action_space = self._box.space
+        self._box = BoxActions(env.unwrapped.task.grid)
+        self.single_action_space = spaces.box_space()
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
 
     def actions(self, actions: NDArray[np.float32]) -> Any:

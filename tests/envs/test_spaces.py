@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from llmserve_env.actions import CONTROLS, ActionGrid
+from llmserve_env.actions import CONTROLS, ActionGrid, BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES, TENANT_SLOTS
@@ -25,7 +25,7 @@ GRID = ActionGrid(
         "admission_rate": [2.0, 10.0, None],
     }
 )
-BOX = spaces.BoxActions(GRID)
+BOX = BoxActions(GRID)
 BOXES = arrays.arrays(np.float32, (4, 7), elements=st.floats(-1, 1, width=32))
 
 
@@ -40,7 +40,7 @@ def one(**entries: float):
 @pytest.mark.parametrize("task_id", list_tasks())
 def test_every_grid_point_is_a_box(task_id):
     grid = load_task(task_id).grid
-    box, everything = spaces.BoxActions(grid), grid.all()
+    box, everything = BoxActions(grid), grid.all()
     found = box.records(box.box(everything))
     for name in CONTROLS:
         if name == "kv_budget_fraction":

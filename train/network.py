@@ -22,9 +22,10 @@ class Network(nn.Module):
 
     Args:
         config: of the policy.
+        values: sums of rewards that the critic foretells.
     """
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: PolicyConfig, values: int = 1) -> None:
         super().__init__()
         self.config = config
         width, inputs = config.hidden, config.frames * len(config.features)
@@ -39,7 +40,7 @@ class Network(nn.Module):
                 for name in config.controls]  # fmt: skip
         self.stay = nn.Parameter(torch.tensor(stay))
         self.critic = nn.Sequential(_layer(inputs + (width if config.recurrent else 0), width), nn.Tanh(),
-                                    _layer(width, width), nn.Tanh(), _layer(width, 1, 1.0))  # fmt: skip
+                                    _layer(width, width), nn.Tanh(), _layer(width, values, 1.0))  # fmt: skip
         counts = torch.tensor(self.nvec)
         self.register_buffer("offsets", counts.cumsum(0) - counts, persistent=False)
         self.register_buffer("counts", counts, persistent=False)
@@ -55,7 +56,8 @@ class Network(nn.Module):
             memory: float32[n, hidden], of the GRU.
 
         Returns:
-            Logits float32[n, values], values float32[n], the GRU's next state.
+            Logits float32[n, values], values float32[n] (or [n, k], where the critic has k), the GRU's next
+            state.
         """
         x = torch.tanh(self.first(stacked))
         if self.config.recurrent:
@@ -64,7 +66,7 @@ class Network(nn.Module):
         else:
             x = torch.tanh(self.second(x))
             value = self.critic(stacked)
-        return self._steady(self.heads(x), current), value[:, 0], memory
+        return self._steady(self.heads(x), current), _flat(value), memory
 
     def sequence(
         self, stacked: Tensor, current: Tensor, memory: Tensor, begins: Tensor
@@ -78,7 +80,7 @@ class Network(nn.Module):
             begins: float32[t, n], 1 where an episode begins.
 
         Returns:
-            Logits float32[t * n, values] and values float32[t * n].
+            Logits float32[t * n, values] and values float32[t * n], or [t * n, k].
         """
         if not self.config.recurrent:
             logits, values, _ = self(stacked.flatten(0, 1), current.flatten(0, 1), memory)
@@ -90,7 +92,7 @@ class Network(nn.Module):
             states.append(memory)
         seen = torch.stack(states).flatten(0, 1)
         logits = self._steady(self.heads(seen), current.flatten(0, 1))
-        return logits, self.critic(torch.cat([stacked.flatten(0, 1), seen.detach()], 1))[:, 0]
+        return logits, _flat(self.critic(torch.cat([stacked.flatten(0, 1), seen.detach()], 1)))
 
     def _steady(self, logits: Tensor, current: Tensor) -> Tensor:
         places = torch.zeros_like(logits).scatter_(1, current + self.offsets, 1.0)
@@ -137,6 +139,11 @@ def sample(logits: Tensor, nvec: list[int], mask: Tensor, generator: torch.Gener
     noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
     drawn = logits.masked_fill(~mask, -1e9) - noise.log()
     return torch.stack([head.argmax(1) for head in drawn.split(nvec, 1)], 1)
+
+
+def _flat(value: Tensor) -> Tensor:
+    """float32[n] of [n, 1]; of several values, all."""
+    return value[:, 0] if value.shape[1] == 1 else value
 
 
 def _layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:

@@ -134,9 +134,18 @@ class Statistics:
 class Trainer:
     """Everything that training changes, so that a checkpoint can hold it.
 
+    What other trainers do otherwise is in methods of their own: where episodes come from, what of them is
+    learned from, by what a policy is chosen.
+
     Args:
         args: how to train.
     """
+
+    VALUES = 1
+    """Sums of rewards that the critic foretells."""
+    STATE: tuple[str, ...] = ("observed", "returns", "update", "best", "wall_s", "finished", "stacked",
+                              "current", "begins", "memory", "running", "history")  # fmt: skip
+    """Attributes that a checkpoint holds as they are."""
 
     def __init__(self, args: Arguments) -> None:
         self.args = args
@@ -144,28 +153,20 @@ class Trainer:
         self.device = torch.device("cuda" if cuda else "cpu" if args.device == "auto" else args.device)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.env = gym.make_vec("LLMServe-v0", num_envs=args.envs, task_id=args.task_id, threads=args.threads)
+        self.env = self.make_env()
         assert self.env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP, "see `collect`"
         self.task = self.env.unwrapped.task
         grid = self.task.grid
-        self.config = PolicyConfig(
-            package_version=llmserve_env.__version__,
-            task_id=self.task.id,
-            features=[feature.name for feature in FEATURES],
-            controls={name: list(values) for name, values in grid.values.items()},
-            frames=args.frames,
-            hidden=args.hidden,
-            recurrent=args.recurrent,
-        )
+        self.config = self.make_config()
         self.clone: Policy | None = None
         if args.init is not None:
             self.clone = load_policy(args.init)
             self.config = self.clone.config
-        self.net = Network(self.config).to(self.device)
+        self.net = Network(self.config, self.VALUES).to(self.device)
         self.teacher: Network | None = None
         if self.clone is not None:
             self.net.load(self.clone)
-            self.teacher = Network(self.config).to(self.device)
+            self.teacher = Network(self.config, self.VALUES).to(self.device)
             self.teacher.load(self.clone)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, eps=1e-5)
         self.nvec = grid.nvec.tolist()
@@ -193,6 +194,44 @@ class Trainer:
         """How many there are to be."""
         return max(1, self.args.steps // (self.args.envs * self.args.rollout))
 
+    def make_env(self) -> Any:
+        """The episodes side by side."""
+        args = self.args
+        return gym.make_vec("LLMServe-v0", num_envs=args.envs, task_id=args.task_id, threads=args.threads)
+
+    def make_config(self) -> PolicyConfig:
+        """What is to be trained."""
+        args = self.args
+        return PolicyConfig(
+            package_version=llmserve_env.__version__,
+            task_id=self.task.id,
+            features=[feature.name for feature in FEATURES],
+            controls={name: list(values) for name, values in self.task.grid.values.items()},
+            frames=args.frames,
+            hidden=args.hidden,
+            recurrent=args.recurrent,
+        )
+
+    def scaled_rewards(self, rewards: np.ndarray, info: dict[str, Any], over: np.ndarray) -> np.ndarray:
+        """What the critic foretells the sum of, in standard deviations of returns.
+
+        Args:
+            rewards: of a window of n episodes, as the environment gives them.
+            info: that came with them.
+            over: bool[n], episodes that ended with it.
+
+        Returns:
+            float32[n], or [n, VALUES] if there are several.
+        """
+        self.running = self.running * self.args.gamma + rewards
+        self.returns.add(self.running)
+        self.running[over] = 0.0
+        return (rewards / np.sqrt(self.returns.variance + 1e-8)).astype(np.float32)
+
+    def weighed(self, rollout: dict[str, torch.Tensor]) -> torch.Tensor:
+        """float32[time, n], the advantages by which the policy learns: one number of several."""
+        return rollout["advantages"]
+
     def collect(self) -> dict[str, torch.Tensor]:
         """Play a rollout; what the update learns from, with time as the first axis."""
         args, count = self.args, self.args.envs
@@ -209,12 +248,10 @@ class Trainer:
             self.history[self.env.unwrapped.batch.steps, np.arange(count)] = actions
             observations, rewards, terminated, truncated, info = self.env.step(actions)
             over = terminated | truncated
-            self.running = self.running * args.gamma + rewards
-            self.returns.add(self.running)
-            self.running[over] = 0.0
+            rewards = self.scaled_rewards(rewards, info, over)
             if self.clone is None and self.update < self.updates // 10:
                 self._rescale(observations)
-            bootstrap = np.zeros(count, np.float32)
+            bootstrap = torch.zeros_like(values)
             scaled = self._scaled(observations)
             if over.any():
                 # Same-step resets: what is seen is the next episode's first, the last one is in the info. An
@@ -224,13 +261,13 @@ class Trainer:
                 final = self._tensor(stack(self.stacked[ended], last, self.config.frames))
                 with torch.no_grad():
                     _, ahead, _ = self.net(final, self._tensor(actions[ended]), self.memory[ended])
-                bootstrap[ended] = np.where(truncated[ended], ahead.cpu().numpy(), 0.0)
+                ahead[self._tensor(~truncated[ended])] = 0.0
+                bootstrap[self._tensor(ended)] = ahead
                 self.finished += info["final_info"]["score"][ended].tolist()
             row = {
                 "stacked": stacked, "current": current, "begins": self._tensor(self.begins),
                 "actions": chosen, "logs": logs, "values": values,
-                "rewards": self._tensor((rewards / np.sqrt(self.returns.variance + 1e-8)).astype(np.float32)),
-                "over": self._tensor(over), "bootstrap": self._tensor(bootstrap),
+                "rewards": self._tensor(rewards), "over": self._tensor(over), "bootstrap": bootstrap,
             }  # fmt: skip
             for name in _KEPT:
                 kept[name].append(row[name])
@@ -244,6 +281,7 @@ class Trainer:
             _, following, _ = self.net(self._tensor(self.stacked), self._tensor(self.current), memory)
         rollout["advantages"] = self._advantages(rollout, following)
         rollout["returns"] = rollout["advantages"] + rollout["values"]
+        rollout["advantages"] = self.weighed(rollout)
         rollout["memory"] = before
         return rollout
 
@@ -296,18 +334,24 @@ class Trainer:
         self.update += 1
         return {name: float(np.mean(figures)) for name, figures in told.items()} | {"explained": explained}
 
-    def validate(self) -> float:
+    def validate(self) -> dict[str, float]:
         """Mean score of the likeliest actions on the validation seeds; keeps the policy if it is the best."""
         score = float(play(PolicyAgent(self.policy()), self.task, VALIDATION).scores.mean())
-        if score > self.best:
-            self.best = score
+        self.keep(score)
+        return {"validation": score}
+
+    def keep(self, merit: float) -> bool:
+        """Write the policy, if it has more merit than all before; whether it has."""
+        better = merit > self.best
+        if better:
+            self.best = merit
             save_policy(self.args.out, self.policy())
-        return score
+        return better
 
     def save(self) -> None:
         """Write the checkpoint. Of the episodes it holds seeds and actions: they are replayed."""
         batch = self.env.unwrapped.batch
-        state = {name: getattr(self, name) for name in _STATE}
+        state = {name: getattr(self, name) for name in self.STATE}
         state |= {
             "arguments": asdict(self.args), "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
@@ -319,7 +363,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same arguments."""
-        for name in _STATE:
+        for name in self.STATE:
             setattr(self, name, state[name])
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -337,16 +381,20 @@ class Trainer:
             "arguments": json.loads(json.dumps(asdict(self.args), default=str)),
             "steps": self.update * self.args.envs * self.args.rollout,
             "wall_s": round(self.wall_s, 1),
-            "validation": {"seeds": f"{VALIDATION.start}..{VALIDATION.stop - 1}", "score": self.best},
+            "validation": self.validation(),
         }
         return self.net.policy(self.config.model_copy(update={"training": made}))
 
+    def validation(self) -> dict[str, Any]:
+        """What the policy that is kept came to when it was validated."""
+        return {"seeds": f"{VALIDATION.start}..{VALIDATION.stop - 1}", "score": self.best}
+
     def _advantages(self, rollout: dict[str, torch.Tensor], following: torch.Tensor) -> torch.Tensor:
-        """Generalised advantage estimates (Schulman et al., 2016)."""
+        """Generalised advantage estimates (Schulman et al., 2016), of each value by itself."""
         args, advantage = self.args, torch.zeros_like(following)
         advantages = torch.zeros_like(rollout["rewards"])
         for t in reversed(range(args.rollout)):
-            over = rollout["over"][t]
+            over = rollout["over"][t].view(-1, *(1 for _ in following.shape[1:]))
             ahead = torch.where(over, rollout["bootstrap"][t], following)
             surprise = rollout["rewards"][t] + args.gamma * ahead - rollout["values"][t]
             advantage = surprise + args.gamma * args.gae_lambda * torch.where(over, 0.0, advantage)
@@ -380,10 +428,11 @@ class Trainer:
         return total
 
     def _rescale(self, observations: np.ndarray) -> None:
-        self.observed.add(observations.astype(np.float64))
-        self.net.mean.copy_(torch.from_numpy(self.observed.mean.astype(np.float32)))
+        count = len(FEATURES)
+        self.observed.add(observations[:, :count].astype(np.float64))
+        self.net.mean[:count].copy_(torch.from_numpy(self.observed.mean.astype(np.float32)))
         spread = np.sqrt(self.observed.variance + 1e-4)  # what hardly varies is not blown up
-        self.net.std.copy_(torch.from_numpy(spread.astype(np.float32)))
+        self.net.std[:count].copy_(torch.from_numpy(spread.astype(np.float32)))
 
     def _scaled(self, observations: np.ndarray) -> np.ndarray:
         mean, std = self.net.mean.cpu().numpy(), self.net.std.cpu().numpy()
@@ -394,19 +443,17 @@ class Trainer:
 
 
 _KEPT = ("stacked", "current", "begins", "actions", "logs", "values", "rewards", "over", "bootstrap")
-_STATE = ("observed", "returns", "update", "best", "wall_s", "finished", "stacked", "current", "begins",
-          "memory", "running", "history")  # fmt: skip
 
 
-def train(args: Arguments) -> float:
+def train(args: Arguments, make: type[Trainer] = Trainer) -> float:
     """Train a policy; its score on the validation seeds."""
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
     state = None
     if args.resume:
         state = torch.load(checkpoint, weights_only=False)  # our own file: it holds NumPy's states, too
-        args = Arguments(**{**state["arguments"], "out": args.out, "steps": args.steps, "resume": True})
-    trainer = Trainer(args)
+        args = type(args)(**{**state["arguments"], "out": args.out, "steps": args.steps, "resume": True})
+    trainer = make(args)
     if state is not None:
         trainer.restore(state)
     begun = time.perf_counter() - trainer.wall_s
@@ -415,7 +462,7 @@ def train(args: Arguments) -> float:
     with logger(args) as log, tqdm(total=trainer.updates * per_update, initial=trainer.update * per_update,
                                     unit="window", unit_scale=True) as bar:  # fmt: skip
         if trainer.clone is not None and trainer.update == 0:
-            log({"validation": trainer.validate()}, 0)  # the first to beat is the clone itself
+            log(trainer.validate(), 0)  # the first to beat is the clone itself
         try:
             while trainer.update < trainer.updates:
                 rollout = trainer.collect()
@@ -423,7 +470,7 @@ def train(args: Arguments) -> float:
                 trainer.wall_s = time.perf_counter() - begun
                 late = bool(args.minutes) and trainer.wall_s > 60 * args.minutes
                 if trainer.update % every == 0 or trainer.update == trainer.updates or late:
-                    told["validation"] = trainer.validate()
+                    told |= trainer.validate()
                     trainer.save()
                 if trainer.finished:
                     told["score"] = float(np.mean(trainer.finished))
@@ -439,7 +486,15 @@ def train(args: Arguments) -> float:
         except KeyboardInterrupt:
             trainer.validate()
             print("stopped; --resume goes on from the last checkpoint")
+    note_run(args.out, steps=trainer.update * per_update, wall_s=round(trainer.wall_s, 1))
     return trainer.best
+
+
+def note_run(folder: Path, **run: float) -> None:
+    """Write into a policy's file how long the whole run took; it says itself when the policy was kept."""
+    policy = load_policy(folder)
+    training = {**policy.config.training, "run": run}
+    save_policy(folder, Policy(policy.config.model_copy(update={"training": training}), policy.weights))
 
 
 @contextmanager

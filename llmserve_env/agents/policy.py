@@ -6,9 +6,9 @@ A folder holds `policy.json` (what the network looks like and what it was traine
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,11 +22,14 @@ from llmserve_env.observation import FEATURES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmserve_env.agents.continuous_policy import ContinuousConfig, ContinuousPolicy
     from llmserve_env.tasks import Task
 
 CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
 CLIP = 8.0
 """Bound of a scaled observation (standard deviations)."""
+P = TypeVar("P")
+C = TypeVar("C", "PolicyConfig", "ContinuousConfig")
 
 
 class PolicyConfig(BaseModel):
@@ -71,15 +74,7 @@ class Policy:
 
     def __init__(self, config: PolicyConfig, weights: Mapping[str, NDArray[np.float32]]) -> None:
         self.config = config
-        expected = shapes(config)
-        for name in (*expected, *weights):
-            found = weights[name].shape if name in weights else None
-            if expected.get(name) != found:
-                raise InputError(f"expected shape {expected.get(name)}, found {found}", field=name)
-        self.weights = {name: np.asarray(weights[name], np.float32) for name in expected}
-        for name, values in self.weights.items():
-            if not np.isfinite(values).all():
-                raise InputError("expected finite numbers", field=name)
+        self.weights = checked(weights, shapes(config))
         self._nvec = [len(values) for values in config.controls.values()]
 
     def scaled(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -154,14 +149,7 @@ class PolicyAgent:
             InputError: the task's grid is another than the policy's.
         """
         policy = self.policy
-        found = {name: list(values) for name, values in task.grid.values.items()}
-        for name, values in policy.config.controls.items():
-            if found[name] != values:
-                raise InputError(
-                    f"expected a task with the values {values}, as '{policy.config.task_id}', on which the "
-                    f"policy was trained; '{task.id}' has {found[name]}",
-                    field=f"controls.{name}",
-                )
+        check_grid(policy.config.task_id, policy.config.controls, task)
         self._task = task
         self._stacked: NDArray[np.float32] | None = None
         self._memory = policy.memory(len(seeds))
@@ -211,7 +199,42 @@ def shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def save_policy(folder: str | Path, policy: Policy) -> None:
+def checked(
+    weights: Mapping[str, NDArray[np.float32]], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[np.float32]]:
+    """The weights, if they are those of these shapes.
+
+    Raises:
+        InputError: a weight is missing, superfluous, of another shape or no finite numbers; names it.
+    """
+    for name in (*expected, *weights):
+        found = weights[name].shape if name in weights else None
+        if expected.get(name) != found:
+            raise InputError(f"expected shape {expected.get(name)}, found {found}", field=name)
+    kept = {name: np.asarray(weights[name], np.float32) for name in expected}
+    for name, values in kept.items():
+        if not np.isfinite(values).all():
+            raise InputError("expected finite numbers", field=name)
+    return kept
+
+
+def check_grid(task_id: str, controls: Mapping[str, list[Any]], task: Task) -> None:
+    """Refuse a task whose grid is another than that of the task on which a policy was trained.
+
+    Raises:
+        InputError: names the first control that differs.
+    """
+    found = {name: list(values) for name, values in task.grid.values.items()}
+    for name, values in controls.items():
+        if found[name] != values:
+            raise InputError(
+                f"expected a task with the values {values}, as '{task_id}', on which the "
+                f"policy was trained; '{task.id}' has {found[name]}",
+                field=f"controls.{name}",
+            )
+
+
+def save_policy(folder: str | Path, policy: Policy | ContinuousPolicy) -> None:
     """Write a policy's two files, each whole or not at all."""
     from safetensors.numpy import save
 
@@ -227,12 +250,23 @@ def load_policy(folder: str | Path) -> Policy:
     Raises:
         InputError: a file is missing, damaged or does not fit the other or this package; names it.
     """
+    return read_policy(folder, PolicyConfig, Policy)
+
+
+def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, Any]], P]) -> P:
+    """What `load_policy` does, for any kind of policy.
+
+    Args:
+        folder: with its two files.
+        kind: of the config.
+        make: the policy of a config and its weights.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
-        config = PolicyConfig.model_validate_json(config_path.read_bytes())
+        config = kind.model_validate_json(config_path.read_bytes())
         weights = load(weights_path.read_bytes())
     except ValidationError as error:
         raise refusal(error, str(config_path)) from error
@@ -255,7 +289,7 @@ def load_policy(folder: str | Path) -> Policy:
             field="controls",
         )
     try:
-        return Policy(config, weights)
+        return make(config, weights)
     except InputError as error:
         raise InputError(error.reason, file=str(weights_path), field=error.field) from error
 

@@ -69,6 +69,7 @@ _ENVIRONMENTS = {
     "LLMServe-v0": ("serve_env:LLMServeEnv", "vector_env:LLMServeVectorEnv"),
     "LLMServeContinuous-v0": ("wrappers:continuous_env", "wrappers:continuous_vector_env"),
     "LLMServeDict-v0": ("wrappers:dict_env", None),
+    "LLMServeMO-v0": ("mo_env:LLMServeMOEnv", "mo_env:LLMServeMOVectorEnv"),
     "LLMServeRemote-v0": ("remote_env:LLMServeRemoteEnv", None),
 }
 """For each id what makes one environment, and many at once, in llmserve_env.envs."""

@@ -15,6 +15,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY pyproject.toml README.md LICENSE ./
 COPY llmserve_env llmserve_env
 COPY server server
+COPY weights weights
 RUN python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --disable-pip-version-check \
         --no-deps --no-index --no-build-isolation . \
     && find /opt/venv/lib/*/site-packages/numba /opt/venv/lib/*/site-packages/pandas \

@@ -1,7 +1,7 @@
 """Scores of an agent, on seeds that nothing was trained or tuned on.
 
     python -m evaluate.evaluate --agent reactive --task all --episodes 50
-    python -m evaluate.evaluate --agent weights/ppo-bursty --task bursty_workload --load 1.5
+    python -m evaluate.evaluate --agent out/bursty --task bursty_workload --load 1.5
 
 An agent is a name (see `llmserve_env.agents.load_agent`) or the folder of a trained policy, in which "{task}"
 stands for the task's id. The same command goes on where it was stopped.
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from evaluate.jobs import Job, Setting, play_job, play_jobs
 from evaluate.scores import Scores, begin_scores, scores_path
+from llmserve_env.agents import lacks_weights
 from llmserve_env.agents.find import SHIELDED, find_agent
 from llmserve_env.errors import InputError
 from llmserve_env.stats import interval
@@ -90,6 +91,9 @@ def measure(
     tasks = {setting: setting.open() for setting in settings}
     for setting, task in tasks.items():
         for label, plays in agents.items():
+            if lacks_weights(plays, task.id):
+                print(f"{label} does not play {task.id}: there are no weights for it", file=sys.stderr)
+                continue
             agent = find_agent(plays, task)
             try:
                 agent.reset(task, seeds[:1])

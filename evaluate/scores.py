@@ -155,6 +155,9 @@ def scores_path(out: Path, label: str, setting: Setting, *, official: bool) -> P
 
 def _digest(plays: str, task: Task) -> str | None:
     folder = policy_folder(plays, task)
-    if folder is None:
-        return None
+    return None if folder is None else policy_digest(folder)
+
+
+def policy_digest(folder: Path) -> str:
+    """SHA-256 of a trained policy's two files."""
     return hashlib.sha256((folder / CONFIG).read_bytes() + (folder / WEIGHTS).read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
 """All agents on all tasks, on the same evaluation seeds: who is better, by how much, and how sure that is.
 
     python -m evaluate.showdown
-    python -m evaluate.showdown --agents best-constant reactive ppo=weights/{task} --loads 0.5 1 1.5 2
+    python -m evaluate.showdown --agents best-constant reactive ppo mine=out/{task} --loads 0.5 1 1.5 2
 
 Writes each agent's scores in each setting, and from them the tables and pictures of
 `evaluate.showdown_report` to the same folder. The same command goes on where it was stopped; one with more
@@ -19,6 +19,7 @@ import tyro
 from evaluate.evaluate import agent_labels, choose_seeds, measure, open_settings
 from evaluate.showdown_report import write_report
 from llmserve_env.agents import AGENTS, CONTROLLERS
+from llmserve_env.agents.trained import SHIPPED
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import list_tasks
 
@@ -44,7 +45,7 @@ class Arguments:
         other_seeds: that they are none of evaluation; the results are marked so.
     """
 
-    agents: tuple[str, ...] = (*AGENTS, *CONTROLLERS)
+    agents: tuple[str, ...] = (*AGENTS, *CONTROLLERS, *SHIPPED)
     tasks: tuple[str, ...] = list_tasks()
     episodes: int = 50
     workload: str | None = None

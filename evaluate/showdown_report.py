@@ -171,16 +171,9 @@ def _gap_shares(
     for setting in settings:
         if setting.changed or setting not in table.get(_CONSTANT, {}):
             continue
-        found = clairvoyant_scores(setting.task) or {}
-        both = [seed for seed in seeds if seed in found]
-        if len(both) < 2:
-            continue
-        places = [list(seeds).index(seed) for seed in both]
-        plan = np.array([found[seed] for seed in both])
-        constant = plan[:, 0]
-        if np.abs(constant - table[_CONSTANT][setting][places]).max() > _SAME:
-            continue  # made by another simulator: the pairs are none
-        gaps[setting] = (places, constant, plan[:, 1])
+        gap = clairvoyant_gap(setting.task, table[_CONSTANT][setting], seeds)
+        if gap is not None:
+            gaps[setting] = gap
     if not gaps:
         return ""
     lines = _header(list(gaps), [])
@@ -200,6 +193,30 @@ def _gap_shares(
         "which there is a plan:"
     )
     return "\n".join([title, "", *lines])
+
+
+def clairvoyant_gap(
+    task_id: str, constant: NDArray[np.float64], seeds: Sequence[int]
+) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]] | None:
+    """Where the gap is known that is to be closed.
+
+    Args:
+        task_id: of the task, unchanged.
+        constant: scores of the best constant on the seeds.
+        seeds: of evaluation.
+
+    Returns:
+        Places of the seeds for which there is a clairvoyant plan, and there the scores of the best constant
+        and of the plan; None where they are fewer than two, or of another simulator.
+    """
+    found = clairvoyant_scores(task_id) or {}
+    places = [place for place, seed in enumerate(seeds) if seed in found]
+    if len(places) < 2:
+        return None
+    below, plan = np.array([found[seeds[place]] for place in places]).T
+    if np.abs(below - constant[places]).max() > _SAME:
+        return None
+    return places, below, plan
 
 
 def clairvoyant_scores(task_id: str) -> dict[int, tuple[float, float]] | None:

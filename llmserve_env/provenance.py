@@ -21,6 +21,11 @@ def made_by() -> dict[str, str]:
     }
 
 
+def made_on() -> dict[str, str | int]:
+    """The commit of the code, the CPU and how many of its cores there are to use."""
+    return {"commit": _commit(), "cpu": _cpu(), "cores": os.cpu_count() or 1}
+
+
 def _commit() -> str:
     """Commit of the checkout, with "-dirty" if it was changed since; "unknown" for an installed package."""
     try:

@@ -1,6 +1,6 @@
 """Baselines of the tasks, from the command line: `python -m server.baseline_inference --help`.
 
-deterministic: the reference agents on seeds of evaluation; the same figures each time.
+deterministic: the reference agents and the trained policy on seeds of evaluation; the same figures each time.
 openai: a language model behind an OpenAI-compatible endpoint, one call every `--windows-per-call` windows.
 
 docs/baselines.md tells the rest.
@@ -28,7 +28,7 @@ class Arguments:
     """Play the tasks and say what they score."""
 
     mode: Literal["deterministic", "openai"] = "deterministic"
-    """Who plays: the reference agents, or a language model."""
+    """Who plays: the reference agents and the trained policy, or a language model."""
     task: tuple[str, ...] = ()
     """Tasks by their ids (default: all)."""
     episodes: int | None = None

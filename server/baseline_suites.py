@@ -1,4 +1,4 @@
-"""The suites: reference agents, whose results are the same each time, and a language model."""
+"""The suites: reference agents and the trained policy, the same each time, and a language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import llmserve_env
-from llmserve_env.agents import AGENTS, load_agent, play
+from llmserve_env.agents import AGENTS, lacks_weights, load_agent, play
 from llmserve_env.agents.llm import LLMPolicy, LLMSettings, LLMUsage
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import GradeResult
@@ -22,10 +22,14 @@ from server.baseline_results import Results
 Progress = Callable[[float, int, str], object]
 """Called with the episodes that are over (and the share of one being played), of how many, and which."""
 
+PLAYERS = (*AGENTS, "ppo")
+"""Reference agents, and the trained policy on the tasks that there are weights for."""
+
 NOT_OVER_HTTP = {
     "reactive": "reads window records, which HTTP does not carry",
+    "ppo": "reads the features of observations, which real engines do not show",
 }
-"""Reference agents that cannot be played through the service, and why."""
+"""Those that are not played through the service, and why."""
 
 _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
 
@@ -39,7 +43,7 @@ def deterministic_suite(
     runtime: Runtime | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Play tasks with the reference agents.
+    """Play tasks with `PLAYERS`.
 
     Args:
         task_ids: shipped tasks (default: all).
@@ -52,12 +56,13 @@ def deterministic_suite(
     Returns:
         `settings`, `summary` by task and agent, `episodes`: JSON, and the same each time.
     """
-    agents = [name for name in AGENTS if runtime is None or name not in NOT_OVER_HTTP]
+    not_played = _without_weights() if runtime is None else NOT_OVER_HTTP
+    agents = [name for name in PLAYERS if runtime is None or name not in NOT_OVER_HTTP]
     settings = {
         "mode": "deterministic",
         "package_version": llmserve_env.__version__,
         "runtime": "in-process" if runtime is None else "http",
-        "not_played": {} if runtime is None else NOT_OVER_HTTP,
+        "not_played": not_played,
     }
 
     def play_one(task_id: str, agent: str, seed: int, watch: Callable[[float], object]) -> dict[str, Any]:
@@ -131,7 +136,11 @@ def _run(
     for task_id in task_ids or ():
         load_task(task_id)  # refuses what there is not, before anything is played
     jobs = [
-        (task_id, agent, seed) for task_id in task_ids or list_tasks() for agent in agents for seed in seeds
+        (task_id, agent, seed)
+        for task_id in task_ids or list_tasks()
+        for agent in agents
+        for seed in seeds
+        if not lacks_weights(agent, task_id)
     ]
     for done, (task_id, agent, seed) in enumerate(jobs):
         what = f"{task_id}, {agent}"
@@ -147,8 +156,14 @@ def _run(
     return results.content()
 
 
+def _without_weights() -> dict[str, str]:
+    """Players who do not play all tasks, and which ones not; the same whatever is asked for."""
+    lacking = {name: [task for task in list_tasks() if lacks_weights(name, task)] for name in PLAYERS}
+    return {name: f"has no weights for {', '.join(tasks)}" for name, tasks in lacking.items() if tasks}
+
+
 def _played(agent: str, task_id: str, seed: int) -> dict[str, Any]:
-    """An episode of a reference agent."""
+    """An episode of one of `PLAYERS`."""
     task = load_task(task_id)
     played = play(load_agent(agent, task), task, [seed])
     return {

@@ -11,12 +11,13 @@ import gradio as gr
 from pydantic import ValidationError
 
 from llmserve_env.actions import CONTROLS
-from llmserve_env.agents import AGENTS
+from llmserve_env.agents import lacks_weights
 from llmserve_env.catalog import TaskInfo, catalog
 from llmserve_env.errors import InputError
 from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS
 from server import plots
+from server.baseline_suites import PLAYERS
 from server.errors import message
 from server.hosted import DEFAULT_TASK
 from server.refusals import Refusal
@@ -34,6 +35,7 @@ _PACES: dict[str, float | None] = {
     "200 windows/s": 200.0,
     "full speed": None,
 }
+_FIRST_AGENT = "reactive"
 _EVERYBODY = "everybody"
 """Stands for an admission rate of None in the form: a list has no value of nothing."""
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -125,7 +127,7 @@ class PlayTab:
             task, seeds, seed, draw, horizon, about = chosen
             form = [task, seed, horizon, *controls]
             shown = [board, refused, result, stop]
-            task.input(self._on_task, task, [about, horizon, *controls], **_EVENT)
+            task.input(self._on_task, [task, agent], [agent, about, horizon, *controls], **_EVENT)
             seeds.input(_first_seed, seeds, seed, **_EVENT)
             draw.click(_draw_seed, seeds, seed, **_EVENT)
             begin.click(self._on_begin, [task, seed, horizon], shown, **_EVENT)
@@ -194,9 +196,10 @@ class PlayTab:
             )
         return controls, stretch
 
-    def _on_task(self, task_id: str) -> list[Any]:
+    def _on_task(self, task_id: str, agent: str) -> list[Any]:
         info = self._tasks[task_id]
         return [
+            gr.update(**_agents(task_id, agent)),
             _about(info),
             gr.update(**_horizon(info)),
             *(gr.update(**_control(info, name)) for name in CONTROLS),
@@ -298,9 +301,15 @@ class PlayTab:
 
 
 def _agent_row() -> tuple[Any, Any, Any]:
-    agent = gr.Dropdown(list(AGENTS), value="reactive", label="Agent", elem_id="agent")
+    agent = gr.Dropdown(**_agents(DEFAULT_TASK, _FIRST_AGENT), label="Agent", elem_id="agent")
     pace = gr.Dropdown(list(_PACES), value="50 windows/s", label="Pace", elem_id="pace")
     return agent, pace, gr.Button("Let it play", elem_id="let-play")
+
+
+def _agents(task_id: str, chosen: str) -> dict[str, Any]:
+    """Who plays a task; the one that was chosen if it does."""
+    names = [name for name in PLAYERS if not lacks_weights(name, task_id)]
+    return {"choices": names, "value": chosen if chosen in names else _FIRST_AGENT}
 
 
 def _title(live: bool) -> str:

@@ -94,15 +94,15 @@ class Visitor:
         yield trace
 
     async def play_agent(self, name: str, windows_per_s: float | None) -> AsyncIterator[Trace]:
-        """Let a reference agent play on, until the episode ends or `stop`; the episode every now and then.
+        """Let an agent play on, until the episode ends or `stop`; the episode every now and then.
 
         Args:
-            name: of `llmserve_env.agents.AGENTS`. One that was stopped plays on as if it had not been.
+            name: as `load_agent` takes it. One that was stopped plays on as if it had not been.
             windows_per_s: how fast (None: as fast as it goes).
 
         Raises:
             Conflict: the episode is over, or is being played on.
-            InputError: the agent was not tuned to the task.
+            InputError: the agent was not tuned to the task, or not trained on it.
         """
         with self._busy() as trace:
             agent = self._ready_agent(name)

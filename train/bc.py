@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import FEATURES
+from llmserve_env.provenance import made_on
 from llmserve_env.tasks import Task, load_task
 from train.network import Network
-from train.ppo import VALIDATION
+from train.ppo import VALIDATION, note_run
 
 
 @dataclass
@@ -165,6 +167,7 @@ class Cloner:
         best: agreement of the policy that is kept ...
         score: ... and its score.
         told: what was printed of each round.
+        wall_s: spent on them (s).
     """
 
     args: Arguments
@@ -172,8 +175,10 @@ class Cloner:
     best: float = -np.inf
     score: float = float("nan")
     told: list[dict[str, float]] = field(default_factory=list)
+    wall_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.made_on = made_on()
         self.task = load_task(self.args.task_id)
         self.teacher = find_agent(self.args.teacher, self.task)
         self.config = PolicyConfig(
@@ -242,6 +247,7 @@ class Cloner:
         """The clone as it is now, with how it came about."""
         made = {
             "arguments": json.loads(json.dumps(asdict(self.args), default=str)),
+            **self.made_on,
             "teacher_validation": self.teacher_score,
             "validation_seeds": f"{VALIDATION.start}..{VALIDATION.stop - 1}",
             "rounds": self.told,
@@ -322,7 +328,7 @@ class Cloner:
 _APART = 1_000_003
 """Between the training seeds of one `seed` and the next."""
 
-_STATE = ("round", "best", "score", "told", "learned", "held_out", "teacher_score")
+_STATE = ("round", "best", "score", "told", "wall_s", "learned", "held_out", "teacher_score")
 
 
 def clone(args: Arguments) -> float:
@@ -347,6 +353,7 @@ def clone(args: Arguments) -> float:
     else:
         cloner.teacher_score = float(play(cloner.teacher, cloner.task, VALIDATION).scores.mean())
         print(f"{args.teacher} on the validation seeds: {cloner.teacher_score:.4f}")
+    begun = time.perf_counter() - cloner.wall_s
     with tqdm(total=args.rounds, initial=cloner.round, unit="round") as bar:
         try:
             while cloner.round < args.rounds:
@@ -354,6 +361,7 @@ def clone(args: Arguments) -> float:
                 told = cloner.learn(bar)
                 cloner.validate(told)
                 cloner.round += 1
+                cloner.wall_s = time.perf_counter() - begun
                 cloner.save()
                 bar.update()
                 bar.write(
@@ -363,6 +371,7 @@ def clone(args: Arguments) -> float:
             if cloner.best == -np.inf:
                 cloner.validate({})
             print("stopped; --resume goes on from the last finished round")
+    note_run(args.out, rounds=cloner.round, wall_s=round(cloner.wall_s, 1))
     return cloner.score
 
 

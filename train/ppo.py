@@ -46,6 +46,7 @@ from llmserve_env.agents.policy import (
 )
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import FEATURES
+from llmserve_env.provenance import made_on
 from llmserve_env.tasks import TRAINING_SEEDS
 from train.network import Network, log_prob, sample
 
@@ -149,6 +150,7 @@ class Trainer:
 
     def __init__(self, args: Arguments) -> None:
         self.args = args
+        self.made_on = made_on()
         cuda = args.device == "auto" and torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu" if args.device == "auto" else args.device)
         torch.manual_seed(args.seed)
@@ -379,6 +381,7 @@ class Trainer:
         """The policy as it is now, with how it came about."""
         made = {
             "arguments": json.loads(json.dumps(asdict(self.args), default=str)),
+            **self.made_on,
             "steps": self.update * self.args.envs * self.args.rollout,
             "wall_s": round(self.wall_s, 1),
             "validation": self.validation(),
@@ -471,6 +474,7 @@ def train(args: Arguments, make: type[Trainer] = Trainer) -> float:
                 late = bool(args.minutes) and trainer.wall_s > 60 * args.minutes
                 if trainer.update % every == 0 or trainer.update == trainer.updates or late:
                     told |= trainer.validate()
+                    trainer.wall_s = time.perf_counter() - begun
                     trainer.save()
                 if trainer.finished:
                     told["score"] = float(np.mean(trainer.finished))

@@ -1,4 +1,4 @@
-"""Reference agents: what a learned one has to beat.
+"""Agents: what a learned one has to beat, and the learned ones that come with the package.
 
 >>> task = load_task("bursty_workload")
 >>> play(load_agent("reactive", task), task, range(8)).scores
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmserve_env.agents.agent import Agent
@@ -17,6 +18,7 @@ from llmserve_env.agents.play import Played, play
 from llmserve_env.agents.random import RandomAgent
 from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule
 from llmserve_env.agents.shield import Shield, ShieldSettings, shield_settings
+from llmserve_env.agents.trained import FOLDERS, trained_agent, trained_tasks
 from llmserve_env.agents.tuned import tuned_constant, tuned_rule
 from llmserve_env.errors import InputError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AGENTS",
     "CONTROLLERS",
+    "TRAINED",
     "AIMDAgent",
     "AIMDRule",
     "Agent",
@@ -37,6 +40,7 @@ __all__ = [
     "ReactiveRule",
     "Shield",
     "ShieldSettings",
+    "lacks_weights",
     "load_agent",
     "play",
     "shield_settings",
@@ -56,6 +60,9 @@ CONTROLLERS: dict[str, Callable[[Task], Agent]] = {
 }
 """Further agents by name: to compare with, in no table of the reference agents."""
 
+TRAINED: dict[str, Callable[[Task], Agent]] = {name: partial(trained_agent, name) for name in FOLDERS}
+"""Policies that come with the package, for the tasks that they were trained on: PPO of three training seeds,
+the clone of the reactive rule, and ppo, which is ppo-1."""
 
 _SHIELDED = "shielded:"
 
@@ -65,18 +72,26 @@ def load_agent(name: str, task: Task) -> Agent:
 
     Args:
         name: random, defaults (vLLM's, what the cell starts in), best-constant, reactive (`AGENTS`); aimd,
-            mpc (`CONTROLLERS`); shielded:NAME, any of them in a `Shield`.
+            mpc (`CONTROLLERS`); ppo-1, ppo-2, ppo-3, bc, ppo (`TRAINED`); shielded:NAME, any of them in a
+            `Shield`.
         task: what it will play; best-constant, reactive and aimd rest on what was tuned to the shipped task
-            of this id.
+            of this id, policies were trained on it.
 
     Raises:
-        InputError: there is no such agent, or nothing was tuned to the task.
+        InputError: there is no such agent, nothing was tuned to the task or trained on it, or a policy's
+            files cannot be used; names them.
     """
     if name.startswith(_SHIELDED):
         return Shield(load_agent(name[len(_SHIELDED) :], task))
-    known = {**CONTROLLERS, **AGENTS}
+    known = {**TRAINED, **CONTROLLERS, **AGENTS}
     if name not in known:
         raise InputError(
             f"expected one of {_SHIELDED}NAME, {', '.join(known)}, found '{name}'", field="agent"
         )
     return known[name](task)
+
+
+def lacks_weights(name: str, task_id: str) -> bool:
+    """Whether a name means a trained policy, shielded or not, that did not come with one for this task."""
+    name = name.removeprefix(_SHIELDED)
+    return name in TRAINED and task_id not in trained_tasks(name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmserve_env.agents import Shield, load_agent
+from llmserve_env.agents import TRAINED, Shield, load_agent
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy
+from llmserve_env.agents.trained import trained_folder
 
 if TYPE_CHECKING:
     from llmserve_env.agents import Agent
@@ -17,8 +18,14 @@ SHIELDED = "shielded:"
 
 
 def policy_folder(name: str, task: Task) -> Path | None:
-    """The folder of the policy that a name means for a task, None where it is a reference agent's."""
+    """The folder of the policy that a name means for a task, None where it means no policy.
+
+    Raises:
+        InputError: it is the name of policies that come with the package, and there is none for the task.
+    """
     name = name.removeprefix(SHIELDED).replace("{task}", task.id)
+    if name in TRAINED:
+        return trained_folder(name, task.id)
     folder = Path(name)
     if (folder / CONFIG).exists() or (":" not in name and len(folder.parts) > 1):
         return folder
@@ -37,7 +44,7 @@ def find_agent(name: str, task: Task) -> Agent:
         InputError: there is no such agent, or its files cannot be used; names them.
     """
     folder = policy_folder(name, task)
-    if folder is None:
+    if folder is None or name.removeprefix(SHIELDED) in TRAINED:
         return load_agent(name, task)
     agent: Agent = PolicyAgent(load_policy(folder), folder.name)
     return Shield(agent) if name.startswith(SHIELDED) else agent

@@ -1,4 +1,4 @@
-"""`llmserve demo`: the reference agents play the tasks."""
+"""`llmserve demo`: the reference agents and the trained policies play the tasks."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ def demo(
         "static_workload",
         "trace_replay",
     ),
-    agents: tuple[str, ...] = ("random", "defaults", "best-constant", "reactive"),
+    agents: tuple[str, ...] = ("random", "defaults", "best-constant", "reactive", "ppo"),
     seeds: int = 10,
 ) -> None:
-    """Play the tasks with the reference agents: what a learned agent has to beat.
+    """Play the tasks with the reference agents, and with the trained policy where there is one for a task.
 
     Prints each agent's score on each task, the interquartile mean over seeds of evaluation with its 95%
-    interval, and writes all scores and a picture of an episode: the first task under the last agent.
+    interval, and writes all scores and a picture of an episode: the first task under the last agent that
+    plays it.
 
     Args:
         out: folder for the files.
         tasks: ids of tasks.
-        agents: names of reference agents.
+        agents: names of agents: random, defaults, best-constant, reactive, aimd, mpc, ppo, ppo-1, ppo-2,
+            ppo-3, bc, or shielded:NAME. A policy (ppo to bc) plays the tasks that there are weights for.
         seeds: episodes of each task, 2 or more.
     """
     from tqdm import tqdm
 
-    from llmserve_env.agents import load_agent
+    from llmserve_env.agents import lacks_weights, load_agent
     from llmserve_env.commands._report import table, write_json
     from llmserve_env.commands._serving import announce_compilation
     from llmserve_env.provenance import made_by
@@ -51,7 +53,13 @@ def demo(
         if not given:
             raise InputError("expected one or more, found none", field=field)
     loaded = [load_task(task) for task in tasks]
-    players = [[load_agent(name, task) for name in agents] for task in loaded]
+    players = [
+        {name: load_agent(name, task) for name in agents if not lacks_weights(name, task.id)}
+        for task in loaded
+    ]
+    for task, row in zip(loaded, players, strict=True):
+        if not row:
+            load_agent(agents[-1], task)  # says what there are weights for
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,19 +68,18 @@ def demo(
     results: dict[str, dict[str, Any]] = {}
     columns = []
     announce_compilation()
-    with tqdm(total=len(loaded) * len(agents) * seeds, unit="episode") as bar:
+    with tqdm(total=sum(map(len, players)) * seeds, unit="episode") as bar:
         for task, row in zip(loaded, players, strict=True):
             results[task.id] = {}
-            cells = []
-            for agent in row:
-                bar.set_description(f"{task.id}, {agent.name}")
-                results[task.id][agent.name] = _result(agent, task, chosen)
-                cells.append(str(interval(results[task.id][agent.name]["scores"])))
+            for name, agent in row.items():
+                bar.set_description(f"{task.id}, {name}")
+                results[task.id][name] = _result(agent, task, chosen)
                 bar.update(seeds)
-            columns.append(cells)
+            scores = {name: str(interval(found["scores"])) for name, found in results[task.id].items()}
+            columns.append([scores.get(name, "–") for name in agents])
     written = [out / "scores.json", out / "episode.png"]
     write_json(written[0], {"made_by": made_by(), "seeds": list(chosen), "tasks": results})
-    _draw(players[0][-1], loaded[0], chosen[0], written[1])
+    _draw(list(players[0].values())[-1], loaded[0], chosen[0], written[1])
     lines = [[name, *cells] for name, cells in zip(agents, zip(*columns, strict=True), strict=True)]
     print(f"\nscores, interquartile mean over {seeds} seeds of evaluation with its 95% interval\n")
     print(f"{table(['', *results], lines)}\n")

@@ -18,8 +18,11 @@ from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.profile import TIERS, Profile, refusal
 from llmserve_env.schema import ServeAction
 from llmserve_env.workloads import open_workload
+from llmserve_env.workloads.generators.servegen import table_end_s
+from llmserve_env.workloads.overlay import overlaid
 from llmserve_env.workloads.scenario import Scenario, parse_scenario
-from llmserve_env.workloads.uri import parse_uri
+from llmserve_env.workloads.sources import trace_options
+from llmserve_env.workloads.uri import WorkloadURI, parse_uri
 from llmserve_env.workloads.workload import Tenant, Workload
 
 if sys.version_info >= (3, 11):
@@ -104,7 +107,8 @@ class Task(BaseModel):
         controls: for each control that the agent has, the ascending values of its grid. The last
             `admission_rate` may be inf, as TOML has no None: everybody is let in.
         workload: a scenario's table, or a workload URI. A generator's URI is opened with the episode's seed;
-            in a trace the seed draws where the episode begins.
+            in a trace, and in a table of ServeGen's clients, the seed draws where the episode begins, unless
+            the URI has a `start`.
         reward: what counts.
         max_in_flight: an episode terminates when more requests are in flight at a window's end (default:
             never).
@@ -192,15 +196,26 @@ class Task(BaseModel):
             return self.scenario.sample(seed, self.horizon_s)
         assert isinstance(self.workload, str)
         uri = parse_uri(self.workload)
-        if uri.scheme != "trace":
-            if "duration" not in uri.query and "requests" not in uri.query:
-                uri = replace(uri, query={**uri.query, "duration": str(self.horizon_s)})
-            return _before(open_workload(str(uri), seed=seed), self.horizon_s)
+        if uri.scheme == "trace":
+            return self._stretch(uri, seed)
+        if "duration" not in uri.query and "requests" not in uri.query:
+            uri = replace(uri, query={**uri.query, "duration": str(self.horizon_s)})
+        if uri.scheme == "servegen" and "start" not in uri.query:
+            start_s = _draw_start(seed, table_end_s(uri.path) - self.horizon_s)
+            uri = replace(uri, query={**uri.query, "start": repr(start_s)})
+        return _before(open_workload(str(uri), seed=seed), self.horizon_s)
+
+    def _stretch(self, uri: WorkloadURI, seed: int) -> Workload:
+        """An episode's part of a trace."""
         path = Path(uri.path)
-        trace = _trace(str(uri), path.stat().st_mtime_ns if path.is_file() else 0)
-        latest_s = max(trace.duration_s - self.horizon_s, 0.0)
-        root = np.random.SeedSequence(seed, spawn_key=(_OFFSETS,))
-        start_s = float(np.random.default_rng(root).uniform(0, latest_s)) if latest_s else 0.0
+        changed_ns = path.stat().st_mtime_ns if path.is_file() else 0
+        options = trace_options(uri)
+        if options.overlay is not None:
+            query = {name: value for name, value in uri.query.items() if name != "overlay"}
+            trace = _trace(str(replace(uri, query=query)), changed_ns)
+            return overlaid(trace, options.overlay, seed=seed, duration_s=self.horizon_s)
+        trace = _trace(str(uri), changed_ns)
+        start_s = _draw_start(seed, trace.duration_s - self.horizon_s)
         index = np.flatnonzero((trace.arrival_s >= start_s) & (trace.arrival_s < start_s + self.horizon_s))
         part = trace.take(index)
         return replace(part, arrival_s=part.arrival_s - start_s)
@@ -258,6 +273,12 @@ def _tenants_of(workload: str | dict[str, Any]) -> list[tuple[str, dict[str, Any
 def _trace(uri: str, changed_ns: int) -> Workload:
     """The trace, read once as long as its file (and with it `changed_ns`) stays the same."""
     return open_workload(uri)
+
+
+def _draw_start(seed: int, latest_s: float) -> float:
+    """Where an episode begins in what lasts longer than it (s)."""
+    root = np.random.SeedSequence(seed, spawn_key=(_OFFSETS,))
+    return float(np.random.default_rng(root).uniform(0, latest_s)) if latest_s > 0 else 0.0
 
 
 def _before(workload: Workload, end_s: float) -> Workload:

@@ -27,6 +27,7 @@ from llmserve_env.workloads.generators import (
 from llmserve_env.workloads.generators.generate import MAX_REQUESTS
 from llmserve_env.workloads.lengths import DEFAULT_LENGTHS, length_law
 from llmserve_env.workloads.loaders import LoadReport, load
+from llmserve_env.workloads.overlay import overlaid
 from llmserve_env.workloads.parameters import Parameters, parameter
 from llmserve_env.workloads.presets import preset, presets, read_toml
 from llmserve_env.workloads.scenario import parse_scenario
@@ -46,6 +47,9 @@ GENERATORS: dict[str, type[Generator]] = {
     "servegen": ServeGenClients,
 }
 
+SHARES, LENGTHS = "shares", "lengths"
+ASSIGN = "tenants by their shares, at random, or by lengths: who sends such lengths"
+
 
 @dataclass(frozen=True)
 class GeneratorOptions(Parameters):
@@ -60,6 +64,7 @@ class GeneratorOptions(Parameters):
     seed: int = parameter("seed", 0, "the same seed gives the same requests", at_least=0)
     lengths: str | None = parameter("lengths", None, "length law: a preset, fixed:PROMPT,OUTPUT or a file")
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
+    assign: str = parameter("assign", SHARES, ASSIGN)
     preset: str | None = parameter("preset", None, "published parameters; those in the URI go before them")
 
 
@@ -77,6 +82,10 @@ class TraceOptions(Parameters):
     )
     seed: int = parameter("seed", 0, "of the spread and of the tenants", at_least=0)
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
+    assign: str = parameter("assign", SHARES, ASSIGN)
+    overlay: int | None = parameter(
+        "overlay", None, "play so many stretches at once, from places that the seed draws", at_least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -123,24 +132,33 @@ def open_reported(
     return _open_generator(uri, skip_bad_rows), None
 
 
+def trace_options(uri: WorkloadURI) -> TraceOptions:
+    """What a trace's URI asks for.
+
+    Raises:
+        InputError: names the parameter and what was expected.
+    """
+    _refuse_unknown(uri, parameters.names(TraceOptions))
+    return parameters.read(TraceOptions, uri.query)
+
+
 def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadReport]:
     if not uri.path:
         raise InputError("trace:// needs a file: trace://FILE")
-    _refuse_unknown(uri, parameters.names(TraceOptions))
-    options = parameters.read(TraceOptions, uri.query)
-    mix = None if options.tenants is None else tenant_mix(options.tenants)
+    options = trace_options(uri)
     workload, report = load(
         uri.path, skip_bad_rows=skip_bad_rows, jitter_s=options.jitter_s, seed=options.seed
     )
-    workload = workload.scaled(options.scale)
+    workload = _with_tenants(workload.scaled(options.scale), options, own_lengths=False)
+    if options.overlay is not None:
+        length_s = options.duration_s or workload.duration_s
+        workload = overlaid(workload, options.overlay, seed=options.seed, duration_s=length_s)
     if options.duration_s is not None:
         workload = workload.take(np.flatnonzero(workload.arrival_s < options.duration_s))
         if len(workload) == 0:
             raise InputError(f"no request arrives in {options.duration_s:g} s", field="duration")
     if options.limit is not None:
         workload = workload.take(np.arange(min(options.limit, len(workload))))
-    if mix is not None:
-        workload = mix.assign(workload, seed=options.seed, own_lengths=False)
     return replace(workload, source=str(uri) if uri.query else uri.path), report
 
 
@@ -176,14 +194,26 @@ def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:
         raise InputError("expected lengths or quantiles, not both", field="lengths")
     generator = parameters.read(cls, given, **extra)
     lengths = length_law(options.lengths or DEFAULT_LENGTHS, skip_bad_rows=skip_bad_rows)
-    mix = None if options.tenants is None else tenant_mix(options.tenants)
     workload = generate(
         generator, lengths, seed=options.seed, duration_s=options.duration_s, requests=options.requests
     )
-    if mix is not None:
-        own_lengths = "lengths" not in uri.query and not isinstance(generator, Sessions)
-        workload = mix.assign(workload, seed=options.seed, own_lengths=own_lengths)
+    own_lengths = "lengths" not in uri.query and not isinstance(generator, Sessions)
+    workload = _with_tenants(workload, options, own_lengths=own_lengths)
     return _sourced(workload, uri, options.seed)
+
+
+def _with_tenants(
+    workload: Workload, options: GeneratorOptions | TraceOptions, *, own_lengths: bool
+) -> Workload:
+    """With the tenants that a URI names, if it does."""
+    if options.assign not in {SHARES, LENGTHS}:
+        raise InputError(f"expected {SHARES} or {LENGTHS}, found {options.assign!r}", field="assign")
+    if options.tenants is None:
+        return workload
+    mix = tenant_mix(options.tenants)
+    if options.assign == LENGTHS:
+        return mix.match(workload)
+    return mix.assign(workload, seed=options.seed, own_lengths=own_lengths)
 
 
 def _sourced(workload: Workload, uri: WorkloadURI, seed: int) -> Workload:

@@ -23,6 +23,7 @@ _MOST_RETRIES = 100
 _SHORTEST_WAIT = (
     1e-3  # of clients who try again (s): a shorter one would cost more to serve than the requests
 )
+_MATCHED = 5_000  # requests of the tenants with which those of a trace are compared
 _STREAM = 2**31 + 1  # spawn key, apart from those of arrivals and lengths
 
 
@@ -65,6 +66,33 @@ class TenantMix:
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
         )
+
+    def match(self, workload: Workload) -> Workload:
+        """Give each request the tenant who sends such lengths.
+
+        Of 5,000 requests that the tenants would send, by their shares and length laws, it is the tenant of
+        the one that is nearest: by the ratios of prompts and of outputs. Requests keep their lengths.
+
+        Args:
+            workload: its prefix blocks stay as they are.
+
+        Raises:
+            InputError: a tenant has no length law of its own.
+        """
+        from scipy.spatial import KDTree
+
+        logs, senders = [], []
+        for index, (tenant, law) in enumerate(zip(self.tenants, self.lengths, strict=True)):
+            if law is None:
+                raise InputError("expected lengths, by which requests are matched", field=tenant.name)
+            count = max(round(_MATCHED * self.shares[index]), 1)
+            pairs = law.sample(np.random.SeedSequence(0, spawn_key=(_STREAM, index)), count)
+            logs.append(np.log(np.stack(pairs, axis=1)))
+            senders.append(np.full(count, index))
+        found = np.log(np.stack([workload.prompt_tokens, workload.output_tokens], axis=1))
+        nearest = KDTree(np.concatenate(logs)).query(found)[1]
+        tenant_of = np.concatenate(senders)[nearest]
+        return replace(workload, tenant=tenant_of.astype(np.int16), tenants=self.tenants)
 
 
 def tenant_mix(text: str) -> TenantMix:

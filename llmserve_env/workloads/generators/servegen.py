@@ -7,7 +7,8 @@ Source: https://github.com/alibaba/ServeGen, data/**/chunk-*-trace.csv, joined i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class ServeGenClients(Generator):
         Raises:
             InputError: it cannot be read, or ends before `start`.
         """
-        windows = read_windows(self.path, self.skip_bad_rows)
+        windows = _windows(self.path, _changed(self.path), self.skip_bad_rows)
         after = windows.start_s + WINDOW_S > self.start_s
         if not after.any():
             raise InputError(f"the table ends at {windows.start_s.max() + WINDOW_S:g} s", field="start")
@@ -96,7 +97,8 @@ class ServeGenClients(Generator):
         if self.quantiles is None:
             pairs = lengths.sample(length_seed, len(arrival_s))
         else:
-            pairs = read_client_lengths(self.quantiles, self.model).sample(length_seed, client)
+            laws = _client_lengths(self.quantiles, _changed(self.quantiles), self.model)
+            pairs = laws.sample(length_seed, client)
         prompt_tokens, output_tokens = (tokens[inside].astype(np.int32) for tokens in pairs)
         return Workload(
             arrival_s[inside], prompt_tokens, output_tokens, np.zeros(int(inside.sum()), np.int16)
@@ -142,6 +144,15 @@ def read_windows(path: str, skip_bad_rows: bool = False) -> ClientWindows:
     if not keep.any():
         raise InputError("holds no usable row", file=path)
     return ClientWindows(client[keep], start_s[keep], rate_rps[keep], (law == "Weibull")[keep], shape[keep])
+
+
+def table_end_s(path: str) -> float:
+    """Time at which a client table ends (s).
+
+    Raises:
+        InputError: as `read_windows`.
+    """
+    return float(_windows(path, _changed(path), False).start_s.max() + WINDOW_S)
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,23 @@ def read_client_lengths(path: str, model: str | None) -> ClientLengths:
     if not np.array_equal(clients, others) or len(clients) == 0:
         raise InputError(f"expected input_tokens and output_tokens for each client of {model}", file=path)
     return ClientLengths(clients, prompt, output)
+
+
+@lru_cache(maxsize=4)
+def _windows(path: str, changed_ns: int, skip_bad_rows: bool) -> ClientWindows:
+    """The table, read once as long as its file (and with it `changed_ns`) stays the same."""
+    return read_windows(path, skip_bad_rows)
+
+
+@lru_cache(maxsize=4)
+def _client_lengths(path: str, changed_ns: int, model: str | None) -> ClientLengths:
+    """As `_windows`, for the table of lengths."""
+    return read_client_lengths(path, model)
+
+
+def _changed(path: str) -> int:
+    """When a file was changed (ns); 0 of what is no file, which the reader refuses."""
+    return Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
 
 
 def _read_with(path: str, fields: tuple[str, ...]) -> Records:

@@ -67,6 +67,7 @@ def measure(
     out: Path,
     *,
     processes: int = 1,
+    cluster: str | None = None,
     official: bool = True,
 ) -> dict[tuple[str, Setting], Scores]:
     """Play agents in settings, or what is not there yet, and write their scores.
@@ -77,6 +78,7 @@ def measure(
         seeds: the same for all.
         out: folder of the files, see `scores_path`.
         processes: to play in.
+        cluster: address of a Ray cluster to play on instead.
         official: whether the seeds are those of evaluation.
 
     Returns:
@@ -108,7 +110,7 @@ def measure(
                 _check_same(path, scores, plays, setting)
             jobs += missing
     with tqdm(total=sum(len(job.seeds) for job in jobs), unit="episode", disable=not jobs or None) as bar:
-        for job, played in play_jobs(jobs, processes):
+        for job, played in play_jobs(jobs, processes, cluster):
             label = labels[job.agent]
             scores = found[label, job.setting]
             scores.add(job.seeds, played)
@@ -147,6 +149,7 @@ class Arguments:
         profile: hardware and model that take the place of the task's.
         load: factor on all arrival rates, 0.5 to 2.
         jobs: processes.
+        ray: address of a Ray cluster to play on, auto or HOST:PORT; local starts one of `jobs` processes.
         out: folder of the results.
         first_seed: where the seeds begin (default: those of evaluation).
         other_seeds: that they are none of evaluation; the results are marked so.
@@ -159,6 +162,7 @@ class Arguments:
     profile: str | None = None
     load: float = 1.0
     jobs: int = 2
+    ray: str | None = None
     out: Path = OUT
     first_seed: int | None = None
     other_seeds: bool = False
@@ -175,7 +179,13 @@ def main(arguments: Arguments) -> None:
     )
     label = agent_labels([arguments.agent])
     found = measure(
-        label, settings, seeds, arguments.out, processes=arguments.jobs, official=not arguments.other_seeds
+        label,
+        settings,
+        seeds,
+        arguments.out,
+        processes=arguments.jobs,
+        cluster=arguments.ray,
+        official=not arguments.other_seeds,
     )
     if not found:
         raise InputError("plays none of the tasks", field="agent")

@@ -40,6 +40,7 @@ class Arguments:
         loads: factors on all arrival rates, 0.5 to 2.
         baseline: label of the agent with which the others are compared.
         jobs: processes.
+        ray: address of a Ray cluster to play on, auto or HOST:PORT; local starts one of `jobs` processes.
         out: folder of the results.
         first_seed: where the seeds begin (default: those of evaluation).
         other_seeds: that they are none of evaluation; the results are marked so.
@@ -53,6 +54,7 @@ class Arguments:
     loads: tuple[float, ...] = (1.0,)
     baseline: str = "best-constant"
     jobs: int = 2
+    ray: str | None = None
     out: Path = Path("out/showdown")
     first_seed: int | None = None
     other_seeds: bool = False
@@ -76,6 +78,7 @@ def main(arguments: Arguments) -> None:
         seeds,
         arguments.out,
         processes=arguments.jobs,
+        cluster=arguments.ray,
         official=not arguments.other_seeds,
     )
     print(write_report(found, seeds, arguments.baseline, arguments.out))

@@ -37,7 +37,7 @@ class SB3VecEnv(VecEnv):
     def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any]) -> None:
         if env.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
             raise InputError("expected SAME_STEP, as SB3's own environments do", field="autoreset_mode")
-        self.env = env
+        self.env: Any = env
         self._began = time.time()
         self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, np.int64)
@@ -70,7 +70,7 @@ class SB3VecEnv(VecEnv):
         self._lengths += 1
         infos = _rows(info, self.num_envs)
         last = _rows(info["final_info"], self.num_envs) if dones.any() else infos
-        for i in np.flatnonzero(dones):
+        for i in np.flatnonzero(dones).tolist():
             self.reset_infos[i], infos[i] = infos[i], last[i]
             infos[i]["terminal_observation"] = info["final_obs"][i]
             infos[i]["episode"] = {

@@ -35,8 +35,8 @@ def interrupted(monkeypatch):
     """Ctrl-C after the first job."""
     whole = module.play_jobs
 
-    def stops(jobs, processes):
-        yield next(iter(whole(jobs, processes)))
+    def stops(*given):
+        yield next(iter(whole(*given)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "play_jobs", stops)
@@ -74,7 +74,7 @@ def test_what_was_stopped_goes_on_and_comes_out_the_same(tmp_path, interrupted):
 def test_nothing_is_played_twice(tmp_path, monkeypatch):
     before = measure({"random": "random"}, [STATIC], SEEDS, tmp_path)
     asked = []
-    monkeypatch.setattr(module, "play_jobs", lambda jobs, processes: asked.extend(jobs) or [])
+    monkeypatch.setattr(module, "play_jobs", lambda jobs, *_: asked.extend(jobs) or [])
     assert measure({"random": "random"}, [STATIC], SEEDS, tmp_path) == before
     assert not asked
 

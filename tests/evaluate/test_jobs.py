@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -66,3 +70,17 @@ def test_what_a_job_cannot_play_is_told_from_other_processes():
     jobs = [Job("nonesuch", Setting(task="static_workload"), (seed,)) for seed in range(2)]
     with pytest.raises(InputError, match="nonesuch"):
         list(play_jobs(jobs, 2))
+
+
+def test_no_process_outlives_the_one_that_gave_it_work():
+    code = """
+from evaluate.jobs import Job, Setting, play_jobs
+jobs = [Job("random", Setting(task="static_workload"), (seed,)) for seed in range(5000)]
+for _ in play_jobs(jobs, 2):
+    print("played", flush=True)
+"""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root) as parent:
+        assert parent.stdout.readline() == b"played\n"
+        parent.terminate()
+        parent.communicate(timeout=60)  # the others hold its output open as long as they live

@@ -60,7 +60,8 @@ def main(*, seeds: int = 20, picture: Path | None = None, episode: int = 2) -> N
     windows = {}
     for name, agent in agents.items():
         windows[name] = _windows(agent, task, chosen)
-        print(f"| {name} | {interval(scores[name])} | {interval(_after(task, chosen, windows[name]))} |")
+        after = in_time_after(task, chosen, windows[name])
+        print(f"| {name} | {interval(scores[name])} | {interval(after[np.isfinite(after)])} |")
     gain = paired_difference(scores["reactive rule"], scores["best constant"])
     print(f"| reactive rule − best constant | {gain} | |")
     if picture is not None:
@@ -90,7 +91,7 @@ def _windows(agent: Agent, task: Task, seeds: Sequence[int]) -> NDArray[np.void]
     return np.array(found)
 
 
-def _surges(task: Task, seed: int) -> list[tuple[float, float]]:
+def surges_of(task: Task, seed: int) -> list[tuple[float, float]]:
     """Begin and end of each surge of an episode (s)."""
     assert task.scenario is not None
     visits = task.scenario.timeline(seed, task.horizon_s)
@@ -98,15 +99,12 @@ def _surges(task: Task, seed: int) -> list[tuple[float, float]]:
     return [(start_s, end_s) for (start_s, name), end_s in zip(visits, ends, strict=True) if "surge" in name]
 
 
-def _after(task: Task, seeds: Sequence[int], windows: NDArray[np.void]) -> NDArray[np.float64]:
-    """float64[k], requests in SLO per arrival after surges, of the episodes that have such a time."""
-    shares = []
+def in_time_after(task: Task, seeds: Sequence[int], windows: NDArray[np.void]) -> NDArray[np.float64]:
+    """float64[seeds], requests in SLO per arrival after surges; nan where there is no such time."""
+    shares = np.full(len(seeds), np.nan)
     for column, seed in enumerate(seeds):
-        surges, start_s, end_s = (
-            _surges(task, seed),
-            windows["start_s"][:, column],
-            windows["end_s"][:, column],
-        )
+        surges = surges_of(task, seed)
+        start_s, end_s = windows["start_s"][:, column], windows["end_s"][:, column]
         calm = np.zeros(len(windows), bool)
         if surges:
             calm = start_s >= surges[0][1] + AFTER_S
@@ -114,8 +112,8 @@ def _after(task: Task, seeds: Sequence[int], windows: NDArray[np.void]) -> NDArr
             calm &= (end_s <= begin_s) | (start_s >= over_s + AFTER_S)
         arrived = windows["arrived"][calm, column].sum()
         if arrived:
-            shares.append(windows["tenant_in_slo"][calm, column].sum() / arrived)
-    return np.array(shares)
+            shares[column] = windows["tenant_in_slo"][calm, column].sum() / arrived
+    return shares
 
 
 def _draw(path: Path, task: Task, seed: int, windows: dict[str, NDArray[np.void]]) -> None:
@@ -131,7 +129,7 @@ def _draw(path: Path, task: Task, seed: int, windows: dict[str, NDArray[np.void]
 
 def _panel(axes: Axes, task: Task, seed: int, windows: NDArray[np.void]) -> None:
     time_s, per_s = windows["end_s"], 1.0 / task.window_s
-    for number, (begin_s, end_s) in enumerate(_surges(task, seed)):
+    for number, (begin_s, end_s) in enumerate(surges_of(task, seed)):
         axes.axvspan(begin_s, end_s, color=ORANGE, alpha=0.12, lw=0, label="" if number else "surge")
     tries = (windows["arrived"] + windows["retries"]) * per_s
     axes.plot(time_s, tries, color=GREY, lw=0.9, label="tries")

@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmserve_env.agents import TRAINED, Shield, load_agent
+from llmserve_env.agents.continuous_policy import (
+    ContinuousPolicyAgent,
+    is_continuous,
+    load_continuous_policy,
+)
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy
 from llmserve_env.agents.trained import trained_folder
 
@@ -46,5 +51,9 @@ def find_agent(name: str, task: Task) -> Agent:
     folder = policy_folder(name, task)
     if folder is None or name.removeprefix(SHIELDED) in TRAINED:
         return load_agent(name, task)
-    agent: Agent = PolicyAgent(load_policy(folder), folder.name)
+    agent: Agent
+    if is_continuous(folder):
+        agent = ContinuousPolicyAgent(load_continuous_policy(folder), folder.name)
+    else:
+        agent = PolicyAgent(load_policy(folder), folder.name)
     return Shield(agent) if name.startswith(SHIELDED) else agent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Watch = Callable[[EpisodeBatch, StepResult], object]
 """Called after every window of a batch of episodes."""
+
+B = TypeVar("B", bound=EpisodeBatch)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def play(
     if not len(seeds):
         raise InputError("expected one or more, found none", field="seeds")
     batches = [
-        _play(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
+        play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
         for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
     ]
     return Played(
@@ -73,7 +75,15 @@ def play(
     )
 
 
-def _play(agent: Agent, batch: EpisodeBatch, seeds: Sequence[int], watch: Watch | None) -> EpisodeBatch:
+def play_batch(agent: Agent, batch: B, seeds: Sequence[int], watch: Watch | None = None) -> B:
+    """Play a batch of episodes to their ends; the batch, with what they came to.
+
+    Args:
+        agent: plays.
+        batch: of as many episodes as there are seeds.
+        seeds: of the episodes.
+        watch: see `Watch`.
+    """
     observations = batch.reset(seeds)
     agent.reset(batch.task, seeds)
     while not batch.over.all():

@@ -17,6 +17,7 @@ from llmserve_env.actions import CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
+from llmserve_env.objectives import OBJECTIVES, Objectives
 from llmserve_env.observation import FEATURES
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class PolicyConfig(BaseModel):
     """Width of its layers."""
     recurrent: bool
     """Whether its second layer is a GRU."""
+    objectives: list[str] = []
+    """Objectives (`llmserve_env.objectives`) whose weights it takes: the last entries of the observation."""
     training: dict[str, Any] = {}
     """How it was made: arguments, steps, wall time, scores."""
 
@@ -135,11 +138,19 @@ class PolicyAgent:
     Args:
         policy: to play.
         name: under which results are reported.
+        preference: weights of the policy's objectives, of which only the proportions count; for None those of
+            the task that is played.
+
+    Raises:
+        InputError: the preference does not fit the policy, or is none.
     """
 
-    def __init__(self, policy: Policy, name: str = "policy") -> None:
+    def __init__(
+        self, policy: Policy, name: str = "policy", preference: Sequence[float] | None = None
+    ) -> None:
         self.name = name
         self.policy = policy
+        self._preference = None if preference is None else _proportions(preference, policy.config.objectives)
         self._task: Task | None = None
 
     def reset(self, task: Task, seeds: Sequence[int]) -> None:
@@ -151,6 +162,12 @@ class PolicyAgent:
         policy = self.policy
         check_grid(policy.config.task_id, policy.config.controls, task)
         self._task = task
+        self._weights = np.zeros(0, np.float32)
+        if policy.config.objectives:
+            own = dict(zip(OBJECTIVES, Objectives(task).weights, strict=True))
+            self._weights = np.array([own[name] for name in policy.config.objectives], np.float32)
+            if self._preference is not None:
+                self._weights = self._preference
         self._stacked: NDArray[np.float32] | None = None
         self._memory = policy.memory(len(seeds))
         self._current = np.repeat(task.grid.indices(to_array([task.start])), len(seeds), axis=0)
@@ -163,11 +180,23 @@ class PolicyAgent:
         """
         if self._task is None:
             raise InputError("call reset before act")
+        if len(self._weights):
+            observations = with_weights(observations, np.tile(self._weights, (len(observations), 1)))
         scaled = self.policy.scaled(observations)
         self._stacked = stack(self._stacked, scaled, self.policy.config.frames)
         logits, self._memory = self.policy.logits(self._stacked, self._current, self._memory)
         self._current = self.policy.choose(logits)
         return self._task.grid.actions(self._current)
+
+
+def weight_features(objectives: Sequence[str]) -> list[str]:
+    """Names of the entries of an observation that hold the weights of objectives."""
+    return [f"weight_{name}" for name in objectives]
+
+
+def with_weights(observations: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32[n, features + objectives] of float32[n, features] and float32[n, objectives]."""
+    return np.concatenate([observations, weights], axis=1)
 
 
 def stack(
@@ -274,7 +303,14 @@ def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, 
         raise InputError(f"cannot be read: {error.strerror}", file=error.filename) from error
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"damaged or no safetensors: {error}", file=str(weights_path)) from error
-    names = [feature.name for feature in FEATURES]
+    objectives = getattr(config, "objectives", [])
+    if not set(objectives) <= set(OBJECTIVES):
+        raise InputError(
+            f"expected some of {', '.join(OBJECTIVES)}, found {', '.join(objectives)}",
+            file=str(config_path),
+            field="objectives",
+        )
+    names = [feature.name for feature in FEATURES] + weight_features(objectives)
     if config.features != names:
         other = sorted(set(config.features) ^ set(names)) or ["their order"]
         raise InputError(
@@ -292,6 +328,27 @@ def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, 
         return make(config, weights)
     except InputError as error:
         raise InputError(error.reason, file=str(weights_path), field=error.field) from error
+
+
+def _proportions(preference: Sequence[float], objectives: Sequence[str]) -> NDArray[np.float32]:
+    """float32[objectives], weights that sum to 1."""
+    weights = np.asarray(preference, np.float64)
+    if not objectives:
+        raise InputError(
+            "this policy takes none: it was trained on the task's own weights", field="preference"
+        )
+    if (
+        weights.shape != (len(objectives),)
+        or not np.isfinite(weights).all()
+        or (weights < 0).any()
+        or not weights.any()
+    ):
+        raise InputError(
+            f"expected a weight, 0 or more, for each of {', '.join(objectives)}, not all 0; "
+            f"found {preference}",
+            field="preference",
+        )
+    return (weights / weights.sum()).astype(np.float32)
 
 
 def _sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:

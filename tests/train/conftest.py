@@ -18,13 +18,16 @@ def network():
 
     def make(task_id="bursty_workload", **changes):
         grid = load_task(task_id).grid
-        config = PolicyConfig(
-            package_version=llmserve_env.__version__,
-            task_id=task_id,
-            features=[feature.name for feature in FEATURES],
-            controls={name: list(values) for name, values in grid.values.items()},
-            **{"frames": 1, "hidden": 16, "recurrent": False, **changes},
-        )
+        plain = {
+            "package_version": llmserve_env.__version__,
+            "task_id": task_id,
+            "features": [feature.name for feature in FEATURES],
+            "controls": {name: list(values) for name, values in grid.values.items()},
+            "frames": 1,
+            "hidden": 16,
+            "recurrent": False,
+        }
+        config = PolicyConfig(**{**plain, **changes})
         torch.manual_seed(3)
         net = Network(config)
         with torch.no_grad():

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import types
+import zipfile
 from importlib import import_module, metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import llmserve_env
 from llmserve_env import cli
+from llmserve_env.agents.policy import PolicyAgent, save_policy
+from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
+from llmserve_env.observation import FEATURES
+from llmserve_env.tasks import load_task
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,6 +140,63 @@ def _pins(lock):
         assert re.match(r"[a-z0-9-]+==\S+", block), block.splitlines()[0]
         assert "--hash=sha256:" in block, block.splitlines()[0]
     return set(blocks)
+
+
+# Archives
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory, random_policy):
+    """Wheel and source archive of a checkout with the weights of one policy more, and that policy."""
+    folder = tmp_path_factory.mktemp("checkout")
+    policy = random_policy(load_task("static_workload"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("llmserve_env", "server", "weights"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    save_policy(folder / "weights" / "static_workload" / "ppo-1", policy)
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, policy
+
+
+def test_archives_carry_the_weights(archives):
+    folder, _ = archives
+    carried = {str(path.relative_to(folder)) for path in (folder / "weights").rglob("*") if path.is_file()}
+    assert {"weights/README.md", "weights/static_workload/ppo-1/policy.safetensors"} <= carried
+    (wheel,), (source,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+    found = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in found if "weights" in name} == {f"llmserve_env/{name}" for name in carried}
+    assert {name.partition("/")[0] for name in found if "dist-info" not in name} == {"llmserve_env", "server"}
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in names if name.startswith("weights/")} == carried
+
+
+def test_an_installed_wheel_plays_its_policies_without_torch(archives, tmp_path):
+    folder, policy = archives
+    (wheel,) = (folder / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    task = load_task("static_workload")
+    agent = PolicyAgent(policy)
+    agent.reset(task, [0])
+    expected = agent.act(np.full((1, len(FEATURES)), 0.3, np.float32), np.zeros(1, WINDOW))
+    code = (
+        "import sys, numpy as np; from llmserve_env.agents import load_agent; "
+        "from llmserve_env.tasks import load_task; from llmserve_env.backend import WINDOW; "
+        "task = load_task('static_workload'); agent = load_agent('ppo', task); agent.reset(task, [0]); "
+        f"seen = np.full((1, {len(FEATURES)}), 0.3, np.float32); "
+        "print(agent.act(seen, np.zeros(1, WINDOW)).tolist(), load_agent.__code__.co_filename, "
+        "'torch' in sys.modules, sep='; ')"
+    )
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    action, home, torch = done.stdout.strip().split("; ")
+    assert home == str(tmp_path / "site" / "llmserve_env" / "agents" / "__init__.py")
+    assert (action, torch) == (str(expected.tolist()), "False")
 
 
 # Command line

@@ -8,35 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import llmserve_env
 from llmserve_env.agents import AGENTS, TRAINED, Shield, lacks_weights, load_agent, play, trained
 from llmserve_env.agents.find import find_agent, policy_folder
-from llmserve_env.agents.policy import CONFIG, WEIGHTS, Policy, PolicyConfig, save_policy, shapes
+from llmserve_env.agents.policy import CONFIG, WEIGHTS, Policy, save_policy
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
 
 TASK = load_task("static_workload", horizon_s=20.0)
 OTHER = load_task("bursty_workload", horizon_s=100.0)
 
 
-def random_policy(task, seed=0):
-    config = PolicyConfig(
-        package_version=llmserve_env.__version__,
-        task_id=task.id,
-        features=[feature.name for feature in FEATURES],
-        controls={name: list(values) for name, values in task.grid.values.items()},
-        frames=1,
-        hidden=8,
-        recurrent=False,
-    )
-    drawn = np.random.default_rng(seed)
-    weights = {name: drawn.random(shape, np.float32) for name, shape in shapes(config).items()}
-    return Policy(config, weights)
-
-
 @pytest.fixture(params=["weights", "llmserve_env/weights"], ids=["checkout", "installed"])
-def root(request, tmp_path: Path, monkeypatch) -> Path:
+def root(request, tmp_path: Path, monkeypatch, random_policy) -> Path:
     """Weights of static_workload: ppo-1, ppo-2 and bc; of bursty_workload: ppo-2."""
     monkeypatch.setattr(trained, "_PACKAGE", tmp_path / "llmserve_env")
     folder = tmp_path / request.param
@@ -126,7 +109,7 @@ def test_what_is_wrong_with_the_files_is_said(root, name, damage, told):
     load_agent("ppo-2", TASK)
 
 
-def test_weights_of_another_task_are_told_apart(root):
+def test_weights_of_another_task_are_told_apart(root, random_policy):
     folder = root / TASK.id / "ppo-1"
     policy = random_policy(OTHER)
     save_policy(folder, Policy(policy.config.model_copy(update={"task_id": TASK.id}), policy.weights))
@@ -136,8 +119,8 @@ def test_weights_of_another_task_are_told_apart(root):
     assert caught.value.field.startswith("controls.")
 
 
-def test_without_weights_nothing_is_lost_but_the_policies(tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "_PACKAGE", tmp_path / "llmserve_env")
+def test_without_weights_nothing_is_lost_but_the_policies(ship):
+    ship()
     assert all(lacks_weights(name, TASK.id) for name in TRAINED)
     with pytest.raises(InputError, match="weights for no task"):
         load_agent("ppo", TASK)

@@ -51,6 +51,18 @@ def test_every_agent_scores_what_it_scores_alone(name: str) -> None:
     assert _visiting(scenario) == play(load_agent(name, task), task, [3]).scores[0]
 
 
+def test_the_trained_policy_plays_where_there_are_weights(ship: Callable[..., None]) -> None:
+    ship("adversarial_multitenant")
+
+    async def scenario(_: Service, visitors: Visitors) -> float:
+        visitor = await visitors.begin("a", _SHORT)
+        await _agent(visitor, "ppo")
+        return (await visitor.grade()).score
+
+    task = load_task("adversarial_multitenant", horizon_s=100.0)
+    assert _visiting(scenario) == play(load_agent("ppo", task), task, [3]).scores[0]
+
+
 def test_an_agent_begins_afresh_after_windows_of_the_visitor() -> None:
     action = ServeAction(batch_cap=8)
 
@@ -158,3 +170,22 @@ def test_what_all_visitors_would_share_is_not_served(page_url: str, path: str) -
         urllib.request.urlopen(request)
     assert refused.value.code in (404, 405)
     refused.value.close()
+
+
+def test_agents_are_offered_for_the_tasks_that_they_play(ship: Callable[..., None]) -> None:
+    from server.ui_tab import PlayTab
+
+    ship("bursty_workload")
+
+    async def scenario(service: Service, visitors: Visitors) -> list[tuple[list[str], str]]:
+        tab = PlayTab(service, visitors)
+        chosen = [("bursty_workload", "ppo"), ("trace_replay", "ppo"), ("trace_replay", "random")]
+        offered = [tab._on_task(task_id, agent)[0] for task_id, agent in chosen]
+        return [(update["choices"], update["value"]) for update in offered]
+
+    everybody = [*AGENTS]
+    assert _visiting(scenario) == [
+        ([*everybody, "ppo"], "ppo"),
+        (everybody, "reactive"),
+        (everybody, "random"),
+    ]

@@ -43,6 +43,28 @@ def test_demo_writes_its_files(tmp_path, capsys):
     assert worst < defaults < rule
 
 
+def test_demo_plays_the_policies_that_there_are(tmp_path, capsys, ship):
+    ship("static_workload")
+    asked = ["--tasks", "trace_replay", "static_workload", "--agents", "defaults", "ppo", "--seeds", "2"]
+    assert main(["demo", "--out", str(tmp_path / "demo"), *asked]) == 0
+    found = json.loads((tmp_path / "demo" / "scores.json").read_text())["tasks"]
+    assert {task: list(agents) for task, agents in found.items()} == {
+        "trace_replay": ["defaults"],
+        "static_workload": ["defaults", "ppo"],
+    }
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ppo"))
+    assert row.split()[1] == "–"
+    assert str(interval(found["static_workload"]["ppo"]["scores"])) in row
+
+
+def test_demo_without_any_player_says_what_there_is(tmp_path, capsys, ship):
+    ship("static_workload")
+    asked = ["--tasks", "static_workload", "trace_replay", "--agents", "ppo"]
+    assert main(["demo", "--out", str(tmp_path / "demo"), *asked]) == 2
+    assert "no 'ppo' was trained on 'trace_replay'" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [

@@ -12,7 +12,7 @@ import threading
 import pytest
 from live.endpoint_server import ChatEndpoint, Reply, chat, closed_url, serving
 
-from llmserve_env.agents import load_agent, play
+from llmserve_env.agents import AGENTS, load_agent, play
 from llmserve_env.agents.llm import LLMPolicy, LLMSettings
 from llmserve_env.agents.prompt import Unusable, answer_schema, parse, prompt
 from llmserve_env.catalog import task_info
@@ -77,15 +77,24 @@ def test_deterministic_results_are_the_same_each_time_and_what_agents_score(tmp_
     assert found["mean"] == pytest.approx(scores.mean())
     low, high = found["interval"]
     assert low <= found["mean"] <= high
-    assert {entry["agent"] for entry in content["episodes"]} == {
-        "random",
-        "defaults",
-        "best-constant",
-        "reactive",
-    }
+    assert {entry["agent"] for entry in content["episodes"]} - {"ppo"} == set(AGENTS)
 
 
-def test_the_suite_is_ready_for_json_and_tells_its_progress():
+def test_the_trained_policy_plays_the_tasks_that_it_has_weights_for(ship):
+    ship("static_workload")
+    content = deterministic_suite(["trace_replay", "static_workload"], 1)
+    played = {task: list(agents) for task, agents in content["summary"].items()}
+    assert played == {"trace_replay": [*AGENTS], "static_workload": [*AGENTS, "ppo"]}
+    task = load_task("static_workload")
+    score = play(load_agent("ppo", task), task, [SEED]).scores[0]
+    assert content["episodes"][-1]["score"] == min(score, 1.0)
+    assert content["settings"]["not_played"].keys() == {"ppo"}
+    assert "static_workload" not in content["settings"]["not_played"]["ppo"]
+    assert "trace_replay" in content["settings"]["not_played"]["ppo"]
+
+
+def test_the_suite_is_ready_for_json_and_tells_its_progress(ship):
+    ship()
     told = []
     content = deterministic_suite(["trace_replay"], 1, lambda done, total, what: told.append((done, total)))
     assert content == json.loads(json.dumps(content, allow_nan=False))
@@ -93,11 +102,13 @@ def test_the_suite_is_ready_for_json_and_tells_its_progress():
     assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_the_table_is_printed(capsys):
+def test_the_table_is_printed(capsys, ship):
+    ship("static_workload")
     assert main(["--task", "trace_replay", "--episodes", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["task", "agent", "episodes", "mean", "score", "95%", "interval"]
-    assert [line.split()[1] for line in lines[1:]] == ["random", "defaults", "best-constant", "reactive"]
+    assert [line.split()[1] for line in lines[1:-1]] == ["random", "defaults", "best-constant", "reactive"]
+    assert lines[-1].startswith("not played: ppo, which has no weights for ")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,7 @@ def test_over_http_agents_score_what_they_score_here(server_url):
     runtime = OverHttp(server_url)
     over_http = deterministic_suite(["trace_replay"], 1, runtime=runtime)
     runtime.close()
-    assert over_http["settings"]["not_played"].keys() == {"reactive"}
+    assert over_http["settings"]["not_played"].keys() == {"reactive", "ppo"}
     here = deterministic_suite(["trace_replay"], 1)
     entries = {entry["agent"]: entry for entry in here["episodes"]}
     assert [entry["agent"] for entry in over_http["episodes"]] == ["random", "defaults", "best-constant"]

@@ -18,7 +18,7 @@ from llmserve_env import __version__
 from llmserve_env.errors import InputError
 
 COMMANDS = {
-    "demo": "play the tasks with the reference agents: scores and a picture",
+    "demo": "play the tasks with reference agents and trained policies: scores and a picture",
     "simulate": "serve a workload in the simulator and say what its users got",
     "tasks": "list the tasks, or tell everything about one",
     "grade": "replay an episode's log and say what it scores",

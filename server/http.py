@@ -119,7 +119,7 @@ def router(service: Service) -> APIRouter:
         task_id: Annotated[str | None, Query(max_length=255)] = None,
         episodes: Annotated[int, Query(ge=1, le=10)] = 3,
     ) -> dict[str, Any]:
-        """Scores of the reference agents on evaluation seeds, played here and now."""
+        """Scores of the reference agents and the trained policy on evaluation seeds, played here and now."""
         return await service.baseline(mode, task_id, episodes)
 
     @routes.get("/demo", include_in_schema=False)

@@ -134,7 +134,7 @@ class Service:
         return await self.guard.run(grade_posted, log, *bounds)
 
     async def baseline(self, mode: str, task_id: str | None, episodes: int) -> dict[str, Any]:
-        """Scores of the reference agents, or of the language model that the service has a key for.
+        """Scores of agents that need nobody, or of the language model that the service has a key for.
 
         Raises:
             NotFound: no such task.

@@ -12,6 +12,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # For the tests against RL libraries, pinned here: which build it is (CPU, CUDA) is for pip's settings to say, so that
 # the lock can name neither its hash nor what a CUDA build brings along.
+# Ray is in the lock, too: a second environment, with the Gymnasium that RLlib's extra names, would hold torch twice.
 TORCH := torch==2.13.0
 PIP := -m pip --disable-pip-version-check --quiet
 

@@ -35,7 +35,7 @@ $(STAMP): requirements-dev.lock pyproject.toml llmserve_env/__init__.py
 	@$(PY) $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP) ## play the tasks with the reference agents, scores and a picture in out/demo
+demo: $(STAMP) ## play the tasks with agents and trained policies, scores and a picture in out/demo
 	$(PY) -m llmserve_env demo --out $(OUT) $(ARGS)
 
 test: $(STAMP) ## run the tests

@@ -54,7 +54,8 @@ class Arguments:
     results: Path = Path("evaluate/results/showdown")
     """Folder that `evaluate.showdown` wrote."""
     commit: str | None = None
-    """That the runs were trained with (default: as they say themselves, or the present one)."""
+    """That the runs were trained with (default: as they say themselves). A run that does not say on what
+    machine is taken to have been made on this one."""
     weights: Path = Path("weights")
     """Folder to ship to."""
 
@@ -101,6 +102,8 @@ def release(run: Path, weights: Path, commit: str | None = None) -> Path:
     given = training.get("arguments", {})
     if _known(given) is None:
         raise InputError("expected arguments of train.ppo or train.bc", file=config_file, field="training")
+    if commit is None and "commit" not in training:
+        raise InputError("it does not say with which commit it was trained: --commit does", file=config_file)
     if "run" not in training:
         raise InputError(
             "it does not say how long it took: --resume adds that", file=config_file, field="run"
@@ -112,8 +115,7 @@ def release(run: Path, weights: Path, commit: str | None = None) -> Path:
     folder = weights / task_id / name
     given = {**given, "out": f"out/{task_id}/{name}", "resume": False}
     given |= {each: _shipped(given[each], weights / task_id, run) for each in _POLICIES & set(given)}
-    here = {**made_on(), **{key: training[key] for key in ("commit", "cpu", "cores") if key in training}}
-    training |= {"arguments": given, **here}
+    training = {**made_on(), **training, "arguments": given}
     if commit is not None:
         training["commit"] = commit
     save_policy(folder, Policy(policy.config.model_copy(update={"training": training}), policy.weights))
@@ -220,7 +222,8 @@ play(load_agent("{name}", task), task, range(8)).scores  # of llmserve_env.agent
 
 ## What it is not to be trusted with
 
-- Tasks with other values to choose from than `{task_id}` ({grid}),
+- Tasks with other values to choose from than `{task_id}`
+  ({grid}),
   and versions of the package with other features in the observation: it is refused there.
 - Other traffic, hardware or load than it was trained on: it plays there, and what it scores has to be
   measured (`python -m evaluate.showdown --agents best-constant {name} --tasks {task_id} --loads 0.5 1 2`).
@@ -285,12 +288,12 @@ def _validation(training: dict[str, Any]) -> str:
 
 
 def _network(config: PolicyConfig) -> str:
-    second = "a GRU" if config.recurrent else "a second"
+    layers = "a layer of {} tanh units and a GRU" if config.recurrent else "two layers of {} tanh units"
     seen = "the last observation" if config.frames == 1 else f"the last {config.frames} observations"
     values = sum(map(len, config.controls.values()))
     return (
-        f"{config.hidden} tanh units on {seen} of {len(config.features)} features, {second} of "
-        f"{config.hidden}, a head for each of {len(config.controls)} controls, {values} values in all"
+        f"{layers.format(config.hidden)} on {seen} of {len(config.features)} features, "
+        f"{len(config.controls)} heads with {values} values in all"
     )
 
 

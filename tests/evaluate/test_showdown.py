@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 import evaluate.showdown_report as report
+from evaluate.scores import policy_digest, read_scores
 from evaluate.showdown import Arguments, main
 from evaluate.showdown_report import Arguments as ReportArguments
 from evaluate.showdown_report import clairvoyant_scores
 from llmserve_env.agents import load_agent, play
+from llmserve_env.agents.trained import trained_folder
 from llmserve_env.errors import InputError
 from llmserve_env.stats import (
     gap_share,
@@ -85,3 +87,17 @@ def test_baseline_must_have_played(folder, tmp_path):
     assert caught.value.field == "baseline"
     with pytest.raises(InputError, match="no scores yet"):
         report.main(ReportArguments(tmp_path))
+
+
+def test_shipped_policies_play_the_tasks_that_they_were_trained_on(tmp_path, ship):
+    ship("static_workload")
+    agents = ("best-constant", "ppo", "shielded:ppo")
+    main(Arguments(agents, ("static_workload", "trace_replay"), 2, jobs=1, out=tmp_path))
+    assert {path.name for path in (tmp_path / "static_workload").iterdir()} >= {
+        "ppo.json",
+        "best-constant.json",
+    }
+    assert [path.name for path in (tmp_path / "trace_replay").iterdir()] == ["best-constant.json"]
+    for name in ("ppo", "shielded-ppo"):
+        found = read_scores(tmp_path / "static_workload" / f"{name}.json")
+        assert found.policy == policy_digest(trained_folder("ppo", "static_workload"))

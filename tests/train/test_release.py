@@ -150,6 +150,7 @@ def test_results_of_other_weights_are_refused(weights, tmp_path):
     ("change", "told"),
     [
         (lambda training: training.pop("run"), "--resume adds"),
+        (lambda training: training.pop("commit"), "--commit"),
         (lambda training: training["run"].update(steps=40), "stopped after 40 of 80"),
         (lambda training: training["arguments"].update(seed=4), "'ppo-4' is none of ppo-1"),
         (lambda training: training["arguments"].update(buffer=1), "of train.ppo or train.bc"),

@@ -81,6 +81,7 @@ def best_constants(
     *,
     at_least: int = 2048,
     rungs: Sequence[tuple[int, int]] = ((2, 256), (6, 48), (16, 16)),
+    actions: NDArray[np.void] | None = None,
 ) -> tuple[NDArray[np.void], NDArray[np.float64]]:
     """The constant actions with the best mean score, by successive halving.
 
@@ -89,12 +90,14 @@ def best_constants(
         seeds: of tuning, at least as many as the last rung asks for.
         at_least: actions that are tried.
         rungs: (seeds, how many of the best survive), in turn.
+        actions: ACTION[n], those that are tried instead.
 
     Returns:
         ACTION[k], those that survive the last rung, best first; float64[k], their mean scores.
     """
-    actions, total, played = candidates(player.task, at_least, seed=seeds[0]), np.zeros(0), 0
-    total = np.zeros(len(actions))
+    if actions is None:
+        actions = candidates(player.task, at_least, seed=seeds[0])
+    total, played = np.zeros(len(actions)), 0
     for count, keep in rungs:
         for seed in seeds[played:count]:
             total += player.play([seed] * len(actions), actions[:, None])

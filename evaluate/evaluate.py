@@ -3,8 +3,9 @@
     python -m evaluate.evaluate --agent reactive --task all --episodes 50
     python -m evaluate.evaluate --agent out/bursty --task bursty_workload --load 1.5
 
-An agent is a name (see `llmserve_env.agents.load_agent`) or the folder of a trained policy, in which "{task}"
-stands for the task's id. The same command goes on where it was stopped.
+An agent is a name (see `llmserve_env.agents.load_agent`), the folder of a trained policy, in which "{task}"
+stands for the task's id, or llm:MODEL@URL, a language model (see `evaluate.llm`). The same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import tyro
 from tqdm import tqdm
 
 from evaluate.jobs import Job, Setting, play_job, play_jobs
+from evaluate.llm import LLM, llm_label
 from evaluate.scores import Scores, begin_scores, scores_path
 from llmserve_env.agents import lacks_weights
 from llmserve_env.agents.find import SHIELDED, find_agent
 from llmserve_env.errors import InputError
 from llmserve_env.stats import interval
-from llmserve_env.tasks import EVALUATION_SEEDS, list_tasks
+from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks
 
 PART = 10
 """Episodes of a job. Jobs begin at fixed places, so that what is played side by side, and with it the last
@@ -69,6 +71,7 @@ def measure(
     processes: int = 1,
     cluster: str | None = None,
     official: bool = True,
+    llm_episodes: int | None = None,
 ) -> dict[tuple[str, Setting], Scores]:
     """Play agents in settings, or what is not there yet, and write their scores.
 
@@ -80,6 +83,7 @@ def measure(
         processes: to play in.
         cluster: address of a Ray cluster to play on instead.
         official: whether the seeds are those of evaluation.
+        llm_episodes: of a language model, the first ones (default: all).
 
     Returns:
         Scores by agent and setting; those of an agent that a task does not suit are left out.
@@ -96,17 +100,15 @@ def measure(
             if lacks_weights(plays, task.id):
                 print(f"{label} does not play {task.id}: there are no weights for it", file=sys.stderr)
                 continue
-            agent = find_agent(plays, task)
-            try:
-                agent.reset(task, seeds[:1])
-            except InputError as error:
-                print(f"{label} does not play {task.id}: {error}", file=sys.stderr)
+            asked = plays.startswith(LLM)
+            if not asked and not _suits(label, plays, task, seeds):
                 continue
             path = scores_path(out, label, setting, official=official)
             scores = begin_scores(path, label, plays, setting, task, official=official)
             found[label, setting] = scores
-            missing = [job for job in _jobs(plays, setting, seeds) if not set(job.seeds) <= set(scores.seeds)]
-            if missing and scores.seeds:
+            parts = _jobs(plays, setting, seeds[:llm_episodes] if asked else seeds)
+            missing = [job for job in parts if not set(job.seeds) <= set(scores.seeds)]
+            if missing and scores.seeds and not asked:
                 _check_same(path, scores, plays, setting)
             jobs += missing
     with tqdm(total=sum(len(job.seeds) for job in jobs), unit="episode", disable=not jobs or None) as bar:
@@ -119,10 +121,22 @@ def measure(
     return found
 
 
+def _suits(label: str, plays: str, task: Task, seeds: Sequence[int]) -> bool:
+    """Whether an agent can play a task; says why not."""
+    agent = find_agent(plays, task)
+    try:
+        agent.reset(task, seeds[:1])
+    except InputError as error:
+        print(f"{label} does not play {task.id}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _jobs(plays: str, setting: Setting, seeds: Sequence[int]) -> list[Job]:
     parts: dict[int, list[int]] = {}
+    size = 1 if plays.startswith(LLM) else PART  # a model's answers are paid for: each episode is kept
     for seed in seeds:
-        parts.setdefault(seed // PART, []).append(seed)
+        parts.setdefault(seed // size, []).append(seed)
     return [Job(plays, setting, tuple(part)) for part in parts.values()]
 
 
@@ -221,8 +235,8 @@ def agent_labels(agents: Sequence[str]) -> dict[str, str]:
     """What to play by the name under which it is reported.
 
     Args:
-        agents: each as `find_agent` takes it, or LABEL=AGENT; without a label a policy is reported under the
-            name of its folder.
+        agents: each as `find_agent` takes it, llm:MODEL@URL, or LABEL=AGENT; without a label a policy is
+            reported under the name of its folder.
 
     Raises:
         InputError: two have the same label, or one is given twice.
@@ -230,7 +244,9 @@ def agent_labels(agents: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for agent in agents:
         label, equals, plays = agent.partition("=")
-        if not equals:
+        if agent.startswith(LLM):
+            label, plays = llm_label(agent), agent
+        elif not equals:
             shielded = SHIELDED if agent.startswith(SHIELDED) else ""
             label, plays = shielded + Path(agent.removeprefix(SHIELDED)).name, agent
         if label in found or plays in found.values():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from evaluate.llm import LLM, play_llm
 from llmserve_env.agents.find import find_agent
 from llmserve_env.agents.play import Played, play
 from llmserve_env.errors import InputError
@@ -91,6 +92,8 @@ class Job(NamedTuple):
 def play_job(job: Job) -> Played:
     """Play them."""
     task = job.setting.open()
+    if job.agent.startswith(LLM):
+        return play_llm(job.agent, task, job.seeds)
     return play(find_agent(job.agent, task), task, job.seeds)
 
 

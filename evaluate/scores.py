@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 import llmserve_env
 from evaluate.jobs import Setting
+from evaluate.llm import LLM, Asked, describe_llm
 from llmserve_env.agents.find import policy_folder
 from llmserve_env.agents.play import Played
 from llmserve_env.agents.policy import CONFIG, WEIGHTS
@@ -41,6 +42,8 @@ class Scores(BaseModel):
         scores: the grades.
         components: parts of each score by name.
         requests: of each episode, by what became of them.
+        llm: how a language model was asked (`describe_llm`), None for another agent.
+        usage: what asking it came to, by seed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +59,8 @@ class Scores(BaseModel):
     scores: list[float] = []
     components: dict[str, list[float]] = {name: [] for name in COMPONENTS}
     requests: dict[str, list[int]] = {name: [] for name in REQUESTS}
+    llm: dict[str, Any] | None = None
+    usage: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _complete(self) -> Scores:
@@ -81,6 +86,8 @@ class Scores(BaseModel):
         self.scores = columns[0]
         self.components = dict(zip(COMPONENTS, columns[1 : 1 + len(COMPONENTS)], strict=True))
         self.requests = dict(zip(REQUESTS, columns[1 + len(COMPONENTS) :], strict=True))
+        if isinstance(played, Asked):
+            self.usage |= dict(zip(map(str, seeds), played.usage, strict=True))
 
     def save(self, path: Path) -> None:
         """Write the file, a line for each field."""
@@ -124,11 +131,12 @@ def begin_scores(
         setting=setting,
         seeds_of="evaluation" if official else "other",
         package_version=llmserve_env.__version__,
+        llm=describe_llm(plays, task) if plays.startswith(LLM) else None,
     )
     if not path.exists():
         return new
     before = read_scores(path)
-    for field in ("agent", "plays", "policy", "setting", "seeds_of", "package_version"):
+    for field in ("agent", "plays", "policy", "setting", "seeds_of", "package_version", "llm"):
         found, expected = getattr(before, field), getattr(new, field)
         if found != expected:
             raise InputError(

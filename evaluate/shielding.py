@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,7 +215,7 @@ def main(arguments: Arguments) -> None:
             raise InputError(f"expected agents without a shield, found {plays}", field="agents")
         find_agent(plays, task).reset(task, seeds[:1])  # refuses what cannot play, before anything is played
     names = [(label, plays) for label in agents for plays in (agents[label], SHIELDED + agents[label])]
-    jobs = [[plays for _, plays in names], [arguments.task] * len(names), [seeds] * len(names)]
+    jobs = ([plays for _, plays in names], repeat(arguments.task), repeat(seeds))
     if arguments.jobs < 2:
         found = list(map(measure, *jobs))
     else:

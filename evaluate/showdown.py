@@ -31,10 +31,11 @@ class Arguments:
     """Who plays what.
 
     Attributes:
-        agents: names, and folders of policies ("{task}" in them stands for the task's id), each with LABEL=
-            before it if it is to be reported under another name.
+        agents: names, folders of policies ("{task}" in them stands for the task's id) and llm:MODEL@URL, each
+            with LABEL= before it if it is to be reported under another name.
         tasks: ids of tasks, or paths of task files.
         episodes: of each agent in each setting, 2 or more.
+        llm_episodes: of them that a language model plays, the first ones, 2 or more.
         workload: URI that takes the place of the tasks' traffic.
         profiles: hardware and model; "own" for the task's.
         loads: factors on all arrival rates, 0.5 to 2.
@@ -49,6 +50,7 @@ class Arguments:
     agents: tuple[str, ...] = (*AGENTS, *CONTROLLERS, *SHIPPED)
     tasks: tuple[str, ...] = list_tasks()
     episodes: int = 50
+    llm_episodes: int = 2
     workload: str | None = None
     profiles: tuple[str, ...] = (OWN,)
     loads: tuple[float, ...] = (1.0,)
@@ -63,6 +65,8 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Play what is missing, and report."""
     seeds = choose_seeds(arguments.episodes, arguments.first_seed, arguments.other_seeds)
+    if arguments.llm_episodes < 2:
+        raise InputError(f"expected 2 or more, found {arguments.llm_episodes}", field="llm_episodes")
     agents = agent_labels(arguments.agents)
     if arguments.baseline not in agents:
         raise InputError(f"expected one of {', '.join(agents)}", field="baseline")
@@ -80,6 +84,7 @@ def main(arguments: Arguments) -> None:
         processes=arguments.jobs,
         cluster=arguments.ray,
         official=not arguments.other_seeds,
+        llm_episodes=arguments.llm_episodes,
     )
     print(write_report(found, seeds, arguments.baseline, arguments.out))
 

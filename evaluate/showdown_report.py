@@ -69,7 +69,8 @@ def main(arguments: Arguments) -> None:
         raise InputError("holds scores on seeds of evaluation and others", file=str(arguments.results))
     order = {name: place for place, name in enumerate((*AGENTS, *CONTROLLERS))}
     files.sort(key=lambda scores: (order.get(scores.agent, len(order)), scores.agent))
-    seeds = sorted(set.intersection(*(set(scores.seeds) for scores in files)))
+    whole = [set(scores.seeds) for scores in files if scores.llm is None]
+    seeds = sorted(set.intersection(*whole)) if whole else []
     if len(seeds) < 2:
         raise InputError("expected two seeds or more that all played", file=str(arguments.results))
     found = {(scores.agent, scores.setting): scores for scores in files}
@@ -91,6 +92,9 @@ def write_report(found: Found, seeds: Sequence[int], baseline: str, out: Path) -
     Raises:
         InputError: nobody played, or the baseline did not play a setting.
     """
+    few = {key: scores for key, scores in found.items() if not set(seeds) <= set(scores.seeds)}
+    models = {key: scores for key, scores in found.items() if scores.llm is not None}
+    found = {key: scores for key, scores in found.items() if key not in few}
     settings = list(dict.fromkeys(setting for _, setting in found))
     if not settings:
         raise InputError("none of them plays any of the tasks", field="agents")
@@ -102,7 +106,10 @@ def write_report(found: Found, seeds: Sequence[int], baseline: str, out: Path) -
     whole = {agent: _stacked(row) for agent, row in table.items() if len(row) == len(settings)}
     parts = [_scores(table, whole, settings), _differences(table, whole, settings, baseline)]
     shares = _gap_shares(table, settings, seeds)
-    text = "\n\n".join([_title(found, seeds), *parts, *([shares] if shares else [])]) + "\n"
+    parts += [shares] if shares else []
+    if models:
+        parts.append(_language_models(models, table, seeds, baseline))
+    text = "\n\n".join([_title(found, seeds), *parts]) + "\n"
     write_atomic(out / "showdown.md", text)
     _draw_scores(out / "scores.png", table, whole, settings)
     _draw_profiles(out / "profiles.png", whole)
@@ -217,6 +224,46 @@ def clairvoyant_gap(
     if np.abs(below - constant[places]).max() > _SAME:
         return None
     return places, below, plan
+
+
+def _language_models(
+    models: Found,
+    table: Mapping[str, Mapping[Setting, NDArray[np.float64]]],
+    seeds: Sequence[int],
+    baseline: str,
+) -> str:
+    """What language models scored on the few seeds that they played, and what asking them came to."""
+    names = ["agent", "model", "seeds", "score", baseline, "difference", "calls", "unusable", "tokens"]
+    lines = [_row("", names), "|---|---|---|" + "---:|" * (len(names) - 2)]
+    for (agent, setting), scores in models.items():
+        played = [seed for seed in seeds if seed in set(scores.seeds)]
+        assert scores.llm is not None
+        cells = [agent, str(scores.llm["model"]), _range(played)]
+        if len(played) > 1:
+            mine, base = (
+                scores.of(played),
+                table[baseline][setting][[list(seeds).index(seed) for seed in played]],
+            )
+            cells += [str(interval(mine)), str(interval(base)), str(paired_difference(mine, base))]
+        else:
+            cells += ["–"] * 3
+        usage = [scores.usage[str(seed)] for seed in played]
+        cells.append(f"{sum(each['calls'] for each in usage):,}")
+        cells.append(f"{sum(sum(each['fallbacks'].values()) for each in usage):,}")
+        cells.append(f"{sum(each['prompt_tokens'] + each['completion_tokens'] for each in usage):,}")
+        lines.append(_row(setting_label(setting), cells))
+    title = (
+        "Language models, **on the seeds named here only**, and the baseline on the same ones; unusable: "
+        "calls without a usable answer, which left the configuration as it was; tokens: of prompts and of "
+        "answers:"
+    )
+    return "\n".join([title, "", *lines])
+
+
+def _range(seeds: Sequence[int]) -> str:
+    if not seeds:
+        return "none"
+    return f"{len(seeds)}: {seeds[0]} to {seeds[-1]}"
 
 
 def clairvoyant_scores(task_id: str) -> dict[int, tuple[float, float]] | None:

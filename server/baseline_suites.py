@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import llmserve_env
 from llmserve_env.agents import AGENTS, lacks_weights, load_agent, play
-from llmserve_env.agents.llm import LLMPolicy, LLMSettings, LLMUsage
+from llmserve_env.agents.llm import LLMPolicy, LLMSettings
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, list_tasks, load_task
@@ -117,7 +115,7 @@ def openai_suite(
         def play_one(task_id: str, agent: str, seed: int, watch: Callable[[float], object]) -> dict[str, Any]:
             begun = time.perf_counter()
             found = _graded(play_episode(runtime or InProcess(), policy, task_id, seed, watch))
-            return {**found, "llm": _told(policy.usage), "wall_s": time.perf_counter() - begun}
+            return {**found, "llm": policy.usage.told(), "wall_s": time.perf_counter() - begun}
 
         results = Results(settings, output)
         return _run(results, play_one, task_ids, [llm.model], range(seed, seed + episodes), progress=progress)
@@ -179,22 +177,4 @@ def _graded(result: GradeResult) -> dict[str, Any]:
         "score": result.score,
         "components": result.components,
         "requests": {name: result.requests[name] for name in _OUTCOMES if name in result.requests},
-    }
-
-
-def _told(usage: LLMUsage) -> dict[str, Any]:
-    """What asking came to, ready for JSON."""
-    latency = np.array(usage.latency_s)
-    return {
-        "calls": usage.calls,
-        "retries": usage.retries,
-        "fallbacks": dict(sorted(usage.fallbacks.items())),
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "uncounted": usage.uncounted,
-        "latency_s": {
-            "mean": float(latency.mean()),
-            "p50": float(np.percentile(latency, 50)),
-            "p99": float(np.percentile(latency, 99)),
-        },
     }

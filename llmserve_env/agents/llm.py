@@ -18,6 +18,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmserve_env.agents.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction, ServeObservation
@@ -109,6 +111,23 @@ class LLMUsage:
     completion_tokens: int = 0
     uncounted: int = 0
     latency_s: list[float] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        """All that, ready for JSON."""
+        latency = np.array(self.latency_s)
+        return {
+            "calls": self.calls,
+            "retries": self.retries,
+            "fallbacks": dict(sorted(self.fallbacks.items())),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "uncounted": self.uncounted,
+            "latency_s": {
+                "mean": float(latency.mean()),
+                "p50": float(np.percentile(latency, 50)),
+                "p99": float(np.percentile(latency, 99)),
+            },
+        }
 
 
 class LLMPolicy:

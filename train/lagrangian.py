@@ -86,8 +86,11 @@ class Trainer(ppo.Trainer):
         return rollout["advantages"][..., 0] - self.multiplier * rollout["advantages"][..., 1]
 
     def learn(self, rollout: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Update the network, then the multiplier."""
+        """Update the network, then the multiplier, unless the policy waits for its critic."""
+        warming = self.clone is not None and self.update < self.args.init_warmup
         told = super().learn(rollout)
+        if warming:
+            self.costs = []
         if self.costs:
             cost, share = float(np.mean(self.costs)), len(self.costs) / self.args.envs
             rate = share * self.args.multiplier_rate

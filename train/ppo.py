@@ -62,7 +62,7 @@ class Arguments:
     """Id of a task."""
     out: Path = Path("out/ppo")
     """Folder of the policy, the checkpoint and the log."""
-    steps: int = 4_000_000
+    steps: int = 3_000_000
     """Windows to play."""
     minutes: float = 0.0
     """Wall time after which to stop (min); 0 for none."""
@@ -78,7 +78,7 @@ class Arguments:
     """Passes over what an update learns from."""
     minibatches: int = 8
     """Parts of a pass."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1.5e-3
     """Of Adam, falling to zero in a straight line."""
     gamma: float = 0.99
     """Discount of a window."""

@@ -77,7 +77,7 @@ class Arguments:
     """Episodes side by side."""
     threads: int = 1
     """That serve them."""
-    first: int = 100_000
+    first: int = 50_000
     """Windows of the first part, in which random settings are held and nothing is learned."""
     held: float = 0.004
     """Probability that a control's random setting gives way to another in a window."""
@@ -85,17 +85,17 @@ class Arguments:
     """Share of the episodes side by side in which they go on being held."""
     replay: int = 300_000
     """Windows that are remembered."""
-    updates: int = 16
+    updates: int = 8
     """Between two windows of all episodes."""
     batch: int = 256
     """Windows of an update."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Of Adam, falling to zero in a straight line."""
     gamma: float = 0.99
     """Discount of a window."""
-    tau: float = 0.005
+    tau: float = 0.01
     """How far the targets follow the critics in an update."""
-    warmup: int = 1000
+    warmup: int = 600
     """Updates of the critics alone, before the policy changes."""
     temperature: float = 0.1
     """What a nat of divergence costs at first, in the scaled reward's unit."""

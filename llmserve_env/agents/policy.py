@@ -348,7 +348,8 @@ def _proportions(preference: Sequence[float], objectives: Sequence[str]) -> NDAr
             f"found {preference}",
             field="preference",
         )
-    return (weights / weights.sum()).astype(np.float32)
+    proportions: NDArray[np.float32] = (weights / weights.sum()).astype(np.float32)
+    return proportions
 
 
 def _sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:

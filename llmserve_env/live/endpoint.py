@@ -24,7 +24,7 @@ import numpy as np
 
 from llmserve_env.backend import WindowRecord
 from llmserve_env.errors import InputError
-from llmserve_env.live.gateway import Gateway
+from llmserve_env.live.sender import Sender
 from llmserve_env.live.traffic import bounded
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ class EndpointBackend:
             raise InputError("the httpx package is missing: install llmserve-env[server]") from error
         self.settings = settings
         self.workload, self.cuts = bounded(workload, window_s, settings)
-        self._gateway = Gateway(settings, self.workload, engines, seed)
+        self._sender = Sender(settings, self.workload, engines, seed)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="live endpoint", daemon=True)
         thread.start()
-        # The thread and its tasks know the gateway and not this object: it can be forgotten without a close.
-        self._stop = weakref.finalize(self, _stop, self._loop, thread, self._gateway)
-        self.window: NDArray[np.void] = self._gateway.ledger.blank()
+        # The thread and its tasks know the sender and not this object: it can be forgotten without a close.
+        self._stop = weakref.finalize(self, _stop, self._loop, thread, self._sender)
+        self.window: NDArray[np.void] = self._sender.ledger.blank()
 
     def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
         """Apply an action and serve for `window_s` seconds of real time.
@@ -98,7 +98,7 @@ class EndpointBackend:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
         if not self._stop.alive:
             raise InputError("the endpoint's episode is closed")
-        window, ttft, gaps = self._call(self._gateway.serve(action, window_s))
+        window, ttft, gaps = self._call(self._sender.serve(action, window_s))
         self.window = window
         return WindowRecord.of(window, len(self.workload.tenants), ttft, gaps, NOT_APPLIED)
 
@@ -112,11 +112,11 @@ class EndpointBackend:
         Failures by reason; tokens of prompts as asked and as the endpoint counted them; whether it takes
         ignore_eos (if not, answers may end early).
         """
-        gateway = self._gateway
+        sender = self._sender
         return {
-            "failures": dict(sorted(gateway.ledger.failures.items())),
-            "prompt_tokens": {"asked": gateway.prompt_asked, "counted": gateway.prompt_counted},
-            "ignore_eos": not gateway.plain,
+            "failures": dict(sorted(sender.ledger.failures.items())),
+            "prompt_tokens": {"asked": sender.prompt_asked, "counted": sender.prompt_counted},
+            "ignore_eos": not sender.plain,
         }
 
     def _call(self, coroutine: Coroutine[Any, Any, R]) -> R:
@@ -130,12 +130,12 @@ class EndpointBackend:
             raise
 
 
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, gateway: Gateway) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, sender: Sender) -> None:
     if threading.current_thread() is thread:  # the garbage collector runs where it likes
-        loop.create_task(gateway.close()).add_done_callback(lambda _: loop.stop())
+        loop.create_task(sender.close()).add_done_callback(lambda _: loop.stop())
         return
     with contextlib.suppress(FutureTimeout):
-        asyncio.run_coroutine_threadsafe(gateway.close(), loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(sender.close(), loop).result(timeout=10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()

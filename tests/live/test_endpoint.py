@@ -136,7 +136,7 @@ def test_priority_routing_sets_the_order_of_the_queue(live, routing, order):
         served(here, action)
         endpoint.release()
         served_out(here, action)
-        prompts = [here._gateway._prompts.of(index) for index in range(4)]
+        prompts = [here._sender._prompts.of(index) for index in range(4)]
     assert [prompts.index(body["prompt"]) for body in endpoint.requests] == order
 
 

@@ -23,7 +23,7 @@ _PLAIN_AFTER = (400, 422)  # how servers refuse a parameter that they do not kno
 _EXTRAS = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 
 
-class Gateway:
+class Sender:
     """Queues, sends and follows requests; lives in the event loop's thread.
 
     Attributes:

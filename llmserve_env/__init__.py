@@ -15,8 +15,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import gymnasium
-
 if TYPE_CHECKING:
     from llmserve_env.client import LLMServeEnv
     from llmserve_env.episode import Episode
@@ -74,13 +72,24 @@ _ENVIRONMENTS = {
 }
 """For each id what makes one environment, and many at once, in llmserve_env.envs."""
 
-for _id, (_one, _many) in _ENVIRONMENTS.items():
-    if _id not in gymnasium.registry:  # a module can be imported anew
-        gymnasium.register(
-            _id,
-            entry_point=f"llmserve_env.envs.{_one}",
-            vector_entry_point=_many and f"llmserve_env.envs.{_many}",
-        )
+
+def _register() -> None:
+    try:
+        import gymnasium
+    except ModuleNotFoundError as error:
+        if error.name != "gymnasium":
+            raise
+        return  # vLLM's environment, where live.vllm_scheduler is all that is wanted
+    for name, (one, many) in _ENVIRONMENTS.items():
+        if name not in gymnasium.registry:  # a module can be imported anew
+            gymnasium.register(
+                name,
+                entry_point=f"llmserve_env.envs.{one}",
+                vector_entry_point=many and f"llmserve_env.envs.{many}",
+            )
+
+
+_register()
 
 
 def __getattr__(name: str) -> object:

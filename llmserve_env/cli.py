@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "play the tasks with reference agents and trained policies: scores and a picture",
     "simulate": "serve a workload in the simulator and say what its users got",
     "tasks": "list the tasks, or tell everything about one",
+    "gateway": "stand before vLLM servers: limit, order and route their requests",
     "grade": "replay an episode's log and say what it scores",
     "dataset": "record an agent's episodes for offline reinforcement learning (Minari)",
     "workload": "describe a workload: a trace or a generator",

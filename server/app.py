@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from llmserve_env.errors import InputError
+from llmserve_env.sockets import listen
 from server.settings import Settings
 
 # What takes seconds to import is imported where it is used: the guard's process imports this module, too.
@@ -104,7 +105,7 @@ def main() -> None:
     sys.setswitchinterval(5e-4)  # a replay in a thread holds up everybody else's steps for as long
     try:
         app = create_app(settings)
-        sockets = [_listen(settings.host, port) for port in settings.ports]
+        sockets = [listen(settings.host, port) for port in settings.ports]
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
     for listening in sockets:
@@ -132,18 +133,6 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     Server(config).run(sockets=sockets)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", field="port") from error
-    return listening
 
 
 def __getattr__(name: str) -> Any:

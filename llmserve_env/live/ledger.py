@@ -54,6 +54,7 @@ class LiveRequest:
         steps: pieces that came.
         at_endpoint: whether it was sent.
         over: whether it is completed or has failed.
+        tier: index of the precision that serves it; None for what the ledger was told of all.
     """
 
     index: int
@@ -65,6 +66,7 @@ class LiveRequest:
     steps: int = 0
     at_endpoint: bool = False
     over: bool = False
+    tier: int | None = None
 
 
 class Ledger:
@@ -121,6 +123,12 @@ class Ledger:
         request.at_endpoint = True
         self._running += 1
 
+    def returned(self, request: LiveRequest, now_s: float) -> None:
+        """It could not be handed over, and waits again."""
+        self._mark(now_s)
+        request.at_endpoint = False
+        self._running -= 1
+
     def step(self, request: LiveRequest, now_s: float) -> None:
         """A piece of its answer came."""
         if request.steps == 0:
@@ -155,8 +163,9 @@ class Ledger:
         if max(ttft, tpot) <= 1:
             self._window["tenant_in_slo"][request.tenant] += 1
             self._window["tenant_headroom"][request.tenant] += 1 - max(ttft, tpot)
-            if self._tier is not None:
-                self._window["tier_in_slo"][self._tier, request.tenant] += 1
+            tier = self._tier if request.tier is None else request.tier
+            if tier is not None:
+                self._window["tier_in_slo"][tier, request.tenant] += 1
 
     def failed(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """It has no complete answer, and will have none."""
@@ -164,6 +173,16 @@ class Ledger:
         self.failures[reason] += 1
         self._window["failed"] += 1
         self._window["tenant_failed"][request.tenant] += 1
+
+    def refused(self, request: LiveRequest, now_s: float, reason: str) -> None:
+        """It was not let in."""
+        self._window["refused"] += 1
+        self.failed(request, now_s, reason)
+
+    def given_up(self, request: LiveRequest, now_s: float, reason: str) -> None:
+        """Its client went away."""
+        self._window["timeouts"] += 1
+        self.failed(request, now_s, reason)
 
     def close(
         self, now_s: float, start_s: float, end_s: float, in_flight: Iterable[LiveRequest]

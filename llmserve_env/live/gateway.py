@@ -55,7 +55,7 @@ class Passage(LiveRequest):
     Attributes:
         upstream: where it is, or is to go; None while it waits.
         turn: its turn has come when this is done, or it has failed.
-        since_s: when it last got on: joined the queue, went out, got a part of its answer (s).
+        since_s: when it last got on: joined the queue, went to its upstream, got something from there (s).
         writing: whether its client is the one to be waited for.
         cut: how to end it from outside; None while it waits.
         silent: it was ended because nothing came from the upstream.
@@ -258,13 +258,11 @@ class Gateway:
         self._queues[passage.priority].appendleft(passage)
         self.dispatch()
 
-    def step(self, passage: Passage) -> None:
-        """A piece of its answer came."""
-        self.ledger.step(passage, self._clock())
-
-    def got_on(self, passage: Passage) -> None:
-        """Something came from its upstream, or its client took something."""
-        passage.since_s = self._clock()
+    def got(self, passage: Passage, steps: int = 0) -> None:
+        """Something came from its upstream, with so many pieces of its answer."""
+        now_s = passage.since_s = self._clock()
+        for _ in range(steps):
+            self.ledger.step(passage, now_s)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""

@@ -93,6 +93,7 @@ class Ledger:
         self._running = 0
         self._marked_s: float | None = None
         self._busy_s = self._running_s = 0.0
+        self._steps = 0
         self._ttft_s: list[float] = []
         self._gaps_s: list[float] = []
         self._window: Any = self.blank()
@@ -141,7 +142,7 @@ class Ledger:
             self._gaps_s.append(now_s - request.last_s)
         request.last_s = now_s
         request.steps += 1
-        self._window["output_tokens"] += 1
+        self._steps += 1
 
     def completed(self, request: LiveRequest, now_s: float, tokens: int | None) -> None:
         """Its answer is complete.
@@ -202,6 +203,7 @@ class Ledger:
         self._marked_s = None
         window, self._window = self._window, self.blank()
         window["start_s"], window["end_s"] = start_s, end_s
+        window["output_tokens"] += self._steps
         for request in in_flight:
             window["in_flight"] += 1
             window["tenant_in_flight"][request.tenant] += 1
@@ -223,6 +225,7 @@ class Ledger:
             for values in (self._ttft_s, self._gaps_s)
         )
         self._busy_s = self._running_s = 0.0
+        self._steps = 0
         self._ttft_s, self._gaps_s = [], []
         return window, ttft, gaps
 

@@ -359,7 +359,7 @@ class _Answer:
     def __init__(self, gateway: Gateway, passage: Passage, send: Send) -> None:
         self._gateway = gateway
         self._passage = passage
-        self._send_message = send
+        self._send = send
         self._reader = StreamReader()
         self._started = False
 
@@ -368,9 +368,7 @@ class _Answer:
         gateway, passage, reader = self._gateway, self._passage, self._reader
         held = b""  # until the first event is whole: it may say that the request is refused
         while chunk := await response.content.readany():
-            gateway.got_on(passage)
-            for _ in range(reader.feed(chunk)):
-                gateway.step(passage)
+            gateway.got(passage, reader.feed(chunk))
             if self._started:
                 await self._part(chunk)
                 continue
@@ -397,14 +395,14 @@ class _Answer:
         gateway, passage = self._gateway, self._passage
         parts, size = [], 0
         while chunk := await response.content.readany():
-            gateway.got_on(passage)
+            gateway.got(passage)
             parts.append(chunk)
             size += len(chunk)
             if size > most:
                 raise Refused(502, "The upstream's answer is too long", "answer too long")
         body = b"".join(parts)
         if response.status == 200:
-            gateway.step(passage)
+            gateway.got(passage, 1)
             gateway.complete(passage, _completion_tokens(body))
         else:
             body = as_error(response.status, body)
@@ -433,15 +431,12 @@ class _Answer:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _part(self, content: bytes) -> None:
+        self._passage.writing = True
         await self._send({"type": "http.response.body", "body": content, "more_body": True})
+        self._passage.writing = False
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
-
-    async def _send(self, message: Message) -> None:
-        self._passage.writing = True
-        await self._send_message(message)
-        self._passage.writing = False
 
 
 def _only(method: str, expected: str) -> None:

@@ -11,8 +11,6 @@ from llmserve_env.errors import InputError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-_GOES_ON = re.compile(rb'"finish_reason": ?null')
-_TELLS_MORE = re.compile(rb'"(?:role|error)"|"usage": ?\{')
 _BYTES_PER_TOKEN = 4  # of English text, the usual rule of thumb
 
 
@@ -125,6 +123,21 @@ def _prompt_tokens(prompt: Any) -> int:
     return 0
 
 
+def _is_plain(event: bytes) -> bool:
+    """Whether an event is a piece of an answer and tells no more, as nearly all do: for a tenth of the time.
+
+    What it looks for has quotes, which are escaped within texts.
+    """
+    return (
+        (b'"finish_reason":null' in event or b'"finish_reason": null' in event)
+        and event.count(b'"finish_reason"') == 1
+        and b'"role"' not in event
+        and b'"error"' not in event
+        and b'"usage":{' not in event
+        and b'"usage": {' not in event
+    )
+
+
 class StreamReader:
     """Reads along in a stream of server-sent events.
 
@@ -150,7 +163,11 @@ class StreamReader:
     def feed(self, chunk: bytes) -> int:
         """Take what came; returns how many pieces of an answer were in it, one token each or more."""
         steps = 0
-        *blocks, self._rest = (self._rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
+        one = chunk.endswith(b"\n\n") and chunk.index(b"\n\n") == len(chunk) - 2
+        if one and not self._rest and b"\r" not in chunk:  # as servers send them
+            blocks = [chunk]
+        else:
+            *blocks, self._rest = (self._rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
         for block in blocks:
             self.events += 1
             if block.startswith(b"data:"):
@@ -161,9 +178,7 @@ class StreamReader:
         if data == b"[DONE]":
             self.ended = True
             return 0
-        if data.count(b'"finish_reason"') == 1 and _GOES_ON.search(data) and not _TELLS_MORE.search(data):
-            return 1  # nearly all events, for a tenth of the time; in texts quotes are escaped
-        return self._read(data)
+        return 1 if _is_plain(data) else self._read(data)
 
     def _read(self, data: bytes) -> int:
         try:

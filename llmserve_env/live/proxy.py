@@ -50,14 +50,7 @@ _OWN = frozenset({b"host", b"content-length", b"accept-encoding", b"expect"})
 """Headers of a request that are the gateway's to set: it reads along in answers, so they come unpacked."""
 _JSON = [(b"content-type", b"application/json")]
 _LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
-_KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-}
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Proxy:
@@ -119,6 +112,9 @@ class Proxy:
                 raise Refused(404, f"No such path here; there are {', '.join(_COMPLETIONS)}", "path")
         except Refused as refused:
             await _refuse(send, refused)
+        except Exception as error:  # its message might quote what somebody sent
+            LOG.error("unexpected %s at %s", type(error).__name__, path)
+            await _refuse(send, Refused(500, "The gateway failed", "unexpected"))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         ticking = None
@@ -144,7 +140,10 @@ class Proxy:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self.gateway.tick()
+            try:
+                self.gateway.tick()
+            except Exception as error:  # a reader of KV caches may be anybody's
+                LOG.error("unexpected %s in a tick", type(error).__name__)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -161,9 +160,7 @@ class Proxy:
 
     async def _complete(self, scope: Message, receive: Receive, send: Send) -> None:
         """A completion, from its arrival to its end."""
-        tenant, by_key = self._tenants.of(scope["headers"])
-        if tenant is None:
-            raise Refused(401, "Incorrect API key provided", "unknown tenant")
+        tenant, by_key = self._tenant(scope["headers"])
         content = await self._body(scope["headers"], receive)
         if content is None:
             return
@@ -173,25 +170,34 @@ class Proxy:
             except InputError as error:
                 raise Refused(400, f"Invalid body: {error.reason}", "invalid body") from None
             passage = self.gateway.enter(tenant, body.prompt_tokens)
-            headers = _passed(scope["headers"], *_OWN, *([b"authorization"] if by_key else []))
-            url = scope["path"] + (f"?{scope['query_string'].decode()}" if scope["query_string"] else "")
+            headers = _sent_on(scope["headers"], by_key)
+            query = scope["query_string"].decode("latin-1")
+            url = f"{scope['path']}?{query}" if query else scope["path"]
             serving = asyncio.create_task(self._serve(_Request(passage, url, headers, body), send))
             hung_up = asyncio.create_task(_hung_up(receive))
             try:
                 await asyncio.wait({serving, hung_up}, return_when=asyncio.FIRST_COMPLETED)
-                if not serving.done():
-                    self.gateway.fail(passage, "client went away", given_up=True)
-                    serving.cancel()
+                serving.cancel()  # does nothing where it is done
                 await serving
             except asyncio.CancelledError:
                 if not serving.done():  # the server ends
                     serving.cancel()
+                    self.gateway.fail(passage, "gateway stopped")
                     raise
             finally:
+                # Only now that the upstream's connection is closed: its place is free.
+                reason = "client went away" if hung_up.done() else "client does not read"
+                self.gateway.fail(passage, reason, given_up=True)  # unless it is over
                 hung_up.cancel()
-                self.gateway.fail(passage, "gateway stopped")  # unless it is over
         finally:
             self._held_bytes -= len(content)
+
+    def _tenant(self, headers: Headers) -> tuple[int, bool]:
+        """Who sends a request, and whether the gateway's key told."""
+        tenant, by_key = self._tenants.of(headers)
+        if tenant is None:
+            raise Refused(401, "Incorrect API key provided", "unknown tenant")
+        return tenant, by_key
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """A request's body, counted as held; None of one whose client hung up."""
@@ -240,13 +246,9 @@ class Proxy:
             LOG.warning("lost an upstream: %s", type(error).__name__)
             await answer.fail(Refused(502, "The connection to the upstream was lost", "upstream lost"))
         except asyncio.CancelledError:
-            if passage.silent:
-                await answer.fail(Refused(504, "Nothing came from the upstream in time", "upstream silent"))
-            elif passage.over:
+            if not passage.silent:
                 raise
-            else:
-                self.gateway.fail(passage, "client does not read", given_up=True)
-                raise
+            await answer.fail(Refused(504, "Nothing came from the upstream in time", "upstream silent"))
         except Exception as error:  # its message might quote what a client sent
             LOG.error("unexpected %s in a request", type(error).__name__)
             await answer.fail(Refused(500, "The gateway failed", f"unexpected {type(error).__name__}"))
@@ -289,11 +291,9 @@ class Proxy:
     # ------------------------------------------------------------------------------- the upstreams themselves
 
     async def _models(self, headers: Headers) -> tuple[int, Headers, bytes]:
-        tenant, by_key = self._tenants.of(headers)
-        if tenant is None:
-            raise Refused(401, "Incorrect API key provided", "unknown tenant")
-        passed = _passed(headers, *_OWN, *([b"authorization"] if by_key else []))
-        answers = [each for each in await self._ask_all("/v1/models", passed) if each is not None]
+        _, by_key = self._tenant(headers)
+        asked = await self._ask_all("/v1/models", _sent_on(headers, by_key))
+        answers = [each for each in asked if each is not None]
         good = [body for status, body in answers if status == 200]
         if not good:
             if answers:
@@ -376,7 +376,7 @@ class _Answer:
             if reader.error is not None and not passage.steps:
                 raise _refusal(reader.error)
             if reader.events:
-                await self._start(response.status, _passed(_raw(response)))
+                await self._start(response.status, _passed(_raw(response), b"content-length"))
                 await self._part(held)
         if reader.error is not None:
             gateway.fail(passage, "error in the stream")
@@ -445,7 +445,8 @@ def _only(method: str, expected: str) -> None:
 
 
 def _error_of(refused: Refused) -> bytes:
-    return error_json(refused.message, _KINDS.get(refused.status, "upstream_error"), refused.status)
+    other = "invalid_request_error" if refused.status < 500 else "server_error"
+    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status)
 
 
 async def _refuse(send: Send, refused: Refused) -> None:
@@ -473,6 +474,11 @@ def _passed(headers: Headers, *without: bytes) -> Headers:
     }
     dropped = _HOP_BY_HOP | named | set(without)
     return [(name, value) for name, value in headers if name not in dropped]
+
+
+def _sent_on(headers: Headers, by_key: bool) -> Headers:
+    """Of a request's; an API key that is the gateway's stays here."""
+    return _passed(headers, *_OWN, *([b"authorization"] if by_key else []))
 
 
 def _raw(response: aiohttp.ClientResponse) -> Headers:

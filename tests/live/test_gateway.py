@@ -359,6 +359,7 @@ def test_a_client_that_goes_away_frees_its_place_and_closes_the_upstream():
             assert (record.arrived, record.completed, record.failed, record.timeouts) == (3, 1, 2, 2)
             assert (record.in_flight, len(endpoint.asked)) == (0, 2)
             assert failures(here) == {"client went away": 2}
+            assert endpoint.peak == 1
 
     asyncio.run(main())
 
@@ -661,6 +662,10 @@ def test_models_health_and_metrics_are_of_all_upstreams():
                 f"c_total{{{first}}} 0",
                 f"c_total{{{second}}} 1",
             ]
+            endpoints[1].others["/v1/models"] = b"no JSON"
+            status, got = await get("/v1/models")
+            assert (status, json.loads(got)["error"]["type"]) == (500, "server_error")
+            endpoints[1].others.update(others("m1", 1))
             await here.servers[0].kill()
             assert (await get("/health"))[0] == 200
             assert json.loads((await get("/v1/models"))[1])["data"][1]["id"] == "m1"

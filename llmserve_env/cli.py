@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "play the tasks with reference agents and trained policies: scores and a picture",
     "simulate": "serve a workload in the simulator and say what its users got",
     "tasks": "list the tasks, or tell everything about one",
+    "doctor": "say whether vLLM servers are ready for a live run, and what to mend",
     "gateway": "stand before vLLM servers: limit, order and route their requests",
     "grade": "replay an episode's log and say what it scores",
     "dataset": "record an agent's episodes for offline reinforcement learning (Minari)",

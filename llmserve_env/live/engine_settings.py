@@ -19,6 +19,9 @@ from llmserve_env.schema import ServeAction
 
 SETTINGS_FILE = "settings.json"
 
+CONTROL_KEY = "llmserve_control"
+"""Names the folder in vLLM's --additional-config."""
+
 
 class EngineSettings(BaseModel):
     """The fields of a `ServeAction` that an engine takes while it serves; None for as it was started."""
@@ -94,6 +97,26 @@ class EngineStatus(BaseModel):
     """Fields of `asked` that are not applied as they stand, with the reason."""
     refused: str | None = None
     """Why the settings file, as it is now, cannot be used; the last good settings stay."""
+
+
+def control_folder(additional_config: Any) -> Path:
+    """The folder that a server was started with.
+
+    Args:
+        additional_config: of vLLM, as given.
+
+    Raises:
+        InputError: none was given, or it is no folder.
+    """
+    folder = additional_config.get(CONTROL_KEY) if isinstance(additional_config, dict) else None
+    if not isinstance(folder, str):
+        raise InputError(
+            f"""LiveScheduler needs a folder: --additional-config '{{"{CONTROL_KEY}": "FOLDER"}}'""",
+            field=CONTROL_KEY,
+        )
+    if not Path(folder).is_dir():
+        raise InputError("expected an existing folder", file=folder, field=CONTROL_KEY)
+    return Path(folder)
 
 
 def write_settings(folder: Path | str, settings: EngineSettings) -> None:

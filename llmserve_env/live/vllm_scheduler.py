@@ -23,12 +23,12 @@ from llmserve_env.live.engine_settings import (
     AppliedSettings,
     EngineSettings,
     EngineStatus,
+    control_folder,
     read_settings,
     write_status,
 )
 
 TRIED_VERSIONS = ("0.32.0",)
-CONTROL_KEY = "llmserve_control"
 POLL_S = 0.05
 
 if vllm.__version__.split("+")[0] not in TRIED_VERSIONS:
@@ -140,23 +140,6 @@ class LiveScheduler(Scheduler):
 
 class LiveAsyncScheduler(LiveScheduler, AsyncScheduler):
     """`LiveScheduler` for asynchronous scheduling, vLLM's default on GPUs."""
-
-
-def control_folder(additional_config: Any) -> Path:
-    """The folder that a server was started with.
-
-    Raises:
-        InputError: none was given, or it is no folder.
-    """
-    folder = additional_config.get(CONTROL_KEY) if isinstance(additional_config, dict) else None
-    if not isinstance(folder, str):
-        raise InputError(
-            f"""LiveScheduler needs a folder: --additional-config '{{"{CONTROL_KEY}": "FOLDER"}}'""",
-            field=CONTROL_KEY,
-        )
-    if not Path(folder).is_dir():
-        raise InputError("expected an existing folder", file=folder, field=CONTROL_KEY)
-    return Path(folder)
 
 
 def _signature(path: Path) -> object:

@@ -11,6 +11,7 @@ from llmserve_env.live.engine_settings import (
     AppliedSettings,
     EngineSettings,
     EngineStatus,
+    control_folder,
     read_settings,
     read_statuses,
     write_settings,
@@ -106,3 +107,15 @@ def test_an_answer_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "engine-0.json").write_text('{"engine": 0}')
     with pytest.raises(InputError, match="field 'pid'"):
         read_statuses(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"llmserve_control": 1}, None, object()])
+def test_a_server_without_a_folder_is_refused(config):
+    with pytest.raises(InputError, match='"llmserve_control": "FOLDER"'):
+        control_folder(config)
+
+
+def test_a_folder_must_be_there(tmp_path):
+    assert control_folder({"llmserve_control": str(tmp_path)}) == tmp_path
+    with pytest.raises(InputError, match="expected an existing folder"):
+        control_folder({"llmserve_control": str(tmp_path / "none")})

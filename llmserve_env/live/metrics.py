@@ -1,7 +1,7 @@
 """What a vLLM server shows at /metrics, by meaning, whatever its version calls it.
 
 `METRICS` has the names. Those of 0.32 are read off a running server; the older ones are from vLLM's sources
-(`vllm/v1/metrics/loggers.py`, before 0.10 also `vllm/engine/metrics.py`) and its pull requests, whose numbers
+(`vllm/v1/metrics/loggers.py`, before 0.11 also `vllm/engine/metrics.py`) and its pull requests, whose numbers
 stand there. A server that shows an old name beside the new one is read by the new one alone.
 """
 

@@ -243,7 +243,7 @@ def _shipped(given: str | None, task: Path, run: Path) -> str | None:
     """What an argument names: an agent, or the shipped copy of the policy in a folder."""
     if given is None or not (os.sep in given or Path(given).is_dir()):
         return given
-    for name in SHIPPED:
+    for name in sorted(SHIPPED):  # the clone before policies that never left it
         copy, original = task / name / WEIGHTS, Path(given) / WEIGHTS
         if copy.is_file() and original.is_file() and copy.read_bytes() == original.read_bytes():
             return f"weights/{task.name}/{name}"

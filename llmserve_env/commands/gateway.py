@@ -12,6 +12,9 @@ from llmserve_env.schema import ServeAction
 if TYPE_CHECKING:
     from llmserve_env.backend import WindowRecord
 
+_SCRAPE_S = 0.5
+_STALE_S = 3.0
+
 
 def gateway(
     upstream: Annotated[list[str], tyro.conf.UseAppendAction],
@@ -57,24 +60,37 @@ def gateway(
     import logging
     import signal
     import sys
+    import time
 
     from llmserve_env.live.gateway import Gateway
     from llmserve_env.live.proxy import Proxy
+    from llmserve_env.live.telemetry import Telemetry
     from llmserve_env.live.tenants import Tenants, load_tenants
-    from llmserve_env.live.upstreams import parse_upstream
+    from llmserve_env.live.upstreams import Upstream, parse_upstream
     from llmserve_env.sockets import listen
 
     for name, value in (("window_s", window_s), ("max_body_mb", max_body_mb)):
         if not value > 0:
             raise InputError(f"expected more than 0, found {value}", field=name)
     known = Tenants() if tenants is None else load_tenants(tenants)
+    upstreams = [parse_upstream(each) for each in upstream]
+    telemetry = Telemetry([each.url for each in upstreams], interval_s=_SCRAPE_S, stale_after_s=_STALE_S)
+    replicas = dict(zip(upstreams, telemetry.replicas, strict=True))
+
+    def kv_usage(of: Upstream) -> float | None:
+        replica = replicas[of]
+        if replica.last is None or replica.stale(time.monotonic()):
+            return None
+        return replica.last.gauges.get("kv_occupancy")
+
     here = Gateway(
-        [parse_upstream(each) for each in upstream],
+        upstreams,
         known.all,
         action,
         max_waiting=max_waiting,
         queue_timeout_s=queue_timeout_s,
         idle_timeout_s=idle_timeout_s,
+        kv_usage=kv_usage,
     )
     proxy = Proxy(here, known, max_body_bytes=int(max_body_mb * 1e6))
     listening = listen(host, port)
@@ -88,16 +104,18 @@ def gateway(
         async def startup(self, sockets: object = None) -> None:
             await super().startup(sockets=sockets)  # type: ignore[arg-type]
             print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
-            for field, reason in here.not_applied.items():
-                print(f"not applied: {field}: {reason}", flush=True)
             self.telling = asyncio.create_task(tell())
 
     async def tell() -> None:
-        while True:
-            await asyncio.sleep(window_s)
-            record = here.window()
-            if record.arrived or record.in_flight or record.completed or record.failed:
-                print(_line(record), flush=True)
+        async with telemetry:
+            await asyncio.sleep(2 * _SCRAPE_S)
+            for field, reason in here.not_applied.items():
+                print(f"not applied: {field}: {reason}", flush=True)
+            while True:
+                await asyncio.sleep(window_s)
+                record = here.window()
+                if record.arrived or record.in_flight or record.completed or record.failed:
+                    print(_line(record), flush=True)
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(

@@ -94,6 +94,7 @@ class Gateway:
 
     Attributes:
         action: in force.
+        kv_usage: as given.
         ledger: counts.
 
     Raises:
@@ -133,7 +134,7 @@ class Gateway:
         self._max_waiting = max_waiting
         self._queue_timeout_s = queue_timeout_s
         self._idle_timeout_s = idle_timeout_s
-        self._kv_usage = kv_usage
+        self.kv_usage = kv_usage
         self._clock = clock
         self._numbers = count()
         self._queues: dict[int, deque[Passage]] = {priority: deque() for priority in self._ranks}
@@ -168,7 +169,7 @@ class Gateway:
     def not_applied(self) -> dict[str, str]:
         """Fields of the action in force that have no effect now, with the reason."""
         found = dict(self._not_here)
-        if self.action.kv_budget_fraction < 1 and any(self._kv_usage(each) is None for each in self._pool):
+        if self.action.kv_budget_fraction < 1 and any(self.kv_usage(each) is None for each in self._pool):
             found["kv_budget_fraction"] = "an upstream's KV cache usage is not known now"
         return found
 
@@ -186,7 +187,7 @@ class Gateway:
         for each in up:
             if each.tier is not None:
                 window["engines_tier"][_TIERS.index(each.tier)] += 1
-        usages = [self._kv_usage(each) for each in self.upstreams]
+        usages = [self.kv_usage(each) for each in self.upstreams]
         window["kv_occupancy"] = np.mean([each or 0.0 for each in usages])
         return WindowRecord.of(window, len(self.tenants), ttft, gaps, self.not_applied)
 
@@ -333,7 +334,7 @@ class Gateway:
         reachable = [each for each in self._pool if not self._passed_over(each)] or self._pool
         room: Iterable[Upstream] = (each for each in reachable if each.running < cap)
         if budget < 1:
-            room = (each for each in room if (self._kv_usage(each) or 0.0) < budget)
+            room = (each for each in room if (self.kv_usage(each) or 0.0) < budget)
         return min(room, key=lambda each: each.running, default=None)
 
     def _passed_over(self, upstream: Upstream) -> bool:

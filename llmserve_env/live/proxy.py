@@ -308,7 +308,12 @@ class Proxy:
         answers = await self._ask_all("/health", [])
         well = [answer is not None and answer[0] == 200 for answer in answers]
         upstreams = [
-            {"url": each.shown_url, "well": is_well, "running": each.running}
+            {
+                "url": each.shown_url,
+                "well": is_well,
+                "running": each.running,
+                "kv_usage": self.gateway.kv_usage(each),
+            }
             for each, is_well in zip(self.gateway.upstreams, well, strict=True)
         ]
         body = {"well": any(well), "waiting": self.gateway.waiting, "upstreams": upstreams}

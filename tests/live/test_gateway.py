@@ -630,6 +630,21 @@ def test_the_least_loaded_of_a_pool_is_next_and_one_that_is_down_is_passed_over(
     asyncio.run(main())
 
 
+def test_a_request_whose_upstream_takes_no_connection_is_the_first_to_wait():
+    async def main():
+        action = ServeAction(batch_cap=1)
+        gateway = Gateway([Upstream("http://a"), Upstream("http://b")], action=action, clock=Clock())
+        first, second, third = (gateway.enter(0, 1) for _ in range(3))
+        gateway.unreachable(first)
+        assert (gateway.waiting, gateway.window().running) == (2, 1)
+        gateway.fail(second, "any")
+        assert (first.upstream, third.upstream) == (gateway.upstreams[1], None)
+        with pytest.raises(Refused):  # it has tried both
+            gateway.unreachable(first)
+
+    asyncio.run(main())
+
+
 def test_models_health_and_metrics_are_of_all_upstreams():
     def others(model, value):
         models = {"object": "list", "data": [{"id": "base"}, {"id": model}]}

@@ -160,6 +160,10 @@ def _serve(port: int, step_s: float) -> None:
             stepping.cancel()
             await send({"type": "lifespan.shutdown.complete"})
             return
+        if scope["method"] == "GET":  # the gateway asks for metrics, too
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
         content, more = b"", True
         while more:
             message = await receive()

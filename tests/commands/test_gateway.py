@@ -27,7 +27,7 @@ async def started(upstream, *options):
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            await process.communicate()  # to the end of its pipe, which closes it
 
 
 async def line(process):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import llmserve_env
 from evaluate.jobs import Setting
-from evaluate.scores import scores_path
+from evaluate.scores import setting_name
 from evaluate.search import Player, best_constants
 from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents.constant import ConstantAgent
@@ -66,18 +66,17 @@ def search_constants(
     """
     if tried < 2:
         raise InputError(f"expected 2 or more, or 0 for no search, found {tried}", field="constants")
-    paths = {setting: scores_path(out, "constant", setting, official=True).parent for setting in settings}
+    paths = {setting: out / f"{setting_name(setting)}.json" for setting in settings}
     found = {}
-    for setting, folder in paths.items():
-        state = _read(folder.with_suffix(".json"), setting, tried)
+    for setting, path in paths.items():
+        state = _read(path, setting, tried)
         if state is not None and set(map(str, seeds)) <= set(state["scores"]):
             found[setting] = _found(state, seeds)
     missing = [setting for setting in settings if setting not in found]
     with tqdm(total=len(missing), unit="place", desc="constants", disable=not missing or None) as bar:
         for setting, state in _searched(missing, seeds, tried, processes):
-            path = paths[setting].with_suffix(".json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps({**state, "made_by": made_by()}, indent=1) + "\n")
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(paths[setting], json.dumps({**state, "made_by": made_by()}, indent=1) + "\n")
             found[setting] = _found(state, seeds)
             bar.update()
     return {setting: found[setting] for setting in settings}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from evaluate.jobs import Job, Setting, play_job, play_jobs
 from evaluate.llm import LLM, llm_label
-from evaluate.scores import Scores, begin_scores, scores_path
+from evaluate.scores import Scores, begin_scores, profile_name, scores_path
 from llmserve_env.agents import lacks_weights
 from llmserve_env.agents.find import SHIELDED, find_agent
 from llmserve_env.errors import InputError
@@ -280,7 +280,7 @@ def setting_label(setting: Setting) -> str:
     if setting.load != 1.0:
         parts.append(f"× {setting.load:g}")
     if setting.profile is not None:
-        parts.append(f"on {Path(setting.profile).stem}")
+        parts.append(f"on {profile_name(setting.profile)}")
     if setting.workload is not None:
         parts.append(f"with {setting.workload}")
     return " ".join(parts)

@@ -147,17 +147,26 @@ def begin_scores(
     return before
 
 
-def scores_path(out: Path, label: str, setting: Setting, *, official: bool) -> Path:
-    """Where an agent's scores in a setting lie: OUT/SETTING/AGENT.json."""
+def setting_name(setting: Setting) -> str:
+    """A setting in the names of files: no two have the same."""
     name = Path(setting.task).stem
     if setting.load != 1.0:
         name += f"@load={setting.load:g}"
     if setting.profile is not None:
-        name += f"@profile={Path(setting.profile).stem}"
+        name += f"@profile={profile_name(setting.profile)}"
     if setting.workload is not None:
         name += f"@workload={hashlib.sha256(setting.workload.encode()).hexdigest()[:8]}"
-    if not official:
-        name += "@other-seeds"
+    return name
+
+
+def profile_name(profile: str) -> str:
+    """A profile by its name, whether that or a file was given."""
+    return Path(profile).name.removesuffix(".toml")
+
+
+def scores_path(out: Path, label: str, setting: Setting, *, official: bool) -> Path:
+    """Where an agent's scores in a setting lie: OUT/SETTING/AGENT.json."""
+    name = setting_name(setting) + ("" if official else "@other-seeds")
     return out / name / (label.replace(":", "-").replace("/", "-") + ".json")
 
 

@@ -14,6 +14,7 @@ from evaluate.fit import SEEDS, fit_servegen, fit_trace, mean_load, tokens, writ
 from evaluate.generalise import Arguments, main
 from evaluate.generalise_report import CONSTANT, Place, advantage_kept, rows_of
 from evaluate.jobs import Setting
+from evaluate.scores import setting_name
 from llmserve_env.actions import to_action
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.play import play
@@ -128,6 +129,16 @@ def test_a_constant_is_searched_on_training_seeds_and_scored_on_others(tmp_path)
     assert again.scores[0] == 0.5, "nothing is searched twice"
     with pytest.raises(InputError, match="another setting, size or version"):
         search_constants([setting], seeds, 4, tmp_path)
+
+
+def test_every_place_has_a_file_of_its_own():
+    places = [
+        *(Setting(task="static_workload", load=load) for load in (0.5, 0.75, 1.0, 1.5, 2.0)),
+        *(Setting(task="static_workload", profile=f"h100-llama-{size}") for size in ("3.1-8b", "3.3-70b")),
+        Setting(task="static_workload", workload="poisson://?rate=1"),
+    ]
+    assert len({setting_name(place) for place in places}) == len(places)
+    assert setting_name(places[5]) == "static_workload@profile=h100-llama-3.1-8b"
 
 
 def test_rows_compare_with_the_carried_constant(tmp_path):

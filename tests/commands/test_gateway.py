@@ -88,7 +88,9 @@ def test_it_reads_how_full_kv_caches_are():
             await asyncio.wait_for(until(lambda found: found["waiting"] == 1), 60)
             assert endpoint.asked == []
             endpoint.others = metrics(0.4)
-            assert (await asyncio.wait_for(asked, 60)).status == 200
+            async with await asyncio.wait_for(asked, 60) as response:
+                assert response.status == 200
+                await response.read()
 
     asyncio.run(run())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from llmserve_env.agents import trained
 from llmserve_env.agents.policy import Policy, PolicyConfig, save_policy, shapes
 from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import Task, load_task
+
+# A shell without job control starts what it puts into the background with interrupts ignored, which processes
+# that tests start, to interrupt them, would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

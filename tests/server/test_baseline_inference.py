@@ -445,11 +445,7 @@ def test_an_interrupt_keeps_finished_episodes(tmp_path):
         )
         assert second.wait(60)
         playing.send_signal(signal.SIGINT)
-        try:
-            _, error = playing.communicate(timeout=30)
-        except subprocess.TimeoutExpired:  # Python drops an interrupt that falls into a destructor
-            playing.send_signal(signal.SIGINT)
-            _, error = playing.communicate(timeout=30)
+        _, error = playing.communicate(timeout=60)
     assert playing.returncode == 130
     assert "finished episodes are in" in error
     assert "Traceback" not in error

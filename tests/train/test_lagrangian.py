@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from _small import ENVS, trainer_of
 
 from llmserve_env.agents import play
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.tasks import load_task
 from train import lagrangian
-from train.lagrangian import Arguments, Trainer, merit, moved
+from train.lagrangian import merit, moved
 
-ENVS, ROLLOUT = 4, 70  # an episode has 120 windows
-
-
-def trainer(out: Path, **changes) -> Trainer:
-    arguments = {
-        "task_id": "bursty_workload",
-        "out": out,
-        "steps": 3 * ENVS * ROLLOUT,
-        "envs": ENVS,
-        "rollout": ROLLOUT,
-        "minibatches": 2,
-        "hidden": 16,
-        "device": "cpu",
-        **changes,
-    }
-    return Trainer(Arguments(**arguments))
+trainer = trainer_of(lagrangian, 3)
 
 
 def test_the_price_rises_over_the_budget_and_falls_below_it_to_zero():

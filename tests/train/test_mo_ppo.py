@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from _small import ENVS, ROLLOUT, trainer_of, updates
 
 from llmserve_env.agents import play
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy, save_policy
@@ -16,29 +16,12 @@ from llmserve_env.errors import InputError
 from llmserve_env.objectives import OBJECTIVES, Objectives
 from llmserve_env.tasks import load_task
 from train import mo_ppo, ppo
-from train.mo_ppo import Arguments, Preferences, Trainer, objectives
+from train.mo_ppo import Preferences, objectives
 
-ENVS, ROLLOUT = 4, 70  # an episode has 120 windows: the checkpoint lies in the second one
 TASK = load_task("bursty_workload", horizon_s=200.0)
 
 
-def trainer(out: Path, **changes) -> Trainer:
-    arguments = {
-        "task_id": "bursty_workload",
-        "out": out,
-        "steps": 3 * ENVS * ROLLOUT,
-        "envs": ENVS,
-        "rollout": ROLLOUT,
-        "minibatches": 2,
-        "hidden": 16,
-        "device": "cpu",
-        **changes,
-    }
-    return Trainer(Arguments(**arguments))
-
-
-def updates(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    return [trainer.learn(trainer.collect()) for _ in range(count)]
+trainer = trainer_of(mo_ppo, 3)
 
 
 @pytest.fixture(scope="module")

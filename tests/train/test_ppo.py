@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from _small import trainer_of, updates
 
 from llmserve_env.agents.policy import save_policy
 from llmserve_env.tasks import TRAINING_SEEDS
-from train.ppo import Arguments, Statistics, Trainer
+from train import ppo
+from train.ppo import Statistics
 
-ENVS, ROLLOUT = 4, 70  # an episode has 120 windows: the checkpoint lies in the second one
-
-
-def trainer(out: Path, **changes) -> Trainer:
-    arguments = {
-        "task_id": "bursty_workload",
-        "out": out,
-        "steps": 4 * ENVS * ROLLOUT,
-        "envs": ENVS,
-        "rollout": ROLLOUT,
-        "minibatches": 2,
-        "hidden": 16,
-        "device": "cpu",
-        **changes,
-    }
-    return Trainer(Arguments(**arguments))
-
-
-def updates(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    return [trainer.learn(trainer.collect()) for _ in range(count)]
+trainer = trainer_of(ppo, 4)
 
 
 @pytest.mark.parametrize(

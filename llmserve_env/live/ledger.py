@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.backend import WINDOW
+from llmserve_env.live.totals import Outcome, Totals
 from llmserve_env.schema import QuantizationTier
 from llmserve_env.sim.state import HISTOGRAM_BINS, histogram_edges_s
 
@@ -81,6 +82,7 @@ class Ledger:
 
     Attributes:
         failures: requests without a complete answer by reason, over all windows.
+        totals: of each tenant, over all windows.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Ledger:
         self._engines = engines
         self._tier = None if precision is None else list(QuantizationTier).index(precision)
         self.failures: Counter[str] = Counter()
+        self.totals = tuple(Totals() for _ in tenants)
         self._running = 0
         self._marked_s: float | None = None
         self._busy_s = self._running_s = 0.0
@@ -117,6 +120,8 @@ class Ledger:
         self._window["arrived"] += 1
         self._window["arrived_prompt_tokens"] += prompt_tokens
         self._window["tenant_arrived"][request.tenant] += 1
+        self.totals[request.tenant].arrived += 1
+        self.totals[request.tenant].prompt_tokens += prompt_tokens
 
     def sent(self, request: LiveRequest, now_s: float) -> None:
         """It went to the endpoint."""
@@ -132,14 +137,20 @@ class Ledger:
 
     def step(self, request: LiveRequest, now_s: float) -> None:
         """A piece of its answer came."""
+        totals = self.totals[request.tenant]
+        totals.output_tokens += 1
         if request.steps == 0:
             request.first_s = now_s
             ttft_s = now_s - request.arrival_s
             self._ttft_s.append(ttft_s)
             self._window["tenant_first_tokens"][request.tenant] += 1
             self._window["tenant_ttft_s"][request.tenant] += ttft_s
+            totals.ttft_s.add(ttft_s)
+            totals.recent_ttft_s.append(ttft_s)
         else:
-            self._gaps_s.append(now_s - request.last_s)
+            gap_s = now_s - request.last_s
+            self._gaps_s.append(gap_s)
+            totals.itl_s.add(gap_s)
         request.last_s = now_s
         request.steps += 1
         self._steps += 1
@@ -159,18 +170,28 @@ class Ledger:
         self._window["tenant_completed"][request.tenant] += 1
         self._window["tenant_output_tokens"][request.tenant] += tokens
         self._window["output_tokens"] += tokens - request.steps
+        tpot_s = (request.last_s - request.first_s) / max(tokens - 1, 1)
+        totals = self.totals[request.tenant]
+        totals.outcomes["completed"] += 1
+        totals.output_tokens += tokens - request.steps
+        totals.e2e_s.add(request.last_s - request.arrival_s)
+        if tokens > 1:
+            totals.tpot_s.add(tpot_s)
+            totals.recent_tpot_s.append(tpot_s)
         ttft = (request.first_s - request.arrival_s) / tenant.ttft_slo_s
-        tpot = (request.last_s - request.first_s) / max(tokens - 1, 1) / tenant.tpot_slo_s
+        tpot = tpot_s / tenant.tpot_slo_s
         if max(ttft, tpot) <= 1:
+            totals.in_slo += 1
             self._window["tenant_in_slo"][request.tenant] += 1
             self._window["tenant_headroom"][request.tenant] += 1 - max(ttft, tpot)
             tier = self._tier if request.tier is None else request.tier
             if tier is not None:
                 self._window["tier_in_slo"][tier, request.tenant] += 1
 
-    def failed(self, request: LiveRequest, now_s: float, reason: str) -> None:
+    def failed(self, request: LiveRequest, now_s: float, reason: str, outcome: Outcome = "failed") -> None:
         """It has no complete answer, and will have none."""
         self._end(request, now_s)
+        self.totals[request.tenant].outcomes[outcome] += 1
         self.failures[reason] += 1
         self._window["failed"] += 1
         self._window["tenant_failed"][request.tenant] += 1
@@ -178,12 +199,12 @@ class Ledger:
     def refused(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """It was not let in."""
         self._window["refused"] += 1
-        self.failed(request, now_s, reason)
+        self.failed(request, now_s, reason, "refused")
 
     def given_up(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """Its client went away."""
         self._window["timeouts"] += 1
-        self.failed(request, now_s, reason)
+        self.failed(request, now_s, reason, "given_up")
 
     def close(
         self, now_s: float, start_s: float, end_s: float, in_flight: Iterable[LiveRequest]

@@ -82,3 +82,31 @@ def test_waiting_requests_have_an_age():
     assert (window["waiting"], window["running"], window["oldest_wait_s"]) == (2, 0, 0.75)
     assert window["tenant_in_flight"][:2].tolist() == [1, 1]
     assert window["arrived_prompt_tokens"] == 20
+
+
+def test_totals_count_every_request_once_and_outlive_windows():
+    ledger = Ledger(TENANTS, 1)
+    ledger.open(0.0)
+    play(ledger, LiveRequest(0, 0, 0, 0.0), 0.0, [0.25, 0.25, 0.35], 0.35)
+    play(ledger, LiveRequest(1, 0, 0, 0.0), 0.0, [3000.0], 3000.0)
+    for index, end in enumerate((ledger.failed, ledger.refused, ledger.given_up)):
+        request = LiveRequest(2 + index, 1, 0, 0.0)
+        ledger.arrived(request, 10)
+        end(request, 1.0, "why")
+    ledger.close(3000.0, 0.0, 3000.0, [])
+    ledger.open(3000.0)
+    ledger.arrived(LiveRequest(5, 1, 0, 3000.0), 7)
+    a, b = ledger.totals
+    assert (a.arrived, a.in_flight, a.in_slo, a.prompt_tokens, a.output_tokens) == (2, 0, 1, 20, 4)
+    assert (b.arrived, b.in_flight, b.in_slo, b.prompt_tokens, b.output_tokens) == (4, 1, 0, 37, 0)
+    assert a.outcomes == {"completed": 2, "failed": 0, "refused": 0, "given_up": 0}
+    assert b.outcomes == {"completed": 0, "failed": 1, "refused": 1, "given_up": 1}
+    found = {
+        bound: count
+        for bound, count in zip([*a.ttft_s.bounds, np.inf], a.ttft_s.counts, strict=True)
+        if count
+    }
+    assert found == {0.25: 1, np.inf: 1}  # a bound is its bucket's, as Prometheus has it
+    assert a.ttft_s.sum == 3000.25
+    assert (sum(a.itl_s.counts), sum(a.tpot_s.counts), sum(a.e2e_s.counts)) == (2, 1, 2)
+    assert list(a.recent_tpot_s) == pytest.approx([0.05])

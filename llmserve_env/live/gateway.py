@@ -182,7 +182,7 @@ class Gateway:
         )
         self._window_s = now_s
         self.ledger.open(now_s)
-        up = [each for each in self.upstreams if not self._passed_over(each)]
+        up = [each for each in self.upstreams if not self.passed_over(each)]
         window["engines_up"] = len(up)
         for each in up:
             if each.tier is not None:
@@ -195,6 +195,10 @@ class Gateway:
     def waiting(self) -> int:
         """Requests in the queue."""
         return sum(not each.over for queue in self._queues.values() for each in queue)
+
+    def passed_over(self, upstream: Upstream) -> bool:
+        """Whether it took no connection a moment ago."""
+        return self._clock() < upstream.passed_over_until_s
 
     def enter(self, tenant: int, prompt_tokens: int) -> Passage:
         """A request has arrived.
@@ -250,7 +254,7 @@ class Gateway:
         assert passage.upstream is not None
         passage.upstream.passed_over_until_s = now_s + _PASS_OVER_S
         passage.tries += 1
-        if passage.tries >= len(self._pool) or all(self._passed_over(each) for each in self._pool):
+        if passage.tries >= len(self._pool) or all(self.passed_over(each) for each in self._pool):
             raise Refused(503, "No upstream can be reached", "upstream down", _PASS_OVER_S)
         self._leave(passage)
         self.ledger.returned(passage, now_s)
@@ -331,14 +335,11 @@ class Gateway:
     def _room(self) -> Upstream | None:
         """The least loaded upstream of the pool that may take one more."""
         cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
-        reachable = [each for each in self._pool if not self._passed_over(each)] or self._pool
+        reachable = [each for each in self._pool if not self.passed_over(each)] or self._pool
         room: Iterable[Upstream] = (each for each in reachable if each.running < cap)
         if budget < 1:
             room = (each for each in room if (self.kv_usage(each) or 0.0) < budget)
         return min(room, key=lambda each: each.running, default=None)
-
-    def _passed_over(self, upstream: Upstream) -> bool:
-        return self._clock() < upstream.passed_over_until_s
 
     def _leave(self, passage: Passage) -> None:
         """It is at no upstream any more."""

@@ -171,6 +171,8 @@ class Shield:
             for), `seed`, `rule`, `reason`, `proposed` and `applied` (the controls in which the two differ).
         interventions: int64[n, 3], how many by rule, in the order of RULES; those beyond `log_limit`, too.
         windows: int64[n], for how many the agent was asked.
+        in_force: ACTION[n], what the last windows were served under; None before the first action, which no
+            rule changes. To be set where something else than the last action came into force.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class Shield:
         self.log: list[list[dict[str, Any]]] = []
         self.interventions = np.zeros((0, len(RULES)), np.int64)
         self.windows = np.zeros(0, np.int64)
+        self.in_force: NDArray[np.void] | None = None
 
     @property
     def autonomy_rate(self) -> NDArray[np.float64]:
@@ -201,7 +204,7 @@ class Shield:
         self.agent.reset(task, seeds)
         self._seeds = [int(seed) for seed in seeds]
         self._state = _State(task, self._settings, len(seeds))
-        self._in_force: NDArray[np.void] | None = None
+        self.in_force = None
         self.log = [[] for _ in seeds]
         self.interventions = np.zeros((len(seeds), len(RULES)), np.int64)
         self.windows = np.zeros(len(seeds), np.int64)
@@ -218,18 +221,18 @@ class Shield:
         state = self._state
         applied = proposed.copy()
         going = np.ones(len(windows), bool)
-        if self._in_force is not None:
+        if self.in_force is not None:
             going = state.see(windows)
             for rule, changed in (
-                ("veto", state.vetoed(proposed, self._in_force)),
-                ("rescue", state.rescued(self._in_force)),
-                ("panic", state.panicked(self._in_force)),
+                ("veto", state.vetoed(proposed, self.in_force)),
+                ("rescue", state.rescued(self.in_force)),
+                ("panic", state.panicked(self.in_force)),
             ):
                 rows = going & state.on[rule]
                 applied[rows] = changed[rows]
             self._note(proposed, applied, going)
         self.windows += going
-        self._in_force = applied.copy()
+        self.in_force = applied.copy()
         return applied
 
     def _note(self, proposed: NDArray[np.void], applied: NDArray[np.void], going: NDArray[np.bool_]) -> None:

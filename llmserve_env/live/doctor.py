@@ -11,10 +11,10 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.engine_settings import SCHEDULER_VERSIONS
 from llmserve_env.live.metrics import METRICS, Scrape, read_metrics
-from llmserve_env.live.telemetry import server_url
 from llmserve_env.schema import ServeAction
-from llmserve_env.urls import without_credentials
+from llmserve_env.urls import server_url, without_credentials
 
 if TYPE_CHECKING:
     import httpx
@@ -25,8 +25,6 @@ TOKENS = 3
 """Of the one completion that is asked for."""
 CLOCK_NOTE_S = 2.0
 """Clocks that differ by more are told; a Date header is cut to whole seconds."""
-SCHEDULER_VERSIONS = ("0.32.0",)
-"""Those of `vllm_scheduler`, which only vLLM's environment can import."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from llmserve_env.schema import ServeAction
 
 SETTINGS_FILE = "settings.json"
 
+SCHEDULER_VERSIONS = ("0.32.0",)
+"""Of vLLM, whose scheduler `vllm_scheduler` was tried with."""
+
 CONTROL_KEY = "llmserve_control"
 """Names the folder in vLLM's --additional-config."""
 
@@ -89,6 +92,8 @@ class EngineStatus(BaseModel):
     vllm_version: str
     started: AppliedSettings
     """What it was started with: what holds without settings."""
+    fixed_depth: bool
+    """Whether its speculation depth cannot change."""
     asked: EngineSettings
     """The last good settings that it read."""
     applied: AppliedSettings

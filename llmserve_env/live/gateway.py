@@ -24,6 +24,8 @@ from llmserve_env.schema import QuantizationTier, ServeAction
 from llmserve_env.workloads.workload import Tenant
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from llmserve_env.live.upstreams import Upstream
 
 _TIERS = list(QuantizationTier)
@@ -74,11 +76,12 @@ class Passage(LiveRequest):
 class Gateway:
     """Lets requests in, queues them, hands them to upstreams, and keeps account.
 
-    Of an action it applies `batch_cap` (requests at each upstream), `kv_budget_fraction` (nothing is sent to
-    an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket before the queue),
-    `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM is told), and
-    `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an upstream when
-    an action comes stays there.
+    Of an action it applies `batch_cap` (requests at each engine of an upstream), `kv_budget_fraction`
+    (nothing is sent to an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket
+    before the queue), `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM
+    is told), and `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an
+    upstream when an action comes stays there. What the engines of an upstream apply themselves
+    (`Upstream.in_engine`) is left to them, but for the batch cap, which is kept before them, too.
 
     Args:
         upstreams: one or more.
@@ -129,7 +132,7 @@ class Gateway:
                 raise InputError(f"expected more than 0, found {value}", field=name)
         self.upstreams = tuple(upstreams)
         self.tenants = tuple(tenants)
-        self.ledger = Ledger(self.tenants, len(self.upstreams))
+        self.ledger = Ledger(self.tenants, sum(each.engines for each in self.upstreams))
         self._ranks = sorted({tenant.priority for tenant in self.tenants})
         self._max_waiting = max_waiting
         self._queue_timeout_s = queue_timeout_s
@@ -157,7 +160,9 @@ class Gateway:
         }
         for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
             value = getattr(action, name)
-            same = tuple(each for each in self._pool if getattr(each, given) == value)
+            same = tuple(
+                each for each in self._pool if name in each.in_engine or getattr(each, given) == value
+            )
             self._pool = same or self._pool
             if not same:
                 said = value.value if isinstance(value, QuantizationTier) else value
@@ -169,27 +174,61 @@ class Gateway:
     def not_applied(self) -> dict[str, str]:
         """Fields of the action in force that have no effect now, with the reason."""
         found = dict(self._not_here)
-        if self.action.kv_budget_fraction < 1 and any(self.kv_usage(each) is None for each in self._pool):
+        if self.action.kv_budget_fraction < 1 and any(
+            "kv_budget_fraction" not in each.in_engine and self.kv_usage(each) is None for each in self._pool
+        ):
             found["kv_budget_fraction"] = "an upstream's KV cache usage is not known now"
         return found
 
     def window(self) -> WindowRecord:
         """What happened since the last call: latencies as clients saw them, from arrival at the gateway."""
+        window, ttft, gaps = self.close_window()
+        self.open_window()
+        return WindowRecord.of(window, len(self.tenants), ttft, gaps, self.not_applied)
+
+    def close_window(
+        self, start_s: float | None = None, end_s: float | None = None
+    ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
+        """End the window; until `open_window` no time counts as busy.
+
+        Args:
+            start_s: what the record says of its start (s; default: since the gateway began).
+            end_s: of its end, likewise.
+
+        Returns:
+            WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.
+        """
         now_s = self._clock()
         waiting = (each for queue in self._queues.values() for each in queue if not each.over)
         window, ttft, gaps = self.ledger.close(
-            now_s, self._window_s - self._begun_s, now_s - self._begun_s, [*waiting, *self._at_upstreams]
+            now_s,
+            self._window_s - self._begun_s if start_s is None else start_s,
+            now_s - self._begun_s if end_s is None else end_s,
+            [*waiting, *self._at_upstreams],
         )
         self._window_s = now_s
-        self.ledger.open(now_s)
+        self._look(window)
+        return window, ttft, gaps
+
+    def open_window(self) -> None:
+        """Begin a window."""
+        self.ledger.open(self._clock())
+
+    def blank(self) -> NDArray[np.void]:
+        """WINDOW of a gateway that has done nothing."""
+        window = self.ledger.blank()
+        self._look(window)
+        return window
+
+    def _look(self, window: NDArray[np.void]) -> None:
+        """Fill in what the upstreams are now."""
         up = [each for each in self.upstreams if not self.passed_over(each)]
-        window["engines_up"] = len(up)
+        window["engines_up"] = sum(each.engines for each in up)
         for each in up:
             if each.tier is not None:
-                window["engines_tier"][_TIERS.index(each.tier)] += 1
-        usages = [self.kv_usage(each) for each in self.upstreams]
-        window["kv_occupancy"] = np.mean([each or 0.0 for each in usages])
-        return WindowRecord.of(window, len(self.tenants), ttft, gaps, self.not_applied)
+                window["engines_tier"][_TIERS.index(each.tier)] += each.engines
+        usages = [usage for each in self.upstreams if (usage := self.kv_usage(each)) is not None]
+        window["kv_occupancy"] = np.mean(usages) if usages else 0.0
 
     @property
     def waiting(self) -> int:
@@ -200,18 +239,20 @@ class Gateway:
         """Whether it took no connection a moment ago."""
         return self._clock() < upstream.passed_over_until_s
 
-    def enter(self, tenant: int, prompt_tokens: int) -> Passage:
+    def enter(self, tenant: int, prompt_tokens: int, arrival_s: float | None = None) -> Passage:
         """A request has arrived.
 
         Args:
             tenant: index of who sent it.
             prompt_tokens: about.
+            arrival_s: when it was due, from which its latencies count (s of the clock; default: now).
 
         Raises:
             Refused: 429, at the admission rate or with a full queue.
         """
         now_s = self._clock()
-        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, now_s, since_s=now_s)
+        due_s = now_s if arrival_s is None else arrival_s
+        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, due_s, since_s=now_s)
         self.ledger.arrived(passage, prompt_tokens)
         wait_s = self._bucket_wait_s(passage.priority, now_s)
         if wait_s > 0:
@@ -336,10 +377,14 @@ class Gateway:
         """The least loaded upstream of the pool that may take one more."""
         cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
         reachable = [each for each in self._pool if not self.passed_over(each)] or self._pool
-        room: Iterable[Upstream] = (each for each in reachable if each.running < cap)
+        room: Iterable[Upstream] = (each for each in reachable if each.running < cap * each.engines)
         if budget < 1:
-            room = (each for each in room if (self.kv_usage(each) or 0.0) < budget)
-        return min(room, key=lambda each: each.running, default=None)
+            room = (
+                each
+                for each in room
+                if "kv_budget_fraction" in each.in_engine or (self.kv_usage(each) or 0.0) < budget
+            )
+        return min(room, key=lambda each: each.running / each.engines, default=None)
 
     def _leave(self, passage: Passage) -> None:
         """It is at no upstream any more."""

@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from llmserve_env.workloads.workload import Tenant
 
 UNMEASURED = {
-    "kv_cache_occupancy": "a client cannot see it: 0, and nothing is earned for memory",
-    "gpu_memory_used_gb": "a client cannot see it: 0",
-    "prefix_hit_rate": "a client cannot see it: None",
-    "spec_acceptance_rate": "a client cannot see it: None",
-    "eviction_events": "a client cannot see them: 0",
-    "preemptions": "a client cannot see them: 0",
-    "refused_tries": "requests are sent once, and nobody is refused at a rate: 0",
-    "timed_out_tries": "requests are sent once, whatever the task says of retries and deadlines: 0",
-    "retries": "requests are sent once, whatever the task says of them: 0",
-    "retrying_requests": "requests are sent once: 0",
-    "engines_up": "a client cannot see them: those of the task's cell",
-    "engines_by_tier": "a client cannot see it: what the settings state, else 0",
-    "engines_split": "a client cannot see it: 0",
-    "active_requests": "requests at the endpoint, whether it runs them or has them wait",
-    "gpu_busy_share": "share of time with a request at the endpoint: an upper bound",
+    "kv_cache_occupancy": "only engines know it: 0, and nothing is earned for memory",
+    "gpu_memory_used_gb": "nobody tells it: 0",
+    "prefix_hit_rate": "only engines know it: None",
+    "spec_acceptance_rate": "only engines know it: None",
+    "eviction_events": "nobody tells them: 0",
+    "preemptions": "only engines know them: 0",
+    "retries": "what is sent again is a request like others: 0",
+    "retrying_requests": "what is sent again is a request like others: 0",
+    "engines_up": "those whose servers took the last connections",
+    "engines_by_tier": "what is stated of the servers, else 0",
+    "engines_split": "nobody tells it: 0",
+    "active_requests": "requests at the servers, whether they run them or have them wait",
+    "gpu_busy_share": "share of time with a request at a server: an upper bound",
     "estimated_cost_per_1k": "at the price of the task's GPUs, whatever serves",
 }
-"""Fields of an observation that are not, or not quite, what they are in the simulator: what they hold."""
+"""Fields of an observation that are not, or not quite, what they are in the simulator, where clients alone
+measure: what they hold.
+"""
 
 
 @dataclass(eq=False)

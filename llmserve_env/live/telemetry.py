@@ -9,15 +9,13 @@ window.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from llmserve_env.errors import InputError
 from llmserve_env.live.metrics import METRICS, Histogram, Scrape, add_histograms, read_metrics, weighted_mean
-from llmserve_env.urls import without_credentials
+from llmserve_env.urls import server_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,6 +45,7 @@ class TelemetryWindow:
         waiting: requests in the queue, all servers.
         running: requests in a batch, all servers.
         kv_occupancy: share of KV blocks held, servers weighted by their capacity where all tell it.
+        mean_kv_occupancy: the same over the window's scrapes with running requests; 0 without such.
         kv_tokens: capacity of the KV caches (tokens).
         preemptions: requests thrown back to the queue.
         prompt_tokens: of requests whose prefill ended, cached ones too.
@@ -71,6 +70,7 @@ class TelemetryWindow:
     waiting: float | None = None
     running: float | None = None
     kv_occupancy: float | None = None
+    mean_kv_occupancy: float | None = None
     kv_tokens: float | None = None
     preemptions: float | None = None
     prompt_tokens: float | None = None
@@ -126,7 +126,10 @@ def merge(windows: Sequence[TelemetryWindow]) -> TelemetryWindow:
             merged[name] = add_histograms(values)
         elif name == "kv_occupancy":
             with_it = [window for window in windows if window.kv_occupancy is not None]
-            merged[name] = weighted_mean(values, [window.kv_tokens for window in with_it])
+            capacities = [window.kv_tokens for window in with_it]
+            merged[name] = weighted_mean(values, capacities)
+            means = [window.mean_kv_occupancy or 0.0 for window in with_it]
+            merged["mean_kv_occupancy"] = weighted_mean(means, capacities)
         elif name in METRICS and METRICS[name].by is not None:
             reasons = {reason for value in values for reason in value}
             merged[name] = {
@@ -170,6 +173,7 @@ class Replica:
     def took(self, scrape: Scrape) -> None:
         """It answered."""
         before, self.last, self.error = self.last, scrape, None
+        self._note_kv(scrape)
         if before is None or scrape.at_s - before.at_s > self.stale_after_s:
             return
         restarted = _restarted(before, scrape)
@@ -204,10 +208,13 @@ class Replica:
     def window(self, now_s: float) -> TelemetryWindow:
         """What it did since this was last asked."""
         counts, observed, span_s, restarts = self._counts, self._observed, self._span_s, self._restarts
+        busy_kv = self._busy_kv
         self._begin()
         if self.stale(now_s) or self.last is None:
             return TelemetryWindow(stale=1)
         values: dict[str, Any] = {**self.last.gauges, "kv_tokens": self.last.kv_tokens}
+        self._note_kv(self.last)  # the next window begins with what was last seen
+        mean_kv = None if "kv_occupancy" not in values else sum(busy_kv) / max(len(busy_kv), 1)
         if span_s > 0:
             values |= {
                 name: grown[""] if METRICS[name].by is None else dict(sorted(grown.items()))
@@ -218,14 +225,20 @@ class Replica:
             restarts=restarts,
             span_s=span_s or None,
             rests_on={name: 1 for name, value in values.items() if value is not None},
+            mean_kv_occupancy=mean_kv,
             **values,
         )
 
     def _begin(self) -> None:
         self._counts: dict[str, dict[str, float]] = {}
         self._observed: dict[str, Histogram] = {}
+        self._busy_kv: list[float] = []
         self._span_s = 0.0
         self._restarts = 0
+
+    def _note_kv(self, scrape: Scrape) -> None:
+        if scrape.gauges.get("running") and (held := scrape.gauges.get("kv_occupancy")) is not None:
+            self._busy_kv.append(held)
 
 
 def _restarted(before: Scrape, after: Scrape) -> bool:
@@ -362,17 +375,3 @@ async def scrape(client: httpx.AsyncClient, url: str) -> Scrape:
         raise InputError(f"{type(error).__name__}: {error}", field="/metrics") from error
     # Not in the caller's loop, which may have streams to pass on.
     return await asyncio.to_thread(read_metrics, content.decode(errors="replace"), at_s)
-
-
-def server_url(url: str) -> str:
-    """A server's URL without /v1.
-
-    Raises:
-        InputError: it is no URL of a server.
-    """
-    found = url.rstrip("/").removesuffix("/v1")
-    parts = urlsplit(found)
-    with contextlib.suppress(ValueError):  # a port out of range
-        if parts.scheme in ("http", "https") and parts.hostname and not parts.query and parts.port != 0:
-            return found
-    raise InputError(f"expected http://HOST:PORT, found {without_credentials(url)!r}", field="url")

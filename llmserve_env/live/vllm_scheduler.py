@@ -19,6 +19,7 @@ import vllm
 
 from llmserve_env.errors import InputError
 from llmserve_env.live.engine_settings import (
+    SCHEDULER_VERSIONS,
     SETTINGS_FILE,
     AppliedSettings,
     EngineSettings,
@@ -28,13 +29,12 @@ from llmserve_env.live.engine_settings import (
     write_status,
 )
 
-TRIED_VERSIONS = ("0.32.0",)
 POLL_S = 0.05
 
-if vllm.__version__.split("+")[0] not in TRIED_VERSIONS:
+if vllm.__version__.split("+")[0] not in SCHEDULER_VERSIONS:
     raise ImportError(
         f"LiveScheduler does not know the scheduler of vLLM {vllm.__version__}: "
-        f"it was tried with {', '.join(TRIED_VERSIONS)}"
+        f"it was tried with {', '.join(SCHEDULER_VERSIONS)}"
     )
 
 from vllm.logger import init_logger  # noqa: E402 - these move from version to version
@@ -128,6 +128,7 @@ class LiveScheduler(Scheduler):
             pid=os.getpid(),
             vllm_version=vllm.__version__,
             started=self._started,
+            fixed_depth=self._start_lookup is None,
             asked=self._asked,
             applied=applied,
             not_applied=not_applied,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from importlib.resources import files
 
 import httpx
 import pytest
 
 from llmserve_env.cli import main
-from llmserve_env.live.doctor import SCHEDULER_VERSIONS, TOKENS, Diagnosis, controls, diagnose, note_clock
+from llmserve_env.live.doctor import TOKENS, Diagnosis, controls, diagnose, note_clock
 from llmserve_env.schema import ServeAction
 
 from .endpoint_server import Reply, closed_url, serving
@@ -61,18 +59,6 @@ def test_every_field_of_an_action_has_its_ways():
     assert here["batch_cap"] == here["speculation_depth"] == here["kv_budget_fraction"] == ""
     assert "a server for each pool" in here["quantization_tier"]
     assert {each.field: each.here for each in controls([diagnosis] * 2)}["quantization_tier"] == ""
-
-
-def test_the_scheduler_class_takes_the_same_versions():
-    source = (
-        files("llmserve_env").joinpath("live", "vllm_scheduler.py").read_text()
-    )  # needs vLLM to be imported
-    (value,) = (
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "TRIED_VERSIONS"
-    )
-    assert ast.literal_eval(value) == SCHEDULER_VERSIONS
 
 
 def test_an_old_server_lacks_nothing_but_the_scheduler_class():

@@ -92,6 +92,7 @@ def test_statuses_come_by_engine(tmp_path):
             pid=os.getpid(),
             vllm_version="0.32.0",
             started=STARTED,
+            fixed_depth=False,
             asked=EngineSettings(batch_cap=8),
             applied=STARTED.model_copy(update={"batch_cap": 8}),
             not_applied={},

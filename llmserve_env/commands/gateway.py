@@ -2,28 +2,83 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llmserve_env.schema import ServeAction
+from llmserve_env.schema import QuantizationTier, ServeAction
 
 if TYPE_CHECKING:
-    from llmserve_env.backend import WindowRecord
+    import socket
+    from collections.abc import Coroutine
 
-_SCRAPE_S = 0.5
-_STALE_S = 3.0
+    import uvicorn
+
+    from llmserve_env.backend import WindowRecord
+    from llmserve_env.live.decisions import Decision
+    from llmserve_env.live.deployment import Deployment
+    from llmserve_env.live.pilot import Pilot
+    from llmserve_env.live.steering import Told
+    from llmserve_env.live.upstreams import Upstream
+    from llmserve_env.tasks import Task
+
+
+@dataclass(frozen=True)
+class Safe:
+    """The configuration when the agent cannot be relied on; what is not given is as at the start."""
+
+    batch_cap: int | None = None
+    """Running sequences per engine."""
+    kv_budget_fraction: float | None = None
+    """Share of an engine's KV blocks that running requests may hold."""
+    speculation_depth: int | None = None
+    """Draft tokens per step."""
+    quantization_tier: QuantizationTier | None = None
+    """Precision of the weights."""
+    prefill_decode_split: bool | None = None
+    """Prefill and decode in pools of their own."""
+    priority_routing: bool | None = None
+    """Requests of more urgent tenants first."""
+    admission_rate: float | None = None
+    """Requests per second that are let in."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Who sets the configuration."""
+
+    agent: str | None = None
+    """Name of an agent, or folder of a policy; it is asked after each window (default: nobody, the
+    configuration stays)."""
+    task: str | None = None
+    """Id of the task that the agent plays, or a task's .toml file: tenants and what they were promised, the
+    window, the fields that the agent sets and their values."""
+    seed: int = 0
+    """The agent's."""
+    shield: bool = True
+    """Put a shield around the agent."""
+    decide_limit_s: float | None = None
+    """Time that the agent has for a decision (s; default: half of the window)."""
+    dry_run: bool = False
+    """Only tell what would be done."""
+    decisions: Path | None = None
+    """Log of all decisions, to be appended to."""
 
 
 def gateway(
     upstream: Annotated[list[str], tyro.conf.UseAppendAction],
     action: Annotated[ServeAction, tyro.conf.arg(name="")] = ServeAction(),  # noqa: B008 - immutable
+    steering: Annotated[Steering, tyro.conf.arg(name="")] = Steering(),
+    safe: Safe = Safe(),
     *,
     host: str = "127.0.0.1",
     port: int = 8200,
     tenants: Path | None = None,
-    window_s: float = 10.0,
+    window_s: float | None = None,
+    metrics: bool = True,
     max_waiting: int = 1000,
     max_body_mb: float = 8.0,
     queue_timeout_s: float = 60.0,
@@ -31,23 +86,30 @@ def gateway(
 ) -> None:
     """Serve OpenAI's interface for completions and chats before one vLLM server or several.
 
-    Prints a line for each window in which something happened. Ends with Ctrl-C or SIGTERM.
+    Prints a line for each window in which something happened, and each change of the configuration. Ends with
+    Ctrl-C or SIGTERM; the settings that engines had before return.
 
     Args:
         upstream: URL of a server, with ,tier=FP16|INT8|INT4 and ,speculation=DEPTH what it was started with,
-            and with ,key=KEY its API key; once for each server.
-        action: the configuration.
+            with ,engines=N how many it has, with ,control=FOLDER the folder of its LiveScheduler, and with
+            ,key=KEY its API key; once for each server.
+        action: the configuration, with an agent that of the start.
+        steering: who changes it.
+        safe: comes into force when the agent cannot be relied on.
         host: address to listen on.
         port: to listen on; 0 for a free one.
-        tenants: TOML file of who may call (default: everybody, as one tenant).
-        window_s: time that a line tells of (s).
+        tenants: TOML file of who may call (default: everybody, as one tenant; with a task of several, each by
+            its name in the header x-tenant).
+        window_s: length of a window (s; default: the task's, without one 10).
+        metrics: whether the servers' metrics are read.
         max_waiting: requests in the queue, at most.
         max_body_mb: size of a request, at most (MB).
         queue_timeout_s: a request that waited so long is refused (s).
         idle_timeout_s: a request whose upstream or client did nothing for so long is ended (s).
 
     Raises:
-        InputError: an upstream, the tenants' file, a bound or the address cannot be used.
+        InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
+            cannot be used.
     """
     from llmserve_env.errors import InputError
 
@@ -56,33 +118,26 @@ def gateway(
         import uvicorn
     except ImportError as error:
         raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
-    import asyncio
     import logging
-    import signal
-    import sys
-    import time
 
+    from llmserve_env.live.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway import Gateway
     from llmserve_env.live.proxy import Proxy
     from llmserve_env.live.telemetry import Telemetry
-    from llmserve_env.live.tenants import Tenants, load_tenants
-    from llmserve_env.live.upstreams import Upstream, parse_upstream
+    from llmserve_env.live.tenants import Tenants, load_tenants, task_tenants
+    from llmserve_env.live.upstreams import parse_upstream
     from llmserve_env.sockets import listen
 
+    upstreams = [parse_upstream(each) for each in upstream]
+    task = _task(steering, action, window_s, upstreams)
+    window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s
     for name, value in (("window_s", window_s), ("max_body_mb", max_body_mb)):
         if not value > 0:
             raise InputError(f"expected more than 0, found {value}", field=name)
-    known = Tenants() if tenants is None else load_tenants(tenants)
-    upstreams = [parse_upstream(each) for each in upstream]
-    telemetry = Telemetry([each.url for each in upstreams], interval_s=_SCRAPE_S, stale_after_s=_STALE_S)
-    replicas = dict(zip(upstreams, telemetry.replicas, strict=True))
-
-    def kv_usage(of: Upstream) -> float | None:
-        replica = replicas[of]
-        if replica.last is None or replica.stale(time.monotonic()):
-            return None
-        return replica.last.gauges.get("kv_occupancy")
-
+    if tenants is not None:
+        known = load_tenants(tenants, None if task is None else task.tenants)
+    else:
+        known = Tenants() if task is None else task_tenants(task.tenants)
     here = Gateway(
         upstreams,
         known.all,
@@ -90,32 +145,21 @@ def gateway(
         max_waiting=max_waiting,
         queue_timeout_s=queue_timeout_s,
         idle_timeout_s=idle_timeout_s,
-        kv_usage=kv_usage,
     )
+    telemetry = None
+    if metrics:
+        telemetry = Telemetry([each.url for each in upstreams], interval_s=SCRAPE_S, stale_after_s=STALE_S)
+    deployment = Deployment(here, telemetry)
+    pilot = None if task is None else _pilot(steering, safe, action, task)
     proxy = Proxy(here, known, max_body_bytes=int(max_body_mb * 1e6))
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
-    # uvicorn raises the signal again when it is done, which is the end that was asked for.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
+    teller = _Teller(action)
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: object = None) -> None:
-            await super().startup(sockets=sockets)  # type: ignore[arg-type]
-            print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
-            self.telling = asyncio.create_task(tell())
-
-    async def tell() -> None:
-        async with telemetry:
-            await asyncio.sleep(2 * _SCRAPE_S)
-            for field, reason in here.not_applied.items():
-                print(f"not applied: {field}: {reason}", flush=True)
-            while True:
-                await asyncio.sleep(window_s)
-                record = here.window()
-                if record.arrived or record.in_flight or record.completed or record.failed:
-                    print(_line(record), flush=True)
+    def told(record: WindowRecord, decision: Decision | None, reward: float | None) -> None:
+        """What is known of a window, once a window."""
+        teller.tell(record, decision)
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(
@@ -128,7 +172,150 @@ def gateway(
         date_header=False,
         timeout_graceful_shutdown=30,
     )
+    try:
+        _serve(config, listening, _windows(deployment, action, window_s, pilot, told))
+    finally:
+        if pilot is not None:
+            pilot.close()
+
+
+async def _windows(
+    deployment: Deployment, action: ServeAction, window_s: float, pilot: Pilot | None, told: Told
+) -> None:
+    """Steer until cancelled; the settings that were found return."""
+    import asyncio
+
+    from llmserve_env.live.deployment import SCRAPE_S
+    from llmserve_env.live.steering import steer
+
+    async with deployment:
+        deployment.apply(action)
+        await asyncio.sleep(2 * SCRAPE_S)
+        if pilot is not None:
+            pilot.capabilities = deployment.capabilities()
+        for field, reason in deployment.not_applied.items():
+            print(f"not applied: {field}: {reason}", flush=True)
+        await steer(deployment, window_s, pilot, told)
+
+
+def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[Any, Any, None]) -> None:
+    """Serve until a signal comes, and steer meanwhile."""
+    import asyncio
+    import logging
+    import signal
+
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
+            self.steering = asyncio.create_task(windows)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self.steering.cancel()  # first of all: what drains, drains under the settings of before
+            try:
+                await self.steering
+            except asyncio.CancelledError:
+                pass
+            except Exception:
+                logging.getLogger(__name__).exception("steering failed; see whether settings were restored")
+            await super().shutdown(sockets=sockets)
+
+    # uvicorn raises the signal again when it is done, which is the end that was asked for.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
     Server(config).run(sockets=[listening])
+
+
+def _task(
+    steering: Steering, action: ServeAction, window_s: float | None, upstreams: list[Upstream]
+) -> Task | None:
+    """The task that the agent plays, on a cell of as many engines as there are.
+
+    Where it grants a field, it starts as the action has it.
+    """
+    from llmserve_env.errors import InputError
+
+    if steering.agent is None or steering.task is None:
+        if steering != Steering():
+            raise InputError(
+                "expected --agent and --task, and with them what is said of decisions", field="agent"
+            )
+        return None
+    from llmserve_env.agents.granted import granted
+    from llmserve_env.tasks import load_task
+
+    task = load_task(steering.task)
+    engines = sum(each.engines for each in upstreams)
+    cell = task.cell.model_dump(exclude_none=True) | {"engines": engines}
+    if cell.get("prefill_engines", 0) >= engines:
+        del cell["prefill_engines"]
+    given = action.model_dump(mode="json")
+    start = task.start.model_dump(mode="json") | {name: given[name] for name in granted(task)}
+    changes = {} if window_s is None else {"window_s": window_s}
+    return load_task(steering.task, cell=cell, start=start, **changes)
+
+
+def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> Pilot:
+    """The agent, and what stands between it and the service."""
+    from pydantic import ValidationError
+
+    from llmserve_env.agents.find import find_agent
+    from llmserve_env.errors import InputError
+    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.live.decision_log import DecisionLog
+    from llmserve_env.live.pilot import Pilot
+    from llmserve_env.live.steering import RunningReward
+
+    assert steering.agent is not None
+    limit_s = task.window_s / 2 if steering.decide_limit_s is None else steering.decide_limit_s
+    if not limit_s < task.window_s:
+        raise InputError(
+            f"expected less than the window, {task.window_s:g}, found {limit_s:g}", field="decide_limit_s"
+        )
+    given = {name: value for name, value in vars(safe).items() if value is not None}
+    try:
+        safe_action = ServeAction(**(action.model_dump() | given))
+    except ValidationError as error:
+        refused = refusal(error)
+        raise InputError(refused.reason, field=f"safe.{refused.field}") from error
+    return Pilot(
+        find_agent(steering.agent, task),
+        task,
+        action,
+        safe=safe_action,
+        shield=steering.shield,
+        decide_limit_s=limit_s,
+        dry_run=steering.dry_run,
+        endless=True,
+        seed=steering.seed,
+        log=None if steering.decisions is None else DecisionLog(steering.decisions),
+        reward=RunningReward.MEANING,
+    )
+
+
+class _Teller:
+    """Prints a line for a window in which something happened, and for a decision that is another one.
+
+    Args:
+        action: in force.
+    """
+
+    def __init__(self, action: ServeAction) -> None:
+        self._in_force = action
+        self._last: tuple[object, ...] = (action, "agent", None)
+
+    def tell(self, record: WindowRecord, decision: Decision | None) -> None:
+        """Of the next window, and what was decided after it."""
+        if record.arrived or record.in_flight or record.completed or record.failed:
+            print(_line(record), flush=True)
+        if decision is None:
+            return
+        said = (decision.decided, decision.by, decision.rule)
+        if said != self._last:
+            print(_decision_line(decision, self._in_force), flush=True)
+        self._last, self._in_force = said, decision.applied
 
 
 def _line(record: WindowRecord) -> str:
@@ -138,3 +325,12 @@ def _line(record: WindowRecord) -> str:
         f"{record.failed} failed ({record.refused} refused), {record.running} at upstreams, "
         f"{record.waiting} waiting, {record.output_tokens} tokens, p99 TTFT {p99_ms}"
     )
+
+
+def _decision_line(decision: Decision, before: ServeAction) -> str:
+    """Who decided what, and why."""
+    old, new = before.model_dump(mode="json"), decision.decided.model_dump(mode="json")
+    changes = ", ".join(f"{name} {old[name]} to {new[name]}" for name in new if old[name] != new[name])
+    why = "" if decision.rule is None else f" ({decision.rule}: {decision.reason})"
+    would = ", if this were no dry run" if decision.dry_run else ""
+    return f"decision {decision.window}, {decision.by}{why}: {changes or 'nothing changes'}{would}"

@@ -54,11 +54,11 @@ class Pilot:
         seed: the agent's.
         log: gets everything.
         reward: what the rewards are, for the log.
-        capabilities: how each field is applied, for the log.
 
     Attributes:
         in_force: the configuration.
         window: index of the next decision's.
+        capabilities: how each field is applied; what is known at the first decision goes into the log.
 
     Raises:
         InputError: the agent cannot play the task.
@@ -86,7 +86,6 @@ class Pilot:
         seed: int = 0,
         log: DecisionLog | None = None,
         reward: str = "the task's",
-        capabilities: Mapping[str, str] | None = None,
     ) -> None:
         if not decide_limit_s > 0:
             raise InputError(f"expected more than 0, found {decide_limit_s}", field="decide_limit_s")
@@ -97,6 +96,7 @@ class Pilot:
         self.safe = start if safe is None else safe
         self.dry_run = dry_run
         self.window = 0
+        self.capabilities: Mapping[str, str] = {}
         self._agent = agent
         self._limits = shipped_limits() if limits is None else limits
         self._limit_s = decide_limit_s
@@ -107,30 +107,26 @@ class Pilot:
         self._changed: dict[str, int] = {}  # window in which a field last did
         self._thought: _Thought | None = None  # that came too late
         self._pending: Made | None = None
-        self._run = ""
         self._fallen: str | None = None  # rule of the last decision, where it was a fallback
         agent.reset(task, [seed])
         self._said = _Said(agent.name)
         self._shield = Shield(self._said, log_limit=1) if shield else None
         if self._shield is not None:
             self._shield.reset(task, [seed])
-        if log is not None:
-            beginning = Beginning(
-                time_s=time.time(),
-                task=task.model_dump(mode="json"),
-                agent=agent.name,
-                shielded=shield,
-                dry_run=dry_run,
-                endless=endless,
-                start=start,
-                safe=self.safe,
-                limits=self._limits.model_dump(mode="json", exclude_none=True),
-                decide_limit_s=decide_limit_s,
-                reward=reward,
-                capabilities=dict(capabilities or {}),
-            )
-            self._run = beginning.run
-            log.begin(beginning)
+        self._beginning: Beginning | None = Beginning(
+            time_s=time.time(),
+            task=task.model_dump(mode="json"),
+            agent=agent.name,
+            shielded=shield,
+            dry_run=dry_run,
+            endless=endless,
+            start=start,
+            safe=self.safe,
+            limits=self._limits.model_dump(mode="json", exclude_none=True),
+            decide_limit_s=decide_limit_s,
+            reward=reward,
+        )
+        self._run = self._beginning.run
 
     def decide(self, window: NDArray[np.void], stale: str | None = None) -> Decision:
         """What is to be in force in the next window.
@@ -143,6 +139,7 @@ class Pilot:
             OSError: the log cannot be written.
         """
         begun_s = time.perf_counter()
+        self._begin()
         self._flush()
         row = np.asarray(window).reshape(1)
         seen: NDArray[np.float32] | None = None
@@ -309,6 +306,13 @@ class Pilot:
         elif fallen is None and self._fallen is not None:
             _log.warning("window %d: the agent decides again", decision.window)
         self._fallen = fallen
+
+    def _begin(self) -> None:
+        """Write down what the run is, if it was not."""
+        if self._beginning is not None and self._log is not None:
+            said = {"capabilities": dict(self.capabilities)}
+            self._log.begin(self._beginning.model_copy(update=said))
+            self._beginning = None
 
     def _flush(self) -> None:
         """Write the last decision down, if it was not."""

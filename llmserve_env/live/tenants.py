@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ else:
 if TYPE_CHECKING:
     from typing import Any
 
+_PROMISED = ("priority", "weight", "ttft_slo_s", "tpot_slo_s")
 _MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
@@ -117,8 +118,13 @@ class Tenants:
         return found, False
 
 
-def load_tenants(path: Path | str) -> Tenants:
+def load_tenants(path: Path | str, of: Sequence[Tenant] | None = None) -> Tenants:
     """Tenants of a TOML file: a table [[tenants]] each, with the fields of `Caller`, and `header`.
+
+    Args:
+        path: of the file.
+        of: a task's tenants, in the order in which the file's are taken: each must be there, by its name.
+            What they were promised is the task's; a file that says something else is refused.
 
     Raises:
         InputError: names file and field, and never a key.
@@ -129,13 +135,44 @@ def load_tenants(path: Path | str) -> Tenants:
         raise InputError(f"cannot be read: {error}", file=str(path)) from error
     try:
         file = _File.model_validate(table)
-        return Tenants(file.tenants, file.header)
+        return Tenants(file.tenants if of is None else _matched(file.tenants, of), file.header)
     except ValidationError as error:
         refused = refusal(error)
         reason = error.errors()[0]["msg"] if "key" in (refused.field or "") else refused.reason
         raise InputError(reason, file=str(path), field=refused.field) from error
     except InputError as error:
         raise InputError(error.reason, file=str(path), field=error.field) from error
+
+
+def task_tenants(of: Sequence[Tenant]) -> Tenants:
+    """A task's tenants without a file: each by its name in the header, a single one is everybody."""
+    alone = len(of) == 1
+    named = [Caller(name=each.name, value=None if alone else each.name) for each in of]
+    return Tenants(_matched(named, of))
+
+
+def _matched(callers: Sequence[Caller], of: Sequence[Tenant]) -> list[Caller]:
+    """The callers with what the task promises, in its order."""
+    by_name = {each.name: each for each in callers}
+    if len(by_name) != len(callers) or set(by_name) != {each.name for each in of}:
+        raise InputError(
+            f"expected the task's tenants, {', '.join(each.name for each in of)}; "
+            f"found {', '.join(each.name for each in callers)}",
+            field="tenants.name",
+        )
+    found = []
+    for tenant in of:
+        caller = by_name[tenant.name]
+        promised = {name: getattr(tenant, name) for name in _PROMISED}
+        for name in caller.model_fields_set & set(_PROMISED):
+            if getattr(caller, name) != promised[name]:
+                raise InputError(
+                    f"the task has {promised[name]:g} for {tenant.name}, found {getattr(caller, name):g}: "
+                    "leave it out",
+                    field=f"tenants.{name}",
+                )
+        found.append(caller.model_copy(update=promised))
+    return found
 
 
 def _digest(key: bytes) -> bytes:

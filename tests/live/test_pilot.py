@@ -229,7 +229,8 @@ def test_what_is_applied_keeps_to_the_limits_or_is_the_safe_configuration(steps)
 def test_everything_is_logged_and_read_again(tmp_path):
     path = tmp_path / "decisions.jsonl"
     answers = [own(batch_cap=32), RuntimeError("x"), own(batch_cap=16)]
-    one = pilot(*answers, log=DecisionLog(path), capabilities={"batch_cap": "gateway: so"}, endless=True)
+    one = pilot(*answers, log=DecisionLog(path), endless=True)
+    one.capabilities = {"batch_cap": "gateway: so"}
     row = window(0.0)
     made = []
     for k in range(4):

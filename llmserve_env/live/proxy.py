@@ -4,6 +4,7 @@
     GET  /v1/models                              of all upstreams that answer
     GET  /health                                 200 while an upstream is well, else 503
     GET  /metrics                                of all upstreams that answer, each with a label `upstream`
+    GET  /gateway/metrics, /dashboard            of the gateway itself, see `dashboard`
 
 Bodies pass as they are, but for a request's `priority`. Errors have OpenAI's form, whoever makes them. What
 clients send or get is never logged.
@@ -17,7 +18,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,10 @@ import aiohttp
 from yarl import URL
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.dashboard import PATHS, Dashboard
 from llmserve_env.live.exposition import merged
 from llmserve_env.live.gateway import Gateway, Passage, Refused
+from llmserve_env.live.history import History
 from llmserve_env.live.tenants import Tenants
 from llmserve_env.live.upstreams import Upstream
 from llmserve_env.live.wire import RequestBody, StreamReader, as_error, error_event, error_json
@@ -59,6 +62,7 @@ class Proxy:
     Args:
         gateway: decides.
         tenants: tells callers apart; the same as the gateway's.
+        history: what the dashboard shows; None for one without windows.
         max_body_bytes: of a request.
         max_held_bytes: of all requests that are waiting or under way; more are refused with 429.
         max_answer_bytes: of an answer that is not streamed.
@@ -74,6 +78,7 @@ class Proxy:
         gateway: Gateway,
         tenants: Tenants,
         *,
+        history: History | None = None,
         max_body_bytes: int = 8 << 20,
         max_held_bytes: int = 512 << 20,
         max_answer_bytes: int = 64 << 20,
@@ -83,6 +88,8 @@ class Proxy:
         if tenants.all != gateway.tenants:
             raise InputError("expected the gateway's", field="tenants")
         self.gateway = gateway
+        self.history = history or History(gateway)
+        self._dashboard = Dashboard(self.history)
         self._tenants = tenants
         self._max_body_bytes = max_body_bytes
         self._max_held_bytes = max_held_bytes
@@ -108,6 +115,9 @@ class Proxy:
                 _only(method, "GET")
                 answer = {"/v1/models": self._models, "/health": self._health, "/metrics": self._metrics}
                 await _answer(send, *await answer[path](scope["headers"]))
+            elif path in PATHS:
+                _only(method, "GET")
+                await _answer(send, *self._dashboard.answer(path, scope["query_string"]))
             else:
                 raise Refused(404, f"No such path here; there are {', '.join(_COMPLETIONS)}", "path")
         except Refused as refused:
@@ -160,15 +170,14 @@ class Proxy:
 
     async def _complete(self, scope: Message, receive: Receive, send: Send) -> None:
         """A completion, from its arrival to its end."""
-        tenant, by_key = self._tenant(scope["headers"])
-        content = await self._body(scope["headers"], receive)
+        with self._turning_away():
+            tenant, by_key = self._tenant(scope["headers"])
+            content = await self._body(scope["headers"], receive)
         if content is None:
             return
         try:
-            try:
-                body = RequestBody(content)
-            except InputError as error:
-                raise Refused(400, f"Invalid body: {error.reason}", "invalid body") from None
+            with self._turning_away():
+                body = _read(content)
             passage = self.gateway.enter(tenant, body.prompt_tokens)
             headers = _sent_on(scope["headers"], by_key)
             query = scope["query_string"].decode("latin-1")
@@ -191,6 +200,15 @@ class Proxy:
                 hung_up.cancel()
         finally:
             self._held_bytes -= len(content)
+
+    @contextlib.contextmanager
+    def _turning_away(self) -> Iterator[None]:
+        """Counts a request that is refused here, before it is one of a tenant's."""
+        try:
+            yield
+        except Refused as refused:
+            self.history.turned_away[refused.reason] += 1
+            raise
 
     def _tenant(self, headers: Headers) -> tuple[int, bool]:
         """Who sends a request, and whether the gateway's key told."""
@@ -442,6 +460,13 @@ class _Answer:
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
+
+
+def _read(content: bytes) -> RequestBody:
+    try:
+        return RequestBody(content)
+    except InputError as error:
+        raise Refused(400, f"Invalid body: {error.reason}", "invalid body") from None
 
 
 def _only(method: str, expected: str) -> None:

@@ -59,7 +59,7 @@ async def standing(*endpoints, callers=THREE[2:], action=None, limits=None, upst
         proxy = Proxy(gateway, tenants, **(limits or {}))
         stack.push_async_callback(proxy.close)
         here = await stack.enter_async_context(Running(proxy))
-        here.gateway, here.servers = gateway, servers
+        here.gateway, here.proxy, here.servers = gateway, proxy, servers
         here.connections, tracing = [], aiohttp.TraceConfig()
 
         async def connected(*found):

@@ -18,10 +18,11 @@ What is logged (TensorBoard, in OUT/log):
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import FEATURES
 from llmserve_env.provenance import made_on
@@ -98,6 +100,9 @@ class Arguments:
     """Observations that the policy sees at once."""
     recurrent: bool = False
     """Give the policy a GRU."""
+    unseen: list[str] = field(default_factory=list)
+    """Entries of the observation that it is not to see, such as what a live service does not tell: in its
+    file they have so great a spread that they count as nothing, wherever it plays."""
     init: Path | None = None
     """Folder of a policy to begin with, such as a clone."""
     init_kl: float = 1.0
@@ -155,6 +160,7 @@ class Trainer:
         self.device = torch.device("cuda" if cuda else "cpu" if args.device == "auto" else args.device)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.unseen = _places(args)
         self.env = self.make_env()
         assert self.env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP, "see `collect`"
         self.task = self.env.unwrapped.task
@@ -435,6 +441,7 @@ class Trainer:
         self.observed.add(observations[:, :count].astype(np.float64))
         self.net.mean[:count].copy_(torch.from_numpy(self.observed.mean.astype(np.float32)))
         spread = np.sqrt(self.observed.variance + 1e-4)  # what hardly varies is not blown up
+        spread[self.unseen] = _ENDLESS
         self.net.std[:count].copy_(torch.from_numpy(spread.astype(np.float32)))
 
     def _scaled(self, observations: np.ndarray) -> np.ndarray:
@@ -527,6 +534,20 @@ def logger(args: Any) -> Iterator[Any]:
             run.finish()
 
 
+_ENDLESS = 1e30
+
+
+def _places(args: Arguments) -> list[int]:
+    """Of the entries that are not to be seen."""
+    names = [feature.name for feature in FEATURES]
+    for name in args.unseen:
+        if name not in names:
+            raise InputError(f"expected entries of the observation, found '{name}'", field="unseen")
+    if args.unseen and args.init is not None:
+        raise InputError("expected none beside --init: its policy has its own scaling", field="unseen")
+    return [names.index(name) for name in args.unseen]
+
+
 def _mask(env: Any) -> np.ndarray:
     """bool[values], what the cell can apply."""
     from llmserve_env.envs import spaces
@@ -537,4 +558,7 @@ def _mask(env: Any) -> np.ndarray:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # fastest for layers as small as these
     arguments = tyro.cli(Arguments, description=__doc__)
-    print(f"best on the validation seeds: {train(arguments):.4f}, in {arguments.out}")
+    try:
+        print(f"best on the validation seeds: {train(arguments):.4f}, in {arguments.out}")
+    except InputError as error:
+        sys.exit(f"ppo: {error}")

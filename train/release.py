@@ -134,9 +134,10 @@ def command(config: PolicyConfig) -> str:
     parts = ["python", "-m", module.__name__]
     for each, value in flags.items():
         flag = each.replace("_", "-")
-        parts += (
-            [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-        )
+        if isinstance(value, bool):
+            parts.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            parts += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(parts)
 
 

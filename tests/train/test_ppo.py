@@ -8,6 +8,8 @@ import torch
 from _small import trainer_of, updates
 
 from llmserve_env.agents.policy import save_policy
+from llmserve_env.errors import InputError
+from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import TRAINING_SEEDS
 from train import ppo
 from train.ppo import Statistics
@@ -50,6 +52,22 @@ def test_running_statistics_are_those_of_all_values():
         running.add(part)
     np.testing.assert_allclose(running.mean, values.mean(0), rtol=1e-4)
     np.testing.assert_allclose(running.variance, values.var(0), rtol=1e-3)
+
+
+def test_what_is_not_to_be_seen_counts_as_nothing(tmp_path):
+    blind = trainer(tmp_path, unseen=["oldest_wait", "kv_cache_occupancy"])
+    updates(blind, 1)
+    policy, names = blind.policy(), [feature.name for feature in FEATURES]
+    for name, seen in (("oldest_wait", False), ("kv_cache_occupancy", False), ("queue_depth", True)):
+        pair = np.tile(policy.weights["mean"], (2, 1))
+        pair[1, names.index(name)] = 1.0
+        one, other = policy.scaled(pair)
+        assert (np.abs(one - other) > 1e-20).any() == seen, name
+
+
+def test_only_entries_of_the_observation_can_be_left_unseen(tmp_path):
+    with pytest.raises(InputError, match="found 'queue'"):
+        trainer(tmp_path, unseen=["queue"])
 
 
 def test_seeds_never_reach_those_of_evaluation(tmp_path):

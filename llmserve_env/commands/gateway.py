@@ -115,6 +115,7 @@ def gateway(
 
     try:
         import aiohttp  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
@@ -122,6 +123,7 @@ def gateway(
 
     from llmserve_env.live.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway import Gateway
+    from llmserve_env.live.history import History
     from llmserve_env.live.proxy import Proxy
     from llmserve_env.live.telemetry import Telemetry
     from llmserve_env.live.tenants import Tenants, load_tenants, task_tenants
@@ -151,7 +153,15 @@ def gateway(
         telemetry = Telemetry([each.url for each in upstreams], interval_s=SCRAPE_S, stale_after_s=STALE_S)
     deployment = Deployment(here, telemetry)
     pilot = None if task is None else _pilot(steering, safe, action, task)
-    proxy = Proxy(here, known, max_body_bytes=int(max_body_mb * 1e6))
+    history = History(
+        here,
+        deployment,
+        window_s=window_s,
+        agent=steering.agent,
+        task=None if task is None else task.id,
+        dry_run=steering.dry_run,
+    )
+    proxy = Proxy(here, known, history=history, max_body_bytes=int(max_body_mb * 1e6))
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -160,6 +170,7 @@ def gateway(
     def told(record: WindowRecord, decision: Decision | None, reward: float | None) -> None:
         """What is known of a window, once a window."""
         teller.tell(record, decision)
+        history.add(record, decision, reward)
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(

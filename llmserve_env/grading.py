@@ -58,10 +58,12 @@ def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
     task, custom = _task(log.task, allow_files)
     if len(log.actions) > task.windows:
         raise InputError(f"expected at most {task.windows}, found {len(log.actions)}", field="actions")
-    parts, requests = ({}, {}) if log.live else _replay(task, log)
-    score = fsum(log.rewards) / task.windows if log.live else log.score
+    score, requests = log.score, dict[str, int]()
     if log.live:
-        _check_stated(log, task, score)
+        score = fsum(log.rewards) / task.windows
+        parts = _stated(log, task, score)
+    else:
+        parts, requests = _replay(task, log)
     return GradeResult(
         task_id=task.id,
         custom=custom,
@@ -125,7 +127,11 @@ def _check_form(log: EpisodeLog) -> None:
         )
     if not 0 <= log.seed < 2**63:
         raise InputError(f"expected 0..2**63 - 1, found {log.seed}", field="seed")
-    for name in ("rewards", "digests"):
+    if log.components and not log.live:
+        raise InputError(
+            "expected none: those of a simulated episode come from its replay", field="components"
+        )
+    for name in ("rewards", "digests", *(["components"] if log.components else [])):
         found = len(getattr(log, name))
         if found != len(log.actions):
             raise InputError(f"expected {len(log.actions)}, one for each action, found {found}", field=name)
@@ -171,14 +177,23 @@ def _requests(counts: NDArray[np.int64], window: NDArray[np.void], total: int) -
     return {**found, "unfinished": int(window["in_flight"]), "to_come": total - found["arrived"]}
 
 
-def _check_stated(log: EpisodeLog, task: Task, score: float) -> None:
-    """Refuse what a live log cannot have earned."""
+def _stated(log: EpisodeLog, task: Task, score: float) -> dict[str, float]:
+    """Parts of the score as a live log states them; refuses what it cannot have earned."""
     for index, reward in enumerate(log.rewards):
         if not 0 <= reward <= task.windows:
             raise InputError(f"expected 0..{task.windows}, found {reward}", field=f"rewards[{index}]")
     if not (abs(log.score - score) <= 1e-9 and score <= 1 + 1e-9):
         expected = f"the sum of the rewards over {task.windows} windows, {score:g}, at most 1"
         raise InputError(f"expected {expected}, found {log.score}", field="score")
+    for index, (parts, reward) in enumerate(zip(log.components, log.rewards, strict=False)):
+        field = f"components[{index}]"
+        if set(parts) != set(COMPONENTS) or not all(part >= 0 for part in parts.values()):
+            raise InputError(f"expected {', '.join(COMPONENTS)}, each 0 or more, found {parts}", field=field)
+        if not abs(fsum(parts.values()) - reward) <= 1e-9 * max(reward, 1.0):
+            raise InputError(f"expected parts of {reward:g}, found {fsum(parts.values()):g}", field=field)
+    if not log.components:
+        return {}
+    return {name: fsum(parts[name] for parts in log.components) / task.windows for name in COMPONENTS}
 
 
 def _task(table: dict[str, Any], allow_files: bool) -> tuple[Task, bool]:

@@ -186,6 +186,8 @@ class EpisodeLog(BaseModel):
     """Actions, one for each window."""
     rewards: list[float]
     """Reward of each window."""
+    components: list[dict[str, float]] = []
+    """Parts of each reward by name, of a live episode; those of a simulated one come from its replay."""
     digests: list[str]
     """After each window, a hash of all records up to there (hex)."""
     terminated: bool
@@ -210,7 +212,7 @@ class GradeResult(BaseModel):
     score: float = Field(ge=0, le=1)
     """0..1, the mean reward over all windows of the horizon."""
     components: dict[str, float]
-    """Parts of the score by name, they sum to it; none of a live episode."""
+    """Parts of the score by name, they sum to it; of a live episode as its log states them, if it does."""
     windows: int
     """Windows that were played."""
     complete: bool

@@ -2,11 +2,10 @@
 
 A window lasts as long as it says, in real time: its requests are sent when they are due, and what is
 unfinished at its end goes on into the next. Between two windows the episode's clock stands still, the
-endpoint's does not: answers go on, and latencies and patience are real time.
+endpoint's does not: answers go on, and latencies, patience and deadlines are real time.
 
-Of an action a client can apply two fields. `batch_cap` bounds the requests that are at the endpoint, per
-engine of the task's cell, for all of which the endpoint stands; others wait here. `priority_routing` sets
-their order. All other fields are reported as not applied; `ledger.UNMEASURED` has what a client cannot see.
+A `Deployment` applies of an action what can be applied to the endpoint's servers, and adds to the clients'
+figures what the servers tell; the rest is reported as not applied, and named as unmeasured.
 """
 
 from __future__ import annotations
@@ -22,28 +21,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from llmserve_env.backend import WindowRecord
 from llmserve_env.errors import InputError
 from llmserve_env.live.sender import Sender
 from llmserve_env.live.traffic import bounded
+from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmserve_env.backend import WindowRecord
     from llmserve_env.live.settings import EndpointSettings
-    from llmserve_env.schema import ServeAction
     from llmserve_env.workloads.workload import Workload
 
 R = TypeVar("R")
-
-NOT_APPLIED = {
-    "kv_budget_fraction": "an endpoint takes it at its start, if at all",
-    "speculation_depth": "an endpoint takes it at its start, if at all",
-    "quantization_tier": "an endpoint has the weights that it was started with",
-    "prefill_decode_split": "an endpoint has the engines that it was started with",
-    "admission_rate": "clients send every request that is due; an endpoint refuses by its own rules",
-}
-"""Fields of an action that a client cannot apply, with the reason."""
 
 
 class EndpointBackend:
@@ -53,8 +43,9 @@ class EndpointBackend:
         settings: which endpoint, and what may be asked of it.
         workload: requests of the episode.
         window_s: time between two actions (s), by which requests are bounded.
-        engines: of the task's cell.
+        engines: of the task's cell; a single server stands for all of them.
         seed: of the episode; draws the prompts.
+        start: the action in force before the first.
 
     Attributes:
         workload: what is sent, within the settings' bounds.
@@ -62,7 +53,7 @@ class EndpointBackend:
         window: WINDOW, the last record; before the first, that of a cell that has done nothing.
 
     Raises:
-        InputError: the `httpx` package is missing.
+        InputError: a control folder cannot be used; a package is missing.
     """
 
     def __init__(
@@ -73,20 +64,27 @@ class EndpointBackend:
         window_s: float,
         engines: int = 1,
         seed: int = 0,
+        start: ServeAction = ServeAction(),  # noqa: B008 - immutable
     ) -> None:
         try:
             import httpx  # noqa: F401 - refused here, not in the thread
+            import prometheus_client  # noqa: F401
         except ImportError as error:
-            raise InputError("the httpx package is missing: install llmserve-env[server]") from error
+            raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
         self.settings = settings
         self.workload, self.cuts = bounded(workload, window_s, settings)
-        self._sender = Sender(settings, self.workload, engines, seed)
+        self._sender = Sender(settings, self.workload, engines, seed, start)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="live endpoint", daemon=True)
         thread.start()
         # The thread and its tasks know the sender and not this object: it can be forgotten without a close.
         self._stop = weakref.finalize(self, _stop, self._loop, thread, self._sender)
-        self.window: NDArray[np.void] = self._sender.ledger.blank()
+        try:
+            self._call(self._sender.begin())
+        except BaseException:
+            self._stop()
+            raise
+        self.window: NDArray[np.void] = self._sender.deployment.row
 
     def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
         """Apply an action and serve for `window_s` seconds of real time.
@@ -98,13 +96,31 @@ class EndpointBackend:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
         if not self._stop.alive:
             raise InputError("the endpoint's episode is closed")
-        window, ttft, gaps = self._call(self._sender.serve(action, window_s))
-        self.window = window
-        return WindowRecord.of(window, len(self.workload.tenants), ttft, gaps, NOT_APPLIED)
+        record = self._call(self._sender.serve(action, window_s))
+        self.window = self._sender.deployment.row
+        return record
 
     def close(self) -> None:
-        """Cancel what is at the endpoint and end the thread."""
+        """Cancel what is at the endpoint, bring back the settings that were found, and end the thread.
+
+        Raises:
+            InputError: settings cannot be brought back.
+        """
         self._stop()
+
+    def capabilities(self) -> dict[str, str]:
+        """How each field of an action is applied here, as `Deployment.capabilities`."""
+        return self._call(self._sender.capabilities())
+
+    @property
+    def stale(self) -> str | None:
+        """Why the servers' metrics cannot be trusted now; None where they can, or where there are none."""
+        return self._sender.deployment.stale
+
+    @property
+    def unmeasured(self) -> dict[str, str]:
+        """Fields of an observation that the last record does not tell, or not quite: what they hold."""
+        return dict(self._sender.deployment.unmeasured)
 
     def told(self) -> dict[str, Any]:
         """What there is to know beside the records, of the whole episode.
@@ -114,7 +130,7 @@ class EndpointBackend:
         """
         sender = self._sender
         return {
-            "failures": dict(sorted(sender.ledger.failures.items())),
+            "failures": dict(sorted(sender.gateway.ledger.failures.items())),
             "prompt_tokens": {"asked": sender.prompt_asked, "counted": sender.prompt_counted},
             "ignore_eos": not sender.plain,
         }
@@ -134,8 +150,10 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, sender: Sen
     if threading.current_thread() is thread:  # the garbage collector runs where it likes
         loop.create_task(sender.close()).add_done_callback(lambda _: loop.stop())
         return
-    with contextlib.suppress(FutureTimeout):
-        asyncio.run_coroutine_threadsafe(sender.close(), loop).result(timeout=10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    try:
+        with contextlib.suppress(FutureTimeout):
+            asyncio.run_coroutine_threadsafe(sender.close(), loop).result(timeout=10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

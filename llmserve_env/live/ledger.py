@@ -10,7 +10,6 @@ import numpy as np
 
 from llmserve_env.backend import WINDOW
 from llmserve_env.live.totals import Outcome, Totals
-from llmserve_env.schema import QuantizationTier
 from llmserve_env.sim.state import HISTOGRAM_BINS, histogram_edges_s
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class LiveRequest:
     """A request on its way. Times are of the event loop's clock (s).
 
     Attributes:
-        index: in the workload.
+        index: in order of arrival.
         tenant: index of who sent it.
         priority: lower is more urgent.
         arrival_s: when it was due.
@@ -55,7 +54,7 @@ class LiveRequest:
         steps: pieces that came.
         at_endpoint: whether it was sent.
         over: whether it is completed or has failed.
-        tier: index of the precision that serves it; None for what the ledger was told of all.
+        tier: index of the precision that serves it; None where nobody says.
     """
 
     index: int
@@ -77,20 +76,16 @@ class Ledger:
 
     Args:
         tenants: who sends them.
-        engines: of the task's cell.
-        precision: of the weights behind the endpoint, as far as stated.
+        engines: that serve.
 
     Attributes:
         failures: requests without a complete answer by reason, over all windows.
         totals: of each tenant, over all windows.
     """
 
-    def __init__(
-        self, tenants: tuple[Tenant, ...], engines: int, precision: QuantizationTier | None = None
-    ) -> None:
+    def __init__(self, tenants: tuple[Tenant, ...], engines: int) -> None:
         self._tenants = tenants
         self._engines = engines
-        self._tier = None if precision is None else list(QuantizationTier).index(precision)
         self.failures: Counter[str] = Counter()
         self.totals = tuple(Totals() for _ in tenants)
         self._running = 0
@@ -107,8 +102,6 @@ class Ledger:
         for name in ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "p50_gap_s", "p99_gap_s"):
             window[name] = np.nan
         window["engines_up"] = self._engines
-        if self._tier is not None:
-            window["engines_tier"][self._tier] = self._engines
         return window
 
     def open(self, now_s: float) -> None:
@@ -184,9 +177,8 @@ class Ledger:
             totals.in_slo += 1
             self._window["tenant_in_slo"][request.tenant] += 1
             self._window["tenant_headroom"][request.tenant] += 1 - max(ttft, tpot)
-            tier = self._tier if request.tier is None else request.tier
-            if tier is not None:
-                self._window["tier_in_slo"][tier, request.tenant] += 1
+            if request.tier is not None:
+                self._window["tier_in_slo"][request.tier, request.tenant] += 1
 
     def failed(self, request: LiveRequest, now_s: float, reason: str, outcome: Outcome = "failed") -> None:
         """It has no complete answer, and will have none."""

@@ -1,190 +1,277 @@
-"""Queues, sends and follows the requests of a live episode, in an event loop."""
+"""Sends the requests of a live episode through a gateway, and follows them, in an event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.live.ledger import Ledger, LiveRequest
+from llmserve_env.errors import InputError
+from llmserve_env.live.deployment import SCRAPE_S, STALE_S, Deployment
+from llmserve_env.live.gateway import Gateway, Passage, Refused
+from llmserve_env.live.metrics import Scrape, read_metrics
 from llmserve_env.live.stream import RequestFailed, stream_completion
+from llmserve_env.live.telemetry import Telemetry
 from llmserve_env.live.traffic import Prompts
 
 if TYPE_CHECKING:
     import httpx
-    from numpy.typing import NDArray
 
+    from llmserve_env.backend import WindowRecord
     from llmserve_env.live.settings import EndpointSettings
+    from llmserve_env.live.upstreams import Upstream
     from llmserve_env.schema import ServeAction
     from llmserve_env.workloads.workload import Workload
 
 _PLAIN_AFTER = (400, 422)  # how servers refuse a parameter that they do not know
 _EXTRAS = {"ignore_eos": True, "stream_options": {"include_usage": True}}
+_TICK_S = 0.1
+_PROBE_S = 2.0
 
 
 class Sender:
-    """Queues, sends and follows requests; lives in the event loop's thread.
+    """Sends and follows requests; lives in the event loop's thread.
+
+    What the gateway refuses is not sent again, whatever the task says of retries.
 
     Attributes:
-        ledger: counts.
+        gateway: decides who goes where and when, and keeps account.
+        deployment: the gateway and what is behind it; there from `begin` on.
         plain: whether the endpoint refused ignore_eos and usage: answers may end early then.
+        takes_priority: whether it took `priority` so far.
         prompt_asked: prompt tokens of the answers that the endpoint gave usage for, as asked.
         prompt_counted: the same as the endpoint counted them.
     """
 
-    def __init__(self, settings: EndpointSettings, workload: Workload, engines: int, seed: int) -> None:
+    deployment: Deployment
+
+    def __init__(
+        self, settings: EndpointSettings, workload: Workload, engines: int, seed: int, start: ServeAction
+    ) -> None:
         self._settings = settings
         self._workload = workload
-        self._engines = engines
         self._prompts = Prompts(workload, seed, settings.token_ids)
-        self.ledger = Ledger(workload.tenants, engines, settings.precision)
+        self._roots = dict(settings.servers())
+        if len(self._roots) == 1:
+            (only,) = self._roots
+            only.engines = max(only.engines, engines)
+        # Nobody is turned away but by the action; what takes too long is ended here.
+        self.gateway = Gateway(
+            list(self._roots),
+            workload.tenants,
+            start,
+            max_waiting=sys.maxsize,
+            queue_timeout_s=math.inf,
+            idle_timeout_s=math.inf,
+        )
         self.plain = False
+        self.takes_priority = True
         self.prompt_asked = self.prompt_counted = 0
-        self._client: httpx.AsyncClient | None = None
+        self._clients: dict[Upstream, httpx.AsyncClient] = {}
         self._next = 0
         self._now_s = 0.0  # of the episode
-        self._cap = engines
-        self._by_priority = False
-        self._waiting: list[LiveRequest] = []
-        self._tasks: dict[LiveRequest, asyncio.Task[None]] = {}
+        self._tasks: dict[Passage, asyncio.Task[None]] = {}
+        self._given_up: dict[Passage, str] = {}
+        self._ticking: asyncio.Task[None] | None = None
         self._serving: asyncio.Task[Any] | None = None
 
-    async def serve(
-        self, action: ServeAction, window_s: float
-    ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
-        """One window: what `Ledger.close` gives."""
-        loop = asyncio.get_running_loop()
+    async def begin(self) -> None:
+        """Find out which servers show metrics, and begin to watch them; none is sent a request."""
+        self._connect()
+        servers = list(self._roots)
+        found = await asyncio.gather(*(self._probe(each) for each in servers))
+        telling = [(each, scrape) for each, scrape in zip(servers, found, strict=True) if scrape is not False]
+        telemetry = None
+        if telling:
+            telemetry = Telemetry(
+                [each.url for each, _ in telling],
+                api_key=self._settings.api_key,
+                interval_s=SCRAPE_S,
+                stale_after_s=STALE_S,
+            )
+            for replica, (_, scrape) in zip(telemetry.replicas, telling, strict=True):
+                if isinstance(scrape, Scrape):
+                    replica.took(scrape)
+        self.deployment = Deployment(self.gateway, telemetry)
+        await self.deployment.__aenter__()
+        self._ticking = asyncio.create_task(self._tick())
+
+    async def capabilities(self) -> dict[str, str]:
+        """As `Deployment.capabilities`."""
+        return self.deployment.capabilities()
+
+    async def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
+        """One window."""
         self._serving = asyncio.current_task()
-        self._connected()  # takes a while the first time: not out of a request's time
-        self._cap, self._by_priority = action.batch_cap * self._engines, action.priority_routing
-        begun_s = loop.time()
-        self.ledger.open(begun_s)
-        self._dispatch()
+        begun_s = time.monotonic()
+        self.gateway.open_window()
+        self.deployment.apply(action)
         end_s = self._now_s + window_s
         arrivals = self._workload.arrival_s
         while self._next < len(arrivals) and arrivals[self._next] < end_s:
             due_s = begun_s + float(arrivals[self._next]) - self._now_s
-            await asyncio.sleep(due_s - loop.time())
+            await asyncio.sleep(due_s - time.monotonic())
             self._arrive(self._next, due_s)
             self._next += 1
-        await asyncio.sleep(begun_s + window_s - loop.time())
+        await asyncio.sleep(begun_s + window_s - time.monotonic())
         self._serving = None
         start_s, self._now_s = self._now_s, end_s
-        return self.ledger.close(loop.time(), start_s, end_s, [*self._waiting, *self._tasks])
+        return self.deployment.close_window(start_s, end_s)
 
     async def close(self) -> None:
-        """Cancel what is at the endpoint, and send no more."""
-        self._waiting.clear()
-        # Only our own: those of the HTTP client are for it to cancel.
-        tasks = [*self._tasks.values(), *([self._serving] if self._serving else [])]
+        """Cancel what is at the endpoint, send no more, and bring back the settings that were found."""
+        # Only our own: those of the HTTP clients are for them to cancel.
+        tasks = [*self._tasks.values(), *(each for each in (self._serving, self._ticking) if each)]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._client is not None:
-            await self._client.aclose()
-        await asyncio.get_running_loop().shutdown_asyncgens()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for client in self._clients.values():
+                await client.aclose()
+        finally:
+            if hasattr(self, "deployment"):
+                await self.deployment.__aexit__()
+            await asyncio.get_running_loop().shutdown_asyncgens()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.gateway.tick()
 
     def _arrive(self, index: int, due_s: float) -> None:
         tenant = int(self._workload.tenant[index])
+        try:
+            passage = self.gateway.enter(tenant, int(self._workload.prompt_tokens[index]), due_s)
+        except Refused:
+            return
+        loop = asyncio.get_running_loop()
+        self._tasks[passage] = loop.create_task(self._follow(passage, index))
         sender = self._workload.tenants[tenant]
-        request = LiveRequest(index, tenant, sender.priority, due_s)
-        self.ledger.arrived(request, int(self._workload.prompt_tokens[index]))
-        self._waiting.append(request)
-        if np.isfinite(sender.patience_s):
-            loop = asyncio.get_running_loop()
-            loop.call_at(due_s + sender.patience_s, self._lose_patience, request)
-        self._dispatch()
+        late_s = due_s - time.monotonic()
+        for reason, limit_s in (("patience", sender.patience_s), ("deadline", sender.deadline_s)):
+            if np.isfinite(limit_s):
+                loop.call_later(late_s + limit_s, self._give_up, passage, reason)
 
-    def _dispatch(self) -> None:
-        """Send waiting requests while there is room at the endpoint."""
-        while self._waiting and len(self._tasks) < self._cap:
-            first = min(
-                self._waiting, key=lambda each: (each.priority if self._by_priority else 0, each.arrival_s)
-            )
-            self._waiting.remove(first)
-            loop = asyncio.get_running_loop()
-            self.ledger.sent(first, loop.time())
-            self._tasks[first] = loop.create_task(self._follow(first))
+    def _give_up(self, passage: Passage, reason: str) -> None:
+        """Its client goes away: one without patience, if its first token has not come."""
+        if passage in self._tasks and not (reason == "patience" and passage.steps):
+            self._given_up[passage] = reason
+            self._tasks[passage].cancel()
 
-    def _lose_patience(self, request: LiveRequest) -> None:
-        """Its client gives up, if its first token has not come."""
-        if request.over or request.steps:
-            return
-        if request in self._tasks:
-            self._tasks[request].cancel()
-        elif request in self._waiting:
-            self._waiting.remove(request)
-        self._fail(request, "patience")
-
-    def _fail(self, request: LiveRequest, reason: str) -> None:
-        if not request.over:
-            self.ledger.failed(request, asyncio.get_running_loop().time(), reason)
-            self._tasks.pop(request, None)
-            self._dispatch()
-
-    def _complete(self, request: LiveRequest, usage: dict[str, int]) -> None:
-        if request.over:
-            return
-        self.ledger.completed(request, asyncio.get_running_loop().time(), usage.get("completion_tokens"))
-        if "prompt_tokens" in usage:
-            self.prompt_asked += int(self._workload.prompt_tokens[request.index])
-            self.prompt_counted += usage["prompt_tokens"]
-        del self._tasks[request]
-        self._dispatch()
-
-    async def _follow(self, request: LiveRequest) -> None:
-        """A request from its sending to its end."""
+    async def _follow(self, passage: Passage, index: int) -> None:
+        """A request from its arrival to its end."""
         import httpx
 
         try:
-            usage = await asyncio.wait_for(self._send(request), self._settings.request_timeout_s)
-        except (RequestFailed, asyncio.TimeoutError, httpx.HTTPError, OSError) as error:
-            self._fail(request, _reason(error))
+            usage = await self._exchange(passage, index)
+        except asyncio.CancelledError:
+            if passage not in self._given_up:
+                raise
+            self.gateway.fail(passage, self._given_up[passage], given_up=True)
+        except (RequestFailed, Refused, asyncio.TimeoutError, httpx.HTTPError, OSError) as error:
+            self.gateway.fail(passage, _reason(error))
         except Exception as error:
             # Whatever nobody foresaw must not leave its request in flight for ever.
-            self._fail(request, f"unexpected {type(error).__name__}")
+            self.gateway.fail(passage, f"unexpected {type(error).__name__}")
         else:
-            self._complete(request, usage)
+            self.gateway.complete(passage, usage.get("completion_tokens"))
+            if "prompt_tokens" in usage:
+                self.prompt_asked += int(self._workload.prompt_tokens[index])
+                self.prompt_counted += usage["prompt_tokens"]
+        finally:
+            self._given_up.pop(passage, None)
+            self._tasks.pop(passage, None)
 
-    async def _send(self, request: LiveRequest) -> dict[str, int]:
-        loop = asyncio.get_running_loop()
+    async def _exchange(self, passage: Passage, index: int) -> dict[str, int]:
+        """Wait for its turn, and send it to one server after the other until one takes the connection."""
+        import httpx
+
+        while True:
+            assert passage.turn is not None
+            await passage.turn
+            try:
+                return await asyncio.wait_for(self._send(passage, index), self._settings.request_timeout_s)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                self.gateway.unreachable(passage)
+
+    async def _send(self, passage: Passage, index: int) -> dict[str, int]:
+        assert passage.upstream is not None
+        client, on_step = self._clients[passage.upstream], partial(self.gateway.got, passage, 1)
+
+        def stream(body: dict[str, Any]) -> Awaitable[dict[str, int]]:
+            return stream_completion(client, body, on_step)
+
         body = {
             "model": self._settings.model,
-            "prompt": self._prompts.of(request.index),
-            "max_tokens": int(self._workload.output_tokens[request.index]),
+            "prompt": self._prompts.of(index),
+            "max_tokens": int(self._workload.output_tokens[index]),
             "temperature": 0.0,
             "stream": True,
         }
+        priority = self.gateway.priority_of(passage)
+        if priority and self.takes_priority:
+            try:
+                return await stream({**body, **self._extras, "priority": priority})
+            except RequestFailed as refused:
+                if refused.status not in _PLAIN_AFTER:
+                    raise
+            usage = await self._without_priority(stream, body)
+            self.takes_priority = False  # without it the request is served: all others go without, too
+            return usage
+        return await self._without_priority(stream, body)
 
-        def step() -> None:
-            if not request.over:  # cancelled a moment ago
-                self.ledger.step(request, loop.time())
-
+    async def _without_priority(
+        self, stream: Callable[[dict[str, Any]], Awaitable[dict[str, int]]], body: dict[str, Any]
+    ) -> dict[str, int]:
         if self.plain:
-            return await stream_completion(self._connected(), body, step)
+            return await stream(body)
         try:
-            return await stream_completion(self._connected(), {**body, **_EXTRAS}, step)
+            return await stream({**body, **_EXTRAS})
         except RequestFailed as refused:
             if refused.status not in _PLAIN_AFTER:
                 raise
-        usage = await stream_completion(self._connected(), body, step)
-        self.plain = True  # without the extras it is served: all others go without them, too
+        usage = await stream(body)
+        self.plain = True  # as with priority
         return usage
 
-    def _connected(self) -> httpx.AsyncClient:
-        """The client, made in the loop that uses it."""
+    @property
+    def _extras(self) -> dict[str, Any]:
+        return {} if self.plain else _EXTRAS
+
+    def _connect(self) -> None:
+        """Make the clients, in the loop that uses them."""
         import httpx
 
-        if self._client is None:
-            key = self._settings.api_key
-            self._client = httpx.AsyncClient(
-                base_url=self._settings.base_url.rstrip("/") + "/",
-                headers={"Authorization": f"Bearer {key}"} if key else {},
+        for upstream, root in self._roots.items():
+            self._clients[upstream] = httpx.AsyncClient(
+                base_url=f"{root}/",
+                headers={"Authorization": f"Bearer {upstream.key}"} if upstream.key else {},
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-                timeout=None,  # of the whole request: see _follow
+                timeout=None,  # of the whole request: see _exchange
             )
-        return self._client
+
+    async def _probe(self, upstream: Upstream) -> Scrape | bool:
+        """Its metrics; False where it has none; True where it does not answer now."""
+        import httpx
+
+        at_s = time.monotonic()
+        try:
+            answer = await self._clients[upstream].get(f"{upstream.url}/metrics", timeout=_PROBE_S)
+        except httpx.HTTPError:
+            return True
+        if answer.status_code != 200:
+            return False
+        try:
+            scrape = read_metrics(answer.text, at_s)
+        except InputError:
+            return False
+        return scrape if scrape.gauges else False
 
 
 def _reason(error: Exception) -> str:

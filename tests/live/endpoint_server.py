@@ -96,17 +96,19 @@ def chat(
 
 @dataclass
 class CompletionEndpoint:
-    """Streams completions: one piece of text for each token, as many as asked.
+    """Streams completions: one piece of text for each token, as many as asked. Answers GETs with 404.
 
     Args:
         lines: SSE data to send in place of an answer, for a request's body.
         refuse: HTTP status with which a request's body is refused, if it is.
         held: whether requests wait for `release`.
+        others: bodies of GETs by path, in place of the 404.
     """
 
     lines: Callable[[dict], list[str]] | None = None
     refuse: Callable[[dict], int | None] = lambda body: None
     held: bool = False
+    others: dict[str, str] = field(default_factory=dict)
     requests: list[dict] = field(default_factory=list)
     authorization: list[str] = field(default_factory=list)
     hung_up: threading.Event = field(default_factory=threading.Event)
@@ -126,6 +128,11 @@ class CompletionEndpoint:
             loop.call_soon_threadsafe(event.set)
 
     async def __call__(self, scope, receive, send):
+        if scope["method"] == "GET":
+            found = self.others.get(scope["path"])
+            await _start(send, 404 if found is None else 200, {"content-type": "text/plain"})
+            await send({"type": "http.response.body", "body": (found or "").encode()})
+            return
         body = await _body(receive)
         if body is None:
             return

@@ -140,16 +140,21 @@ def test_priority_routing_sets_the_order_of_the_queue(live, routing, order):
     assert [prompts.index(body["prompt"]) for body in endpoint.requests] == order
 
 
-def test_everything_else_of_an_action_is_not_applied(live):
+def test_what_nobody_can_apply_is_told(live):
     with serving(CompletionEndpoint()) as url:
-        (record,) = served(live(url, requests()), ServeAction(speculation_depth=3))
-    assert set(record.not_applied) == {
-        "kv_budget_fraction",
-        "speculation_depth",
-        "quantization_tier",
-        "prefill_decode_split",
-        "admission_rate",
-    }
+        here = live(url, requests())
+        (record,) = served(here, ServeAction(speculation_depth=3, kv_budget_fraction=0.5))
+        assert set(record.not_applied) == {
+            "kv_budget_fraction",
+            "speculation_depth",
+            "quantization_tier",
+            "prefill_decode_split",
+        }
+        ways = here.capabilities()
+        assert {name for name, way in ways.items() if way.startswith("not applied:")} == set(
+            record.not_applied
+        )
+        assert here.stale is None  # it has no metrics to be stale
 
 
 @pytest.mark.parametrize("cap", [1, 2])

@@ -22,17 +22,20 @@ def play(ledger, request, at_s, steps_s, end_s):
 
 
 def test_promises_kept_and_headroom():
-    ledger = Ledger(TENANTS, 1, QuantizationTier.INT8)
+    ledger = Ledger(TENANTS, 1)
     ledger.open(100.0)
-    play(ledger, LiveRequest(0, 0, 0, 100.0), 100.1, [100.5, 100.55, 100.65], 100.65)  # TTFT 0.5, TPOT 0.075
-    play(ledger, LiveRequest(1, 0, 0, 101.0), 101.0, [101.1, 101.3, 101.4], 101.4)  # TPOT 0.15: too slow
-    play(ledger, LiveRequest(2, 1, 0, 102.0), 102.0, [102.5], 102.5)  # TTFT 0.5: too late
-    play(ledger, LiveRequest(3, 1, 0, 103.0), 103.0, [103.1], 103.1)
+    int8 = list(QuantizationTier).index(QuantizationTier.INT8)
+    one, two, three, four = (
+        LiveRequest(index, tenant, 0, 100.0 + index, tier=int8) for index, tenant in enumerate((0, 0, 1, 1))
+    )
+    play(ledger, one, 100.1, [100.5, 100.55, 100.65], 100.65)  # TTFT 0.5, TPOT 0.075
+    play(ledger, two, 101.0, [101.1, 101.3, 101.4], 101.4)  # TPOT 0.15: too slow
+    play(ledger, three, 102.0, [102.5], 102.5)  # TTFT 0.5: too late
+    play(ledger, four, 103.0, [103.1], 103.1)
     window, ttft, gaps = ledger.close(104.0, 0.0, 4.0, [])
     assert window["tenant_in_slo"][:3].tolist() == [1, 1, 0]
     assert window["tenant_headroom"][:2] == pytest.approx([1 - 0.75, 1 - 0.25])
     assert window["tier_in_slo"][:, :2].tolist() == [[0, 0], [1, 1], [0, 0]]
-    assert window["engines_tier"].tolist() == [0, 1, 0]
     assert window["tenant_completed"][:2].tolist() == [2, 2]
     assert window["tenant_ttft_s"][:2] == pytest.approx([0.6, 0.6])
     assert window["mean_ttft_s"] == pytest.approx(0.3)

@@ -342,6 +342,7 @@ def _decision_line(decision: Decision, before: ServeAction) -> str:
     """Who decided what, and why."""
     old, new = before.model_dump(mode="json"), decision.decided.model_dump(mode="json")
     changes = ", ".join(f"{name} {old[name]} to {new[name]}" for name in new if old[name] != new[name])
-    why = "" if decision.rule is None else f" ({decision.rule}: {decision.reason})"
+    rule = "" if decision.by == "limit" else f"{decision.rule}: "  # the reason names the fields
+    why = "" if decision.rule is None else f" ({rule}{decision.reason})"
     would = ", if this were no dry run" if decision.dry_run else ""
     return f"decision {decision.window}, {decision.by}{why}: {changes or 'nothing changes'}{would}"

@@ -8,17 +8,23 @@ import sys
 from contextlib import asynccontextmanager
 
 import aiohttp
+import pytest
 
 from llmserve_env.cli import main
+from llmserve_env.live.decision_log import read_decisions
+from llmserve_env.live.engine_settings import EngineSettings, read_settings, write_settings
+from llmserve_env.schema import ServeAction
+from tests.live.control_folder import FolderEngine
 from tests.live.endpoint_server import Running, ScriptedEndpoint, event, piece
 
 SECRET = "xyzzy-secret"
 
 
 @asynccontextmanager
-async def started(upstream, *options):
+async def started(upstream, *options, control=None):
     """The command before this upstream, and what it said first."""
-    command = ["-m", "llmserve_env", "gateway", "--upstream", f"{upstream.url}/v1,tier=INT8", "--port", "0"]
+    server = f"{upstream.url}/v1,tier=INT8" + ("" if control is None else f",control={control}")
+    command = ["-m", "llmserve_env", "gateway", "--upstream", server, "--port", "0"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -95,6 +101,70 @@ def test_it_reads_how_full_kv_caches_are():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_agent_steers_until_a_signal_and_what_was_found_returns(tmp_path, number):
+    folder, log = tmp_path / "control", tmp_path / "decisions.jsonl"
+    folder.mkdir()
+    FolderEngine(folder)
+    write_settings(folder, EngineSettings(batch_cap=7))
+    options = ["--agent", "best-constant", "--task", "static_workload", "--window-s", "0.25"]
+    options += ["--no-metrics", "--decisions", str(log), "--batch-cap", "100"]
+
+    async def run():
+        endpoint = ScriptedEndpoint(lambda asked: [event(piece("a", "length")), event("[DONE]")])
+        async with (
+            Running(endpoint) as upstream,
+            started(upstream, *options, control=folder) as (process, listening),
+            aiohttp.ClientSession(url(listening)) as client,
+        ):
+            said = [listening]
+            while not said[-1].startswith("decision 0"):
+                said.append(await line(process))
+            assert "limit (kv_budget_fraction: 1 to 0.8, not 0.2): batch_cap 100 to 64, " in said[-1]
+            async with client.post("/v1/completions", json={"prompt": "p"}) as response:
+                await response.read()
+            while "1 completed" not in said[-1]:
+                said.append(await line(process))
+            assert read_settings(folder).batch_cap == 64
+            process.send_signal(number)
+            rest, _ = await asyncio.wait_for(process.communicate(), 60)
+            assert process.returncode == 0, rest
+            assert b"Traceback" not in rest
+        assert read_settings(folder) == EngineSettings(batch_cap=7)
+
+    asyncio.run(run())
+    (kept,) = read_decisions([log])
+    assert kept.before.batch_cap == 100
+    assert [each.applied.kv_budget_fraction for each in kept.decisions[:2]] == [0.8, 0.6]
+    assert kept.beginning.capabilities["batch_cap"].startswith("gateway: requests at each engine")
+    assert set(kept.decisions[0].not_applied) == {"quantization_tier", "prefill_decode_split"}
+    assert kept.windows["completed"].sum() == 1
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_not(tmp_path):
+    options = ["--agent", "best-constant", "--task", "static_workload", "--window-s", "0.2", "--no-metrics"]
+    options += ["--dry-run", "--decisions", str(tmp_path / "log")]
+
+    async def run():
+        endpoint = ScriptedEndpoint(lambda asked: [])
+        async with Running(endpoint) as upstream, started(upstream, *options) as (process, _):
+            said = ""
+            while not said.startswith("decision 0"):
+                said = await line(process)
+            assert "if this were no dry run" in said
+            while len((tmp_path / "log").read_text().splitlines()) < 6:
+                await asyncio.sleep(0)
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(process.communicate(), 60)
+
+    asyncio.run(run())
+    (kept,) = read_decisions([tmp_path / "log"])
+    for decision in kept.decisions:
+        assert decision.dry_run
+        assert decision.applied == kept.beginning.start == ServeAction()
+        assert decision.decided != decision.applied
+
+
 def url(listening):
     return listening.removeprefix("listening on ").strip()
 
@@ -104,3 +174,25 @@ def test_what_cannot_be_used_is_refused(capsys):
         assert main(["gateway", *options]) == 2
     assert main(["gateway", "--upstream", "http://h", "--tenants", "none.toml"]) == 2
     assert "none.toml" in capsys.readouterr().err
+
+
+AGENT = ["--agent", "defaults", "--task", "static_workload"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--agent", "defaults"], "expected --agent and --task"),
+        (["--dry-run"], "expected --agent and --task"),
+        (["--agent", "nobody", "--task", "static_workload"], "nobody"),
+        (["--agent", "defaults", "--task", "nothing"], "nothing"),
+        ([*AGENT, "--decide-limit-s", "1000"], "decide_limit_s"),
+        ([*AGENT, "--decide-limit-s", "0"], "decide_limit_s"),
+        ([*AGENT, "--safe.batch-cap", "0"], "safe.batch_cap"),
+        ([*AGENT, "--decisions", "."], "cannot be written"),
+        ([*AGENT, "--window-s", "0.7"], "horizon_s"),
+    ],
+)
+def test_an_agent_that_cannot_steer_is_refused(capsys, options, told):
+    assert main(["gateway", "--upstream", "http://h", *options]) == 2
+    assert told in capsys.readouterr().err

@@ -174,10 +174,12 @@ class Replica:
         """It answered."""
         before, self.last, self.error = self.last, scrape, None
         self._note_kv(scrape)
-        if before is None or scrape.at_s - before.at_s > self.stale_after_s:
+        if before is None:
             return
         restarted = _restarted(before, scrape)
         self._restarts += restarted
+        if scrape.at_s - before.at_s > self.stale_after_s:
+            return
         self._span_s += scrape.at_s - before.at_s
         for name, series in scrape.counters.items():
             old = {} if restarted else before.counters.get(name, {})

@@ -158,6 +158,15 @@ def test_what_a_server_did_while_it_was_lost_is_in_no_window():
     assert one.window(61.0).output_tokens == 1
 
 
+def test_a_restart_shows_also_after_a_long_absence():
+    one = replica(text(50, started=100))
+    assert one.window(60.0).stale == 1
+    one.took(read_metrics(text(7, started=200), 60.0))
+    one.took(read_metrics(text(9, started=200), 61.0))
+    window = one.window(61.0)
+    assert (window.restarts, window.output_tokens, window.span_s) == (1, 2, 1.0)
+
+
 def test_a_server_that_never_answered_is_stale():
     one = Replica("http://vllm:8000/v1/", STALE_AFTER_S)
     assert one.url == "http://vllm:8000"

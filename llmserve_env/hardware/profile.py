@@ -117,6 +117,7 @@ class Engine(Record):
         reserved_bytes_per_gpu: part of that share that is neither weights nor KV cache (activations,
             workspace, graphs).
         kv_blocks: blocks of the bf16 engine as a real one reported them (`num_gpu_blocks`); None: computed.
+        async_scheduling: whether it decides a batch while the one before runs, as vLLM does on GPUs.
         source: where these come from.
     """
 
@@ -126,6 +127,7 @@ class Engine(Record):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     reserved_bytes_per_gpu: Annotated[int, Field(ge=0)]
     kv_blocks: PositiveInt | None = None
+    async_scheduling: bool = True
     source: Source
 
 
@@ -265,6 +267,23 @@ class Tiers(Record):
     INT4: Tier | None = None
 
 
+class Server(Record):
+    """What a real server takes beside its iterations; of a profile that was calibrated on one.
+
+    Attributes:
+        request_us: of a request outside of the engine: HTTP, both ways. The simulator, which serves at the
+            engine's door, leaves it out; `llmserve compare` adds it to TTFT and end-to-end latency.
+        step_us: between two iterations: scheduling, outputs. Contained in `dense_us`.
+        sequence_us: what each sequence adds to that. Contained in `head_us`.
+        source: where these come from.
+    """
+
+    request_us: NonNegativeFloat
+    step_us: NonNegativeFloat
+    sequence_us: NonNegativeFloat
+    source: Source
+
+
 class Profile(Record):
     """All that the simulator knows about hardware and model.
 
@@ -277,6 +296,7 @@ class Profile(Record):
         link: between the GPUs; None for one GPU.
         tiers: weight precisions.
         latency: the timing model's knots.
+        server: what a real server takes beside its iterations; None where no server was measured.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -287,6 +307,7 @@ class Profile(Record):
     link: Link | None = None
     tiers: Tiers
     latency: Latency
+    server: Server | None = None
 
     @model_validator(mode="after")
     def _linked(self) -> Profile:

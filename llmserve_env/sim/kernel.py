@@ -1,9 +1,10 @@
 """All jitted code: one engine's scheduler in closed form, the cell around it, the batch of episodes.
 
-The scheduler is vLLM V1's with asynchronous scheduling. Batch k+1 is decided while batch k runs, as soon as
-batch k-1 has ended; a batch takes the running sequences first (one token each, or 1 + depth under
-speculation), then the one unfinished prefill, then waiting requests, under one token budget. In a batch all
-decoding sequences of a speculation class advance alike, so an engine keeps totals, not a loop over its batch:
+The scheduler is vLLM V1's. With asynchronous scheduling batch k+1 is decided while batch k runs, as soon as
+batch k-1 has ended; without it, when batch k has ended. A batch takes the running sequences first (one token
+each, or 1 + depth under speculation), then the one unfinished prefill, then waiting requests, under one token
+budget. In a batch all decoding sequences of a speculation class advance alike, so an engine keeps totals, not
+a loop over its batch:
 
 * a class's token clock says how many tokens each of its sequences has gained; a sequence finishes when the
   clock reaches a key that was known when its prefill ended (a heap per class);
@@ -983,11 +984,13 @@ def _decode_stretch(e, cost, cell, limit_ps):
     attention, slope, until_knot = _decode_attention(e, cost)
     first = cost.dense_ps[tier, n] + cost.head_ps[tier, n] + attention
     most = min(most, until_knot)
-    # batch m is decided at the end of batch m - 2; the second at the end of the batch in flight
+    # batch m is decided at the end of batch m - 2, the second at the end of the batch in flight; without
+    # asynchronous scheduling at the end of batch m - 1
     start = max(e.next_ps, e.busy_ps)
     if start >= limit_ps:
         return np.int64(1), first, slope
-    if most > 2:
+    ahead = 2 - e.synchronous
+    if most > ahead:
         room = limit_ps - start
         half = 0.5 * slope
         b = first - half
@@ -997,7 +1000,7 @@ def _decode_stretch(e, cost, cell, limit_ps):
             m -= 1
         while m < most and (m + 1) * first + slope * ((m + 1) * m // 2) < room:
             m += 1
-        most = min(most, m + 2)
+        most = min(most, m + ahead)
     room = _room(e, 1)
     if room < n * ((most >> 4) + 1):
         cycles = room // n
@@ -1041,6 +1044,8 @@ def _run_stretch(e, counters, g, cell, out, pool, batches, first, slope):
     _note_gap(e, batches, last)
     e.busy_ps = start + duration
     e.next_ps = start if batches == 1 else e.busy_ps - last
+    if e.synchronous:
+        e.next_ps = e.busy_ps
     low = _bin(first)
     high = _bin(last)
     if low == high:
@@ -1153,6 +1158,8 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
     for c in range(cell.classes):
         while e.heap_size[c] > 0 and e.heap_key[c, 0] <= e.clock[c]:
             _finish(e, counters, cell, req, out, ten, tr, e.heap_slot[c, 0])
+    if e.synchronous and e.limbo_count > 0:
+        _release(e, g, out, pool, pre)
     if e.waiting > 0:
         limit_ps = min(limit_ps, _expire(e, counters, cell, req, out, ten, tr, e.next_ps))
 
@@ -1273,8 +1280,8 @@ def _decide(e, counters, g, cell, req, out, ten, pool, pre, cost, tr, limit_ps):
         gained += e.class_active[c] * tokens
     e.kv_sum += gained
     start = max(e.next_ps, e.busy_ps)
-    e.next_ps = start
     e.busy_ps = start + duration
+    e.next_ps = e.busy_ps if e.synchronous else start
     _note_gap(e, 1, duration)
     if n > joined:
         counters.gap_histogram[_bin(duration)] += n - joined

@@ -157,6 +157,7 @@ class SimulatorBatch:
         self.workloads: list[Workload] = list(workloads)
         self._own_action = action or ServeAction()
         self.engines = _engines(episodes, engines, budget)
+        self.engines["synchronous"] = not profile.engine.async_scheduling
         self.cells = np.zeros(episodes, CELL)
         self.cells["classes"] = self._tenant_arrays.speculation_class.max() + 1
         self.cells["tenants"] = len(self._tenants)
@@ -310,7 +311,9 @@ class SimulatorBatch:
     def _start(self, episode: int) -> None:
         """Put a cell in the configuration that it starts with, at no cost."""
         engines, cell, action = self.engines[episode], self.cells[episode], self._own_action
+        synchronous = int(engines["synchronous"][0])
         engines[:] = _engines(1, len(engines), int(engines["token_budget"][0]))[0]
+        engines["synchronous"] = synchronous
         missing = self.not_applied(action)
         cell["tier"] = 0 if "quantization_tier" in missing else TIERS.index(action.quantization_tier.value)
         cell["split"] = action.prefill_decode_split and "prefill_decode_split" not in missing

@@ -75,7 +75,8 @@ OUTCOME = np.dtype(
 
 ENGINE = np.dtype(
     [
-        # clock of the two-deep batch queue
+        ("synchronous", np.int64),  # 1: decides when a batch has ended; 0: one batch ahead
+        # clock of the batch queue
         ("next_ps", np.int64),  # when the scheduler decides next, NEVER_PS when idle
         ("busy_ps", np.int64),  # end of the last batch that was scheduled
         # what the current action allows

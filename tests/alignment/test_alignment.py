@@ -122,6 +122,7 @@ def twin_of(batch, workload, action, engines, budget):
         restart_ps=int(cell["restart_ps"]),
         load_ps=[int(x) for x in cell["load_ps"]],
         burst_ps=int(cell["burst_ps"]),
+        synchronous=bool(batch.engines["synchronous"][0, 0]),
     )
 
 

@@ -20,9 +20,10 @@ COUNTS = (
 
 
 @cache
-def compare(seed, retries=False):
+def compare(seed, retries=False, synchronous=False):
     """Serve an episode on both; returns the states that it reached."""
     batch, windows = random_episode(seed, retries=retries)
+    batch.engines["synchronous"] = synchronous
     engines = batch.engines.shape[1]
     workload, action = batch.workloads[0], windows[0][0]
     twin = twin_of(batch, workload, action, engines, int(batch.engines["token_budget"][0, 0]))
@@ -100,3 +101,10 @@ def test_the_episodes_reach_every_state():
 def test_kernel_equals_twin_where_clients_come_back(start):
     for seed in range(10_000 + start, 10_000 + start + 20):
         compare(seed, retries=True)
+
+
+@pytest.mark.parametrize("start", range(0, 80, 20))
+def test_kernel_equals_twin_without_asynchronous_scheduling(start):
+    for seed in range(start, start + 20):
+        compare(seed, synchronous=True)
+        compare(10_000 + seed, retries=True, synchronous=True)

@@ -392,7 +392,7 @@ class Engine:
             for c in range(len(self.cell.tenants.accept)):
                 self.accept[c] = (self.accept[c] + int(self.cell.tenants.accept[c, depth])) % ACCEPT_ONE
         self.in_flight.append((end, over))
-        self.next_ps, self.busy_ps = start, end
+        self.next_ps, self.busy_ps = end if self.cell.synchronous else start, end
         count["iterations"] += 1
         count["prefill_tokens"] += sum(c for _, c, _ in chunks)
         count["busy_ps"] += duration
@@ -440,8 +440,10 @@ class Cell:
         restart_ps,
         load_ps,
         burst_ps,
+        synchronous,
     ):
         self.requests, self.tenants, self.cost = requests, tenants, cost
+        self.synchronous = synchronous
         self.budget, self.prefix_cache, self.prefill_engines = budget, prefix_cache, prefill_engines
         self.transfer, self.draft, self.restart_ps, self.load_ps = transfer, draft, restart_ps, load_ps
         self.count = dict.fromkeys(

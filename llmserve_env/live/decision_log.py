@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -271,6 +271,18 @@ def logged_task(beginning: Beginning) -> Task:
         return Task.model_validate(beginning.task)
     except ValidationError as error:
         raise refusal(error) from error
+
+
+def one_task(stretches: Sequence[Stretch]) -> Task:
+    """The task of all stretches, whatever their services were started with.
+
+    Raises:
+        InputError: they are of several.
+    """
+    tasks = [{**each.beginning.task, "start": None} for each in stretches]
+    if any(each != tasks[0] for each in tasks):
+        raise InputError("expected logs of one task, found several", field="decisions")
+    return logged_task(stretches[0].beginning)
 
 
 def observed(

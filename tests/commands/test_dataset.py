@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -13,7 +14,9 @@ from llmserve_env.cli import main
 from llmserve_env.commands.dataset import OnGrid
 from llmserve_env.observation import FEATURES
 from llmserve_env.rewards import COMPONENTS
+from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
+from tests.live.test_decision_log import steer
 
 TASK = "bursty_workload"
 
@@ -88,6 +91,58 @@ def test_an_interrupted_recording_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("llmserve_env.commands.dataset.record", stop)
     assert main(["dataset", "--task", TASK, "--out", str(tmp_path)]) == 130
     assert [path for path in tmp_path.rglob("*") if not path.is_dir() or path.name.endswith(".tmp")] == []
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """A service steered twice, its log torn at its end."""
+    steer(tmp_path / "a", 6, stale=[3])
+    steer(tmp_path / "b", 3)
+    (tmp_path / "b").write_bytes((tmp_path / "b").read_bytes()[:-9])
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_decision_logs_become_episodes(tmp_path, logs, capsys):
+    minari = pytest.importorskip("minari")
+    pytest.importorskip("h5py")
+    assert main(["dataset", "--decisions", *logs, "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "left out, it was not written to its end" in captured.err
+    assert "wrote 3 episodes" in captured.out
+    found = minari.MinariDataset(tmp_path / "llmserve" / TASK / "scripted-live-v0" / "data")
+    task = load_task(TASK)
+    assert [each.rewards.tolist() for each in found] == [[0, 1], [4, 5], [0, 1]]
+    for episode in found:
+        assert len(episode.observations) == len(episode.actions) + 1 == len(episode.infos["by"])
+        assert episode.truncations.tolist() == [False, True]
+        assert not episode.terminations.any()
+    first = found[0]
+    caps = [ServeAction(batch_cap=cap) for cap in (8, 16)]
+    np.testing.assert_array_equal(first.actions, task.grid.indices(to_array(caps)))
+    assert first.infos["applied"][1:, 0].tolist() == [8, 16]
+    assert first.infos["by"].tolist() == [0, 0, 0]
+    names = [feature.name for feature in FEATURES]
+    assert first.observations[:, names.index("set_batch_cap")] == pytest.approx([64 / 512, 8 / 512, 16 / 512])
+    said = found.storage.metadata["llmserve"]
+    assert (said["agent"], said["task_id"], len(said["runs"])) == ("scripted", TASK, 2)
+
+
+def test_logs_that_make_no_dataset_are_refused(tmp_path, logs, capsys):
+    text = (tmp_path / "a").read_text()
+    run = json.loads(text.splitlines()[0])["run"]
+    other = text.replace(run, "other").replace('"max_in_flight":null', '"max_in_flight":9000')
+    (tmp_path / "c").write_text(other)
+    steer(tmp_path / "d", 0)
+    steer(tmp_path / "d", 1, stale=[0])
+    for asked, told in [
+        (["--decisions", logs[0], str(tmp_path / "c")], "expected logs of one task"),
+        (["--decisions", str(tmp_path / "d")], "no window whose outcome is known"),
+        (["--decisions", logs[0], "--task", TASK], "a log says all"),
+        ([], "expected --task, or --decisions"),
+    ]:
+        assert main(["dataset", *asked, "--out", str(tmp_path / "out")]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

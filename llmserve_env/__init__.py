@@ -69,6 +69,7 @@ _ENVIRONMENTS = {
     "LLMServeDict-v0": ("wrappers:dict_env", None),
     "LLMServeMO-v0": ("mo_env:LLMServeMOEnv", "mo_env:LLMServeMOVectorEnv"),
     "LLMServeRemote-v0": ("remote_env:LLMServeRemoteEnv", None),
+    "LLMServeLive-v0": ("live_env:LLMServeLiveEnv", None),
 }
 """For each id what makes one environment, and many at once, in llmserve_env.envs."""
 
@@ -86,6 +87,7 @@ def _register() -> None:
                 name,
                 entry_point=f"llmserve_env.envs.{one}",
                 vector_entry_point=many and f"llmserve_env.envs.{many}",
+                nondeterministic="live_env" in one,
             )
 
 

@@ -133,9 +133,16 @@ class Deployment:
     def not_applied(self) -> dict[str, str]:
         """Fields of the action in force that have no effect now, or not as they stand, with the reason."""
         found = dict(self.gateway.not_applied)
-        for upstream in self._written:
-            for name, reason in self._refused_by(upstream).items():
-                found.setdefault(name, f"{upstream.shown_url}: {reason}")
+        for upstream, settings in self._written.items():
+            found = self._refused_by(upstream, settings) | found
+        return found
+
+    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that could not be applied now, or not as they stand, with the reason."""
+        self._see_engines()
+        found = self.gateway.cannot_apply(action)
+        for upstream in self._found:
+            found = self._refused_by(upstream, EngineSettings.of(action)) | found
         return found
 
     def capabilities(self) -> dict[str, str]:
@@ -249,12 +256,13 @@ class Deployment:
             return statuses, "the engine does not answer in its control folder"
         return statuses, ""
 
-    def _refused_by(self, upstream: Upstream) -> dict[str, str]:
-        """What its engines do not apply of what is left to them."""
+    def _refused_by(self, upstream: Upstream, settings: EngineSettings) -> dict[str, str]:
+        """What its engines do not apply of settings, as far as it is left to them."""
         found: dict[str, str] = {}
         for status in self._statuses(upstream)[0]:
-            found |= self._written[upstream].within(status.started, fixed_depth=status.fixed_depth)[1]
-        return {name: reason for name, reason in found.items() if name in upstream.in_engine}
+            found |= settings.within(status.started, fixed_depth=status.fixed_depth)[1]
+        shown = upstream.shown_url
+        return {name: f"{shown}: {reason}" for name, reason in found.items() if name in upstream.in_engine}
 
     # ---------------------------------------------------------------------------------------------- the ways
 

@@ -94,8 +94,6 @@ class EndpointBackend:
         """
         if not window_s > 0:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
-        if not self._stop.alive:
-            raise InputError("the endpoint's episode is closed")
         record = self._call(self._sender.serve(action, window_s))
         self.window = self._sender.deployment.row
         return record
@@ -111,6 +109,10 @@ class EndpointBackend:
     def capabilities(self) -> dict[str, str]:
         """How each field of an action is applied here, as `Deployment.capabilities`."""
         return self._call(self._sender.capabilities())
+
+    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that could not be applied now, as `Deployment.cannot_apply`."""
+        return self._call(self._sender.cannot_apply(action))
 
     @property
     def stale(self) -> str | None:
@@ -136,6 +138,9 @@ class EndpointBackend:
         }
 
     def _call(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        if not self._stop.alive:
+            coroutine.close()
+            raise InputError("the endpoint's episode is closed")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

@@ -143,6 +143,16 @@ class LiveEpisode:
             raise InputError("call reset before capabilities")
         return self._backend.capabilities()
 
+    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that could not be applied now, with the reason.
+
+        Raises:
+            InputError: the episode has not begun, or is closed.
+        """
+        if self._backend is None:
+            raise InputError("call reset before cannot_apply")
+        return self._backend.cannot_apply(action)
+
     @property
     def done(self) -> bool:
         """Whether the episode is over."""

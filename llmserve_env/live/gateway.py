@@ -154,31 +154,19 @@ class Gateway:
             Fields that cannot be applied now, with the reason.
         """
         self.action = action
-        self._pool = self.upstreams
-        self._not_here: dict[str, str] = {
-            "prefill_decode_split": "an upstream has the roles that it was started with"
-        }
-        for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
-            value = getattr(action, name)
-            same = tuple(
-                each for each in self._pool if name in each.in_engine or getattr(each, given) == value
-            )
-            self._pool = same or self._pool
-            if not same:
-                said = value.value if isinstance(value, QuantizationTier) else value
-                self._not_here[name] = f"no upstream is stated to have {given}={said}"
+        self._pool, self._not_here = self._placed(action)
         self.dispatch()
         return self.not_applied
+
+    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that could not be applied now, with the reason."""
+        pool, found = self._placed(action)
+        return found | self._blind(action, pool)
 
     @property
     def not_applied(self) -> dict[str, str]:
         """Fields of the action in force that have no effect now, with the reason."""
-        found = dict(self._not_here)
-        if self.action.kv_budget_fraction < 1 and any(
-            "kv_budget_fraction" not in each.in_engine and self.kv_usage(each) is None for each in self._pool
-        ):
-            found["kv_budget_fraction"] = "an upstream's KV cache usage is not known now"
-        return found
+        return self._not_here | self._blind(self.action, self._pool)
 
     def window(self) -> WindowRecord:
         """What happened since the last call: latencies as clients saw them, from arrival at the gateway."""
@@ -340,6 +328,26 @@ class Gateway:
                 passage.silent = not passage.writing
                 passage.cut()
         self.dispatch()
+
+    def _placed(self, action: ServeAction) -> tuple[tuple[Upstream, ...], dict[str, str]]:
+        """Upstreams that an action's requests go to, and the fields that there are none for."""
+        pool = self.upstreams
+        found = {"prefill_decode_split": "an upstream has the roles that it was started with"}
+        for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
+            value = getattr(action, name)
+            same = tuple(each for each in pool if name in each.in_engine or getattr(each, given) == value)
+            pool = same or pool
+            if not same:
+                said = value.value if isinstance(value, QuantizationTier) else value
+                found[name] = f"no upstream is stated to have {given}={said}"
+        return pool, found
+
+    def _blind(self, action: ServeAction, pool: tuple[Upstream, ...]) -> dict[str, str]:
+        """The KV budget, where it is not known how full the caches are."""
+        gated = (each for each in pool if "kv_budget_fraction" not in each.in_engine)
+        if action.kv_budget_fraction == 1 or all(self.kv_usage(each) is not None for each in gated):
+            return {}
+        return {"kv_budget_fraction": "an upstream's KV cache usage is not known now"}
 
     def _refuse(self, passage: Passage, reason: str, message: str, wait_s: float) -> None:
         self.ledger.refused(passage, self._clock(), reason)

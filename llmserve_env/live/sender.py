@@ -106,6 +106,10 @@ class Sender:
         """As `Deployment.capabilities`."""
         return self.deployment.capabilities()
 
+    async def cannot_apply(self, action: ServeAction) -> dict[str, str]:
+        """As `Deployment.cannot_apply`."""
+        return self.deployment.cannot_apply(action)
+
     async def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
         """One window."""
         self._serving = asyncio.current_task()

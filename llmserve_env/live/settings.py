@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from llmserve_env.errors import InputError
 from llmserve_env.live.upstreams import Upstream, parse_upstream
 from llmserve_env.schema import QuantizationTier
 from llmserve_env.urls import without_credentials
+
+_ASK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,60 @@ class EndpointSettings:
     def shown_url(self) -> str:
         """The URLs without user, password, query and fragment."""
         return ", ".join(without_credentials(url) for _, url in self.servers())
+
+
+def open_endpoint(
+    url: str | Sequence[str],
+    model: str | None = None,
+    *,
+    control: str | None = None,
+    precision: str | None = None,
+    **bounds: Any,
+) -> EndpointSettings:
+    """Settings of servers as a user names them.
+
+    Args:
+        url: of a server, with options as `upstreams.parse_upstream` takes them; or of several.
+        model: its name (default: the first that the first server lists).
+        control: folder of the server's `LiveScheduler`, where there is one server.
+        precision: of the weights behind servers that state none.
+        bounds: further fields of `EndpointSettings`.
+
+    Raises:
+        InputError: one cannot be used; or the model is not given, and the server does not tell.
+    """
+    urls = [url] if isinstance(url, str) else list(url)
+    if not urls:
+        raise InputError("expected one or more", field="url")
+    if control is not None:
+        if len(urls) > 1:
+            raise InputError("of several servers, expected ,control=FOLDER behind each URL", field="control")
+        urls = [f"{urls[0]},control={control}"]
+    if precision is not None and precision not in QuantizationTier.__members__:
+        raise InputError(f"expected {', '.join(QuantizationTier.__members__)}", field="precision")
+    settings = EndpointSettings(
+        urls[0],
+        model or "unknown",
+        more=tuple(urls[1:]),
+        precision=None if precision is None else QuantizationTier(precision),
+        **bounds,
+    )
+    return settings if model else replace(settings, model=_first_model(settings))
+
+
+def _first_model(settings: EndpointSettings) -> str:
+    """The first model that the first server lists."""
+    try:
+        import httpx
+    except ImportError as error:
+        raise InputError("the httpx package is missing: install llmserve-env[server]") from error
+    upstream, root = settings.servers()[0]
+    headers = {"Authorization": f"Bearer {upstream.key}"} if upstream.key else {}
+    try:
+        answer = httpx.get(f"{root}/models", headers=headers, timeout=_ASK_S)
+        answer.raise_for_status()
+        found = answer.json()["data"][0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        reason = f"{upstream.shown_url} does not tell its models ({type(error).__name__}): give one"
+        raise InputError(reason, field="model") from error
+    return str(found)

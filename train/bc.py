@@ -1,6 +1,7 @@
 """Behaviour cloning: a network that does what a teacher does, for PPO to begin with or to stand alone.
 
     python -m train.bc --teacher reactive --task-id bursty_workload --out out/clone
+    python -m train.bc --decisions decisions.jsonl --out out/clone    # what was done in a live service
 
 In the first round the teacher plays and the network learns its choices, control by control. In every later
 one the clone plays, the teacher says in each window what it would have set there, and the network learns from
@@ -9,6 +10,11 @@ all rounds (DAgger, Ross et al. 2011): the clone's mistakes lead where the teach
 After each round the clone plays the validation episodes, those of `train.ppo`, with the teacher beside it.
 The clone that agrees with it most often is kept, not the one that scores best: that may be one which learned
 little. Ctrl-C ends the training with it; --resume goes on from the last finished round, bit for bit.
+
+Decision logs of live services take the place of the teacher's episodes: what was in force, the shield's and
+the limits' doing included, is what the network learns. There is one round, since nobody can be asked what to
+set in a window that never was. Windows in which the fallback decided teach nothing, as it looked at nothing,
+nor do those of dry runs. Agreement and moves are then those of the held-out windows.
 
 What is printed of each round:
     loss         cross entropy on episodes that were held out, summed over heads, the mean of a window (nats)
@@ -25,7 +31,7 @@ import copy
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +55,7 @@ from llmserve_env.agents.policy import (
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
+from llmserve_env.live.decision_log import Stretch, one_task, read_decisions
 from llmserve_env.observation import FEATURES
 from llmserve_env.provenance import made_on
 from llmserve_env.tasks import Task, load_task
@@ -64,6 +71,8 @@ class Arguments:
     """Name of an agent, or folder of a policy."""
     task_id: str = "bursty_workload"
     """Id of a task."""
+    decisions: tuple[Path, ...] = ()
+    """Decision logs to learn from: task and actions are theirs, there is one round."""
     out: Path = Path("out/bc")
     """Folder of the policy and the checkpoint."""
     rounds: int = 6
@@ -147,6 +156,53 @@ def watch(task: Task, seeds: range, teacher: Agent, player: Agent | None = None)
     return Watched(*(np.stack(column) for column in zip(*rows, strict=True)), batch.scores)
 
 
+def logged(stretches: list[Stretch], task: Task, held_out: float) -> tuple[Watched, Watched]:
+    """What decision logs have, in pieces: those to learn from, and those held out, evenly among them.
+
+    Args:
+        stretches: of the logs.
+        task: of all of them.
+        held_out: share that is held out.
+
+    Raises:
+        InputError: there is too little to learn from.
+    """
+    total = sum(len(each.decisions) for each in stretches)
+    size = max(1, min(task.windows, total // _PIECES))
+    pieces: list[tuple[np.ndarray, ...]] = []
+    for stretch in stretches:
+        applied = task.grid.indices(to_array([each.applied for each in stretch.decisions]))
+        before = task.grid.indices(to_array([stretch.before]))
+        current = np.concatenate([before, applied[:-1]])
+        teaches = np.array([each.by != "fallback" and not each.dry_run for each in stretch.decisions])
+        columns = (stretch.observations[:-1], current, applied, applied, teaches)
+        pieces += [
+            tuple(column[low : low + size] for column in columns) for low in range(0, len(applied), size)
+        ]
+    pieces = [piece for piece in pieces if piece[-1].any()]
+    every = round(1 / held_out)
+    if len(pieces) < every:
+        raise InputError(
+            f"expected {_PIECES} windows or more in which an agent decided and not the fallback, found "
+            f"{sum(int(piece[-1].sum()) for piece in pieces)} of {total}",
+            field="decisions",
+        )
+    held = pieces[every - 1 :: every]
+    learned = [piece for i, piece in enumerate(pieces) if (i + 1) % every]
+    return _side_by_side(learned, size), _side_by_side(held, size)
+
+
+def _side_by_side(pieces: list[tuple[np.ndarray, ...]], size: int) -> Watched:
+    """Pieces of up to so many windows as episodes; what lies behind their ends is not there."""
+    columns = [
+        np.stack(
+            [np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1)) for rows in column], axis=1
+        )
+        for column in zip(*pieces, strict=True)
+    ]
+    return Watched(*columns, np.full(len(pieces), np.nan))
+
+
 @dataclass
 class Samples:
     """What a step learns from; see `Network.sequence`."""
@@ -179,8 +235,16 @@ class Cloner:
 
     def __post_init__(self) -> None:
         self.made_on = made_on()
-        self.task = load_task(self.args.task_id)
-        self.teacher = find_agent(self.args.teacher, self.task)
+        self.teacher: Agent | None
+        self.stretches = read_decisions(self.args.decisions, print)
+        if self.args.decisions:
+            if not self.stretches:
+                raise InputError("no window whose outcome is known", field="decisions")
+            self.task = one_task(self.stretches)
+            self.teacher = None
+        else:
+            self.task = load_task(self.args.task_id)
+            self.teacher = find_agent(self.args.teacher, self.task)
         self.config = PolicyConfig(
             package_version=llmserve_env.__version__,
             task_id=self.task.id,
@@ -201,6 +265,10 @@ class Cloner:
 
     def collect(self) -> None:
         """Play a round's episodes and part them into those to learn from and those held out."""
+        if self.teacher is None:
+            learned, held_out = logged(self.stretches, self.task, self.args.held_out)
+            self.learned, self.held_out = [learned], [held_out]
+            return
         count, held = self.args.episodes, max(1, round(self.args.episodes * self.args.held_out))
         first = self.args.seed * _APART + self.round * count
         player = PolicyAgent(self.net.policy()) if self.round else None
@@ -236,22 +304,38 @@ class Cloner:
 
     def validate(self, told: dict[str, float]) -> None:
         """Play the validation seeds; keep the policy if none has agreed with the teacher more often."""
-        found = watch(self.task, VALIDATION, self.teacher, PolicyAgent(self.policy()))
-        told |= {**found.agreement(), "validation": float(found.scores.mean())}
+        if self.teacher is None:
+            told |= self._on_held_out().agreement()
+        else:
+            found = watch(self.task, VALIDATION, self.teacher, PolicyAgent(self.policy()))
+            told |= {**found.agreement(), "validation": float(found.scores.mean())}
         self.told.append(told)
         if told["agreement"] > self.best:
-            self.best, self.score = told["agreement"], told["validation"]
+            self.best, self.score = told["agreement"], told.get("validation", told["agreement"])
             save_policy(self.args.out, self.policy())
+
+    def _on_held_out(self) -> Watched:
+        """Logged windows that were held out, with what the network would set in them."""
+        if not self.held_out:
+            self.collect()
+        held = self.held_out[0]
+        with torch.no_grad():
+            heads = self._logits(self._samples([held])).split(self.nvec, 1)
+        chosen = torch.stack([head.argmax(1) for head in heads], 1).numpy().reshape(held.labels.shape)
+        return replace(held, chosen=chosen)
 
     def policy(self) -> Policy:
         """The clone as it is now, with how it came about."""
         made = {
             "arguments": json.loads(json.dumps(asdict(self.args), default=str)),
             **self.made_on,
-            "teacher_validation": self.teacher_score,
-            "validation_seeds": f"{VALIDATION.start}..{VALIDATION.stop - 1}",
             "rounds": self.told,
         }
+        if self.teacher is None:
+            made["runs"] = sorted({each.beginning.run for each in self.stretches})
+        else:
+            made["teacher_validation"] = self.teacher_score
+            made["validation_seeds"] = f"{VALIDATION.start}..{VALIDATION.stop - 1}"
         return self.net.policy(self.config.model_copy(update={"training": made}))
 
     def save(self) -> None:
@@ -328,14 +412,25 @@ class Cloner:
 _APART = 1_000_003
 """Between the training seeds of one `seed` and the next."""
 
+_PIECES = 20
+"""Into so many pieces at least the windows of decision logs are cut."""
+
 _STATE = ("round", "best", "score", "told", "wall_s", "learned", "held_out", "teacher_score")
 
 
+_OF_TEACHER = ("teacher", "task_id", "rounds", "episodes")
+"""Arguments that mean nothing where decision logs teach."""
+
+
 def clone(args: Arguments) -> float:
-    """Clone a teacher; the score on the validation seeds of the clone that is kept.
+    """Clone a teacher, or what was done in live services.
+
+    Returns:
+        The score on the validation seeds of the clone that is kept; of decision logs, the share of the
+        held-out windows in which it agrees.
 
     Raises:
-        InputError: the teacher or the task cannot be used, or there is no checkpoint to go on from.
+        InputError: the teacher, the task or a log cannot be used, or there is no checkpoint to go on from.
     """
     checkpoint = args.out / "checkpoint.pt"
     state = None
@@ -344,13 +439,19 @@ def clone(args: Arguments) -> float:
             raise InputError("there is none to go on from", file=str(checkpoint))
         state = torch.load(checkpoint, weights_only=False)  # our own file: it holds arrays, too
         args = Arguments(**{**state["arguments"], "out": args.out, "rounds": args.rounds, "resume": True})
+    elif args.decisions:
+        given = [name for name in _OF_TEACHER if getattr(args, name) != getattr(Arguments(), name)]
+        if given:
+            raise InputError("decision logs say it themselves", field=given[0])
+    if args.decisions:
+        args = replace(args, rounds=1)
     if not 0 <= args.seed * _APART <= VALIDATION.start - args.rounds * args.episodes:
         raise InputError(f"expected 0 to {VALIDATION.start // _APART - 1}, found {args.seed}", field="seed")
     cloner = Cloner(args)
     args.out.mkdir(parents=True, exist_ok=True)
     if state is not None:
         cloner.restore(state)
-    else:
+    elif cloner.teacher is not None:
         cloner.teacher_score = float(play(cloner.teacher, cloner.task, VALIDATION).scores.mean())
         print(f"{args.teacher} on the validation seeds: {cloner.teacher_score:.4f}")
     begun = time.perf_counter() - cloner.wall_s
@@ -379,6 +480,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # fastest for layers as small as these
     try:
         arguments = tyro.cli(Arguments, description=__doc__)
-        print(f"the clone that was kept scores {clone(arguments):.4f}; it is in {arguments.out}")
+        found = clone(arguments)
+        what = "agrees in {:.1%} of the held-out windows" if arguments.decisions else "scores {:.4f}"
+        print(f"the clone that was kept {what.format(found)}; it is in {arguments.out}")
     except InputError as error:
         sys.exit(f"bc: {error}")

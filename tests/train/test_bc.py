@@ -9,7 +9,11 @@ import torch
 from llmserve_env.actions import to_action, to_array
 from llmserve_env.agents import ConstantAgent, RandomAgent, load_agent, play
 from llmserve_env.agents.policy import PolicyAgent, load_policy
+from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
+from llmserve_env.live.decision_log import DecisionLog, read_decisions
+from llmserve_env.live.limits import Limits
+from llmserve_env.live.pilot import Pilot
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 from train import bc
@@ -151,3 +155,70 @@ def test_the_policy_says_how_it_was_made(tmp_path):
     assert made["teacher_validation"] == pytest.approx(
         play(load_agent("reactive", task), task, VALIDATION[:4]).scores.mean()
     )
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Of a service in which a rule sets a large batch cap while requests wait, and fails now and then."""
+
+    class Rule:
+        name = "rule"
+
+        def reset(self, task, seeds):
+            self.asked = 0
+
+        def act(self, observations, windows):
+            self.asked += 1
+            if self.asked % 7 == 0:
+                raise RuntimeError("now and then")
+            return to_array([START.model_copy(update={"batch_cap": 512 if windows["waiting"][0] else 8})])
+
+    START = TASK.start
+    path, drawn = tmp_path / "decisions.jsonl", np.random.default_rng(0)
+    safe = START.model_copy(update={"batch_cap": 64})
+    pilot = Pilot(Rule(), TASK, START, safe=safe, shield=False, limits=Limits(), log=DecisionLog(path))
+    row = np.zeros((), WINDOW)
+    for k in range(300):
+        pilot.decide(row)
+        row = np.zeros((), WINDOW)
+        row["end_s"], row["waiting"] = k + 1, 40 * drawn.integers(2)
+        pilot.result(row, 0.0)
+    pilot.close()
+    return path
+
+
+def test_a_decision_log_teaches_what_was_done_and_not_the_fallback(tmp_path, log):
+    agrees = clone(Arguments(decisions=(log,), out=tmp_path / "out", hidden=16, batch=32))
+    assert agrees > 0.98
+    policy = load_policy(tmp_path / "out")
+    agent = PolicyAgent(policy)
+    (kept,) = read_decisions([log])
+    agent.reset(TASK, [0])
+    acts = [agent.act(seen.reshape(1, -1), kept.windows[:1]) for seen in kept.observations[:-1]]
+    assert {each.applied.batch_cap for each in kept.decisions} == {8, 64, 512}
+    assert set(np.concatenate(acts)["batch_cap"].tolist()) == {8, 512}
+    made = policy.config.training
+    assert made["runs"] == [kept.beginning.run]
+    assert made["rounds"][0]["agreement"] == agrees
+
+
+def test_pieces_of_a_log_are_held_out_and_keep_their_order(log):
+    (kept,) = read_decisions([log])
+    learned, held = bc.logged([kept], TASK, held_out=0.1)
+    there = learned.there.sum() + held.there.sum()
+    assert there == sum(each.by == "agent" for each in kept.decisions)
+    assert 0.05 < held.there.sum() / there < 0.15
+    for part in (learned, held):  # what was set before is what the window before shows, the fallback's too
+        np.testing.assert_array_equal(part.current[1:], part.labels[:-1])
+
+
+def test_logs_that_teach_nothing_are_refused(tmp_path, log):
+    with pytest.raises(InputError, match="say it themselves"):
+        clone(Arguments(decisions=(log,), teacher="random", out=tmp_path / "out"))
+    few = tmp_path / "few"
+    few.write_text("".join(log.read_text().splitlines(keepends=True)[:9]))
+    with pytest.raises(InputError, match="expected 20 windows or more"):
+        clone(Arguments(decisions=(few,), out=tmp_path / "out"))
+    few.write_text(log.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match="no window whose outcome is known"):
+        clone(Arguments(decisions=(few,), out=tmp_path / "out"))

@@ -96,13 +96,13 @@ class GatewayMetrics(Collector):
         of_tenants = {
             tenant.name: totals for tenant, totals in zip(gateway.tenants, gateway.ledger.totals, strict=True)
         }
-        for name, text in (
-            ("arrived", "Requests that a tenant sent."),
-            ("in_slo", "Requests that were completed within their tenant's SLO, TTFT and TPOT."),
-            ("prompt_tokens", "Tokens of prompts that arrived; of text, one for every four bytes."),
-            ("output_tokens", "Tokens of answers."),
+        for name, of, text in (
+            ("requests_arrived", "arrived", "Requests that a tenant sent."),
+            ("requests_in_slo", "in_slo", "Requests completed within their tenant's SLO, TTFT and TPOT."),
+            ("prompt_tokens", "prompt_tokens", "Tokens of prompts; of text, one for every four bytes."),
+            ("output_tokens", "output_tokens", "Tokens of answers."),
         ):
-            samples = [((tenant,), getattr(totals, name)) for tenant, totals in of_tenants.items()]
+            samples = [((tenant,), getattr(totals, of)) for tenant, totals in of_tenants.items()]
             yield _family(CounterMetricFamily, name, text, ["tenant"], samples)
         ended: list[tuple[tuple[str, ...], float]] = [
             ((tenant, outcome), count)
@@ -127,9 +127,15 @@ class GatewayMetrics(Collector):
             [((reason,), count) for reason, count in reasons.items()],
         )
         in_flight = [((tenant,), totals.in_flight) for tenant, totals in of_tenants.items()]
-        yield _family(GaugeMetricFamily, "in_flight", "Requests that are not over.", ["tenant"], in_flight)
         yield _family(
-            GaugeMetricFamily, "waiting", "Requests in the gateway's queue.", [], [((), gateway.waiting)]
+            GaugeMetricFamily, "requests_in_flight", "Requests that are not over.", ["tenant"], in_flight
+        )
+        yield _family(
+            GaugeMetricFamily,
+            "requests_waiting",
+            "Requests in the gateway's queue.",
+            [],
+            [((), gateway.waiting)],
         )
 
     def _latencies(self) -> Iterator[Metric]:
@@ -153,7 +159,7 @@ class GatewayMetrics(Collector):
         history = self._history
         found = {each.url: each for each in history.upstreams()}  # one that is named twice has one line
         for name, of, text in (
-            ("at_upstream", "running", "Requests at an upstream."),
+            ("requests_at_upstream", "running", "Requests at an upstream."),
             ("upstream_up", "up", "1 where it took its last connection and answers for its metrics."),
             ("upstream_kv_usage_ratio", "kv_usage", "Share of its KV cache in use."),
             ("telemetry_age_seconds", "telemetry_age_s", "Since its metrics were last read."),

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from importlib import resources
 
+import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmserve_env.live.decisions import Decision
+from llmserve_env.live.deployment import Deployment
 from llmserve_env.live.gateway import Gateway
 from llmserve_env.live.history import History
-from llmserve_env.live.tenants import Caller
+from llmserve_env.live.proxy import Proxy
+from llmserve_env.live.telemetry import Telemetry
+from llmserve_env.live.tenants import Caller, Tenants
 from llmserve_env.live.upstreams import Upstream
 from llmserve_env.schema import QuantizationTier, ServeAction
 
-from .endpoint_server import BREAK, ScriptedEndpoint, event, piece
+from .endpoint_server import BREAK, Running, ScriptedEndpoint, event, piece
 from .test_gateway import ANSWER, answering, ask, asking, held, standing, until
+from .vllm_server import metrics as vllm_metrics
 
 PAID = Caller(name='pa"id\\', key="k-paid", ttft_slo_s=30, tpot_slo_s=30)
 SLOW = Caller(name="slow", value="slow", ttft_slo_s=1e-9)
@@ -100,20 +106,20 @@ def test_every_request_is_counted_once_by_its_outcome():
                 ("refused", "slow"): 1,
                 ("turned_away", ""): 2,
             }
-            in_flight = {key[1]: value for key, value in now.items() if key[0] == "in_flight"}
+            in_flight = {key[1]: value for key, value in now.items() if key[0] == "requests_in_flight"}
             assert in_flight == {PAID.name: 0, "slow": 1}
             assert sum(requests.values()) + sum(in_flight.values()) == 9  # as many as were sent
             failures = {key[1]: value for key, value in now.items() if key[0] == "failures_total"}
             assert sum(failures.values()) == 5
             assert failures["unknown tenant"] == failures["invalid body"] == failures["admission rate"] == 1
-            assert (now["in_slo_total", PAID.name], now["in_slo_total", "slow"]) == (1, 0)
+            assert (now["requests_in_slo_total", PAID.name], now["requests_in_slo_total", "slow"]) == (1, 0)
             assert now["output_tokens_total", PAID.name] == 3
             assert now["time_to_first_token_seconds_count", PAID.name] == 2
             assert now["time_to_first_token_seconds_bucket", "+Inf", PAID.name] == 2
             assert now["e2e_latency_seconds_count", "slow"] == 2
             assert now["inter_token_latency_seconds_count", "slow"] == 2
             assert now["slo_seconds", "ttft", PAID.name] == 30
-            assert [value for key, value in now.items() if key[0] == "at_upstream"] == [1]
+            assert [value for key, value in now.items() if key[0] == "requests_at_upstream"] == [1]
             counts = re.compile(r"_(total|bucket|count|sum)$")
             fallen = [key for key, value in before.items() if counts.search(key[0]) and now[key] < value]
             assert not fallen
@@ -228,5 +234,45 @@ def test_the_page_stands_alone_and_shows_nothing_that_clients_sent():
                 assert SECRET not in (await get(here, path))[2]
                 async with here.client.post(path) as response:
                     assert response.status == 405
+
+    asyncio.run(main())
+
+
+def test_what_grafana_asks_for_is_there():
+    path = resources.files("llmserve_env.live") / "data" / "grafana.json"
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    assert dashboard["schemaVersion"] >= 36
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    queries += [each["definition"] for each in dashboard["templating"]["list"] if "definition" in each]
+    queries += [each["expr"] for each in dashboard["annotations"]["list"] if "expr" in each]
+    asked = set(re.findall(r"\bllmserve_gateway_\w+", " ".join(queries)))
+    of_vllm = set(re.findall(r"\bvllm:\w+", " ".join(queries)))
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
+    assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
+
+    async def main():
+        endpoint = ScriptedEndpoint(answering, others={"/metrics": vllm_metrics("0.32-idle").encode()})
+        async with Running(endpoint) as server:
+            gateway, tenants = Gateway([Upstream(server.url)]), Tenants()
+            telemetry = Telemetry([server.url])
+            history = History(gateway, Deployment(gateway, telemetry))
+            proxy = Proxy(gateway, tenants, history=history)
+            async with telemetry, Running(proxy) as here, aiohttp.ClientSession(here.url) as here.client:
+                await until(lambda: telemetry.replicas[0].last is not None)
+                async with here.client.post("/v1/completions", data=b"[]") as response:
+                    assert response.status == 400
+                history.add(gateway.window(), decision("limit", "batch_cap"), reward=0.5)
+                shown = {f"llmserve_gateway_{key[0]}" for key in await metrics(here)}
+                theirs = (await get(here, "/metrics"))[2]
+            await proxy.close()
+        assert asked <= shown, asked - shown
+        assert {name for name in of_vllm if f"\n{name}{{" not in theirs} == set()
+        left_out = (
+            shown - asked - {each for each in shown if re.search(r"_(bucket|sum|count)$|_process_", each)}
+        )
+        assert left_out == {"llmserve_gateway_windows_total"}
 
     asyncio.run(main())

@@ -19,16 +19,19 @@ from llmserve_env.errors import InputError
 
 COMMANDS = {
     "demo": "play the tasks with reference agents and trained policies: scores and a picture",
+    "run": "play an episode with an agent, before running vLLM servers or in the simulator",
     "simulate": "serve a workload in the simulator and say what its users got",
     "tasks": "list the tasks, or tell everything about one",
     "doctor": "say whether vLLM servers are ready for a live run, and what to mend",
-    "gateway": "stand before vLLM servers: limit, order and route their requests",
+    "gateway": "stand before vLLM servers: limit, order and route their requests, steered by an agent",
     "grade": "replay an episode's log and say what it scores",
     "dataset": "record an agent's episodes for offline reinforcement learning (Minari)",
     "workload": "describe a workload: a trace or a generator",
     "profiles": "list the hardware and model profiles with their sources",
     "validate": "compare the simulator with measurements of real engines",
     "bench": "measure the speed of the simulator and of the environments",
+    "compare": "play one trace on a vLLM server and in the simulator, side by side",
+    "calibrate live": "fit a profile to a running vLLM server, from closed-loop load",
     "calibrate kernels": "fit a profile's latency model to measured kernel times",
     "calibrate predictions": "fit a profile's latency model to a predictor's iterations",
 }

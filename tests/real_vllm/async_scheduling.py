@@ -2,7 +2,8 @@
 
 The scheduler, its cache manager and its configuration are vLLM's; only the tokens that a model would have
 sampled are made up, for there is no engine. Two iterations are always under way, as on a GPU. Prints a JSON
-object: the class, and by phase its iterations as [requests, blocks held, most drafts of a request].
+object: why another version of vLLM is refused, the class, and by phase its iterations as [requests, blocks
+held, most drafts of a request].
 
     python async_scheduling.py MODEL CONTROL
 """
@@ -13,8 +14,10 @@ import json
 import sys
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 import torch
+import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import KVCacheConfig
@@ -24,7 +27,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from llmserve_env.live.engine_settings import EngineSettings, read_statuses, write_settings
-from llmserve_env.live.vllm_scheduler import LiveScheduler
+
+if TYPE_CHECKING:
+    from llmserve_env.live.vllm_scheduler import LiveScheduler
 
 BLOCKS, BLOCK_TOKENS = 64, 16
 PHASES = {
@@ -35,8 +40,22 @@ PHASES = {
 }
 
 
+def refusal() -> str | None:
+    """Why the scheduler cannot be used with a version that it does not know."""
+    known, vllm.__version__ = vllm.__version__, "0.33.1"
+    try:
+        import llmserve_env.live.vllm_scheduler  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    finally:
+        vllm.__version__ = known
+    return None
+
+
 def live_scheduler(model: str, control: str) -> LiveScheduler:
     """With n-gram drafts, which asynchronous scheduling takes from GPUs only: the schedulers do not care."""
+    from llmserve_env.live.vllm_scheduler import LiveScheduler
+
     config = EngineArgs(
         model=model,
         max_model_len=1024,
@@ -77,6 +96,7 @@ def sampled(output) -> ModelRunnerOutput:
 
 def main() -> None:
     model, control = sys.argv[1:]
+    refused = refusal()
     scheduler = live_scheduler(model, control)
     sent = 0
     under_way: deque = deque()
@@ -101,7 +121,7 @@ def main() -> None:
                 done = under_way.popleft()
                 scheduler.update_from_output(done, sampled(done))
     scheduler.shutdown()
-    print(json.dumps({"class": type(scheduler).__name__, "phases": phases}))
+    print(json.dumps({"refusal": refused, "class": type(scheduler).__name__, "phases": phases}))
 
 
 if __name__ == "__main__":

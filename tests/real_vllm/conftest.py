@@ -1,15 +1,17 @@
-"""A real vLLM on the CPU, set up by scripts/vllm_cpu.sh; what cannot be started fails the tests."""
+"""One real vLLM on the CPU, set up by scripts/vllm_cpu.sh; what cannot be started fails the tests."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -27,6 +29,10 @@ START_S = 600
 """Time that a server has to start (s). On an idle machine it takes half a minute."""
 STEP_S = 120
 """Time that anything has which takes a moment (s): only a server that hangs runs into it."""
+
+BLOCKS, BLOCK_TOKENS = 64, 32
+MAX_QUEUED = 48
+"""Requests, running ones too, above which the server refuses."""
 
 _ITERATION = re.compile(
     r"Iteration\((?P<index>\d+)\): "
@@ -58,23 +64,92 @@ class Iteration:
 
 @dataclass
 class Server:
-    """A running `vllm serve` with `LiveScheduler`."""
+    """`vllm serve` with `LiveScheduler`, which may be killed and started again."""
 
-    url: str
-    control: Path
-    log_file: Path
-    process: subprocess.Popen[bytes]
+    command: list[str | Path]
+    port: int
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+    _read: int = 0
+    _iterations: list[Iteration] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def control(self) -> Path:
+        return self.folder / "control"
+
+    @property
+    def log_file(self) -> Path:
+        """Of the last start."""
+        return self.folder / f"vllm-{self.starts}.log"
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
+    # Its life
+
+    @property
+    def up(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def launch(self) -> None:
+        """Start it, and do not wait."""
+        self.starts += 1
+        self._read, self._iterations = 0, []
+        with self.log_file.open("wb") as file:
+            self.process = subprocess.Popen(
+                self.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_ready(self) -> None:
+        end = time.monotonic() + START_S
+        while True:
+            assert self.up, f"vLLM ended:\n{self.log()[-4000:]}"
+            assert time.monotonic() < end, f"vLLM is not ready:\n{self.log()[-4000:]}"
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+
+    def signal(self, number: int) -> None:
+        """To all its processes."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """All its processes, with no time for anything."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def stop(self) -> None:
+        """As Ctrl-C does."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(60)
+        self.kill()
+
+    # What it tells
+
     def iterations(self, after: int = -1) -> list[Iteration]:
         """Those with a larger index, oldest first."""
-        found = [
-            Iteration(**{k: float(v) if k == "kv_percent" else int(v) for k, v in match.groupdict().items()})
-            for match in _ITERATION.finditer(self.log())
-        ]
-        return [iteration for iteration in found if iteration.index > after]
+        with self.log_file.open("rb") as file:
+            file.seek(self._read)
+            lines, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(lines) + len(newline)
+        for match in _ITERATION.finditer(lines.decode(errors="replace")):
+            found = {k: float(v) if k == "kv_percent" else int(v) for k, v in match.groupdict().items()}
+            self._iterations.append(Iteration(**found))
+        return [iteration for iteration in self._iterations if iteration.index > after]
 
     def last_iteration(self) -> int:
         return max((iteration.index for iteration in self.iterations()), default=-1)
@@ -109,6 +184,18 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
+def prompt(tokens, seed):
+    """Token ids without a repetition to speak of."""
+    draw = random.Random(seed)
+    return [draw.randrange(4, 4096) for _ in range(tokens)]
+
+
+def completion(prompt, tokens, **more):
+    """A request for so many tokens."""
+    exactly = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
+    return {"model": "tiny", "prompt": prompt, "temperature": 0, **exactly, **more}
+
+
 @pytest.fixture(scope="session")
 def vllm_python(request) -> Path:
     """The interpreter of vLLM's venv."""
@@ -118,10 +205,9 @@ def vllm_python(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def session_server(request, vllm_python, tmp_path_factory):
+def launched_server(vllm_python, tmp_path_factory):
+    """On its way up: what needs no server can be done meanwhile."""
     folder = tmp_path_factory.mktemp("vllm")
-    control = folder / "control"
-    control.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,46 +221,28 @@ def session_server(request, vllm_python, tmp_path_factory):
     command = [
         ROOT / "scripts" / "vllm_cpu.sh", "serve", vllm_python.parents[2], str(port),
         "--scheduler-cls", "llmserve_env.live.vllm_scheduler.LiveScheduler",
-        "--additional-config", json.dumps({"llmserve_control": str(control)}),
+        "--additional-config", json.dumps({"llmserve_control": str(folder / "control")}),
         "--speculative-config", json.dumps(speculation),
         "--scheduling-policy", "priority",
         "--enable-logging-iteration-details",
-        "--max-model-len", "1024",
-        "--num-gpu-blocks-override", "65",
+        "--max-model-len", str(BLOCKS * BLOCK_TOKENS),
+        "--num-gpu-blocks-override", str(BLOCKS + 1),  # one is vLLM's own
+        "--max-num-queued-reqs", str(MAX_QUEUED),
     ]  # fmt: skip
-    log = folder / "vllm.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    server = Server(f"http://127.0.0.1:{port}", control, log, process)
-    try:
-        _wait_ready(server)
-        yield server
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    server = Server(command, port, folder)
+    server.control.mkdir()
+    server.launch()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def server(session_server):
+def server(launched_server):
     """The server, idle, with the settings that it was started with."""
-    session_server.wait_idle()
-    session_server.set()
-    yield session_server
-    assert session_server.process.poll() is None, session_server.log()[-4000:]
-
-
-def _wait_ready(server: Server) -> None:
-    end = time.monotonic() + START_S
-    while True:
-        assert server.process.poll() is None, f"vLLM ended:\n{server.log()[-4000:]}"
-        assert time.monotonic() < end, f"vLLM is not ready:\n{server.log()[-4000:]}"
-        try:
-            if httpx.get(f"{server.url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
+    if launched_server.process is None:
+        launched_server.launch()
+    launched_server.wait_ready()
+    launched_server.wait_idle()
+    launched_server.set()
+    yield launched_server
+    assert launched_server.process is None or launched_server.up, launched_server.log()[-4000:]

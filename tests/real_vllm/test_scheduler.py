@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,24 +15,14 @@ import pytest
 
 from llmserve_env.live.engine_settings import AppliedSettings, EngineSettings
 
-from .conftest import ROOT, START_S, STEP_S, wait_for
+from .conftest import BLOCK_TOKENS, ROOT, START_S, STEP_S, completion, prompt, wait_for
 
 STARTED = AppliedSettings(batch_cap=64, kv_budget_fraction=1.0, speculation_depth=4)
-BLOCKS, BLOCK_TOKENS = 64, 32
-
-
-def prompt(tokens, seed):
-    """Token ids without a repetition to speak of."""
-    draw = random.Random(seed)
-    return [draw.randrange(4, 4096) for _ in range(tokens)]
 
 
 def complete(server, prompt, tokens, priority=0):
     """Tokens of a completion."""
-    body = {
-        "model": "tiny", "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True,
-        "temperature": 0, "priority": priority,
-    }  # fmt: skip
+    body = completion(prompt, tokens, priority=priority)
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=STEP_S)
     assert answer.status_code == 200, answer.text
     return answer.json()["usage"]["completion_tokens"]
@@ -72,32 +61,15 @@ def first_within(server, cap, after):
     return next(i.index for i in server.iterations(after) if i.running <= cap)
 
 
-# Start
-
-
-def test_an_engine_answers_before_its_first_request(server):
-    status = server.status()
-    assert status.started == status.applied == STARTED
-    assert (status.asked, status.not_applied, status.refused) == (EngineSettings(), {}, None)
-    assert status.vllm_version == "0.32.0"
-    os.kill(status.pid, 0)  # it is a process of now
-
-
-def test_a_version_that_it_does_not_know_is_refused(vllm_python):
-    code = "import vllm; vllm.__version__ = '0.33.1'; import llmserve_env.live.vllm_scheduler"
-    done = subprocess.run(
-        [vllm_python, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False, timeout=START_S
-    )
-    assert done.returncode == 1
-    assert "does not know the scheduler of vLLM 0.33.1: it was tried with 0.32.0" in done.stderr
-
-
-# Asynchronous scheduling
+# Without a server
 
 
 @pytest.fixture(scope="module")
-def asynchronous(vllm_python, tmp_path_factory):
-    """What async_scheduling.py prints; its iterations are (requests, blocks held, most drafts of one)."""
+def asynchronous(launched_server, vllm_python, tmp_path_factory):
+    """What async_scheduling.py prints; its iterations are (requests, blocks held, most drafts of one).
+
+    It is done while the server starts.
+    """
     done = subprocess.run(
         [
             vllm_python,
@@ -112,6 +84,12 @@ def asynchronous(vllm_python, tmp_path_factory):
         timeout=START_S,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_version_that_it_does_not_know_is_refused(asynchronous):
+    assert asynchronous["refusal"] == (
+        "LiveScheduler does not know the scheduler of vLLM 0.33.1: it was tried with 0.32.0"
+    )
 
 
 def test_asynchronous_scheduling_keeps_its_own_scheduler(asynchronous):
@@ -138,6 +116,17 @@ def test_the_kv_budget_gates_admissions_under_asynchronous_scheduling(asynchrono
     assert max(drafts for _, _, drafts in gated[1:]) == 0
 
 
+# Start
+
+
+def test_an_engine_answers_before_its_first_request(server):
+    status = server.status()
+    assert status.started == status.applied == STARTED
+    assert (status.asked, status.not_applied, status.refused) == (EngineSettings(), {}, None)
+    assert status.vllm_version == "0.32.0"
+    os.kill(status.pid, 0)  # it is a process of now
+
+
 # Batch cap
 
 
@@ -146,11 +135,11 @@ def test_the_batch_cap_holds_and_is_reached_while_load_goes_on(server):
         iterations_at(server, running=12, count=3)
         server.set(batch_cap=3)
         lowered = first_within(server, 3, server.last_iteration())
-        iterations_at(server, running=3, count=40)
+        iterations_at(server, running=3, count=15)
         under_3 = server.iterations(lowered - 1)
         server.set(batch_cap=7)
         raised = server.last_iteration()
-        iterations_at(server, running=7, count=40)
+        iterations_at(server, running=7, count=15)
         under_7 = server.iterations(raised)
         server.set()
         iterations_at(server, running=12, count=3)
@@ -160,11 +149,11 @@ def test_the_batch_cap_holds_and_is_reached_while_load_goes_on(server):
 
 def test_lowering_the_batch_cap_drains(server):
     preemptions = server.metric("num_preemptions_total")
-    with load(server, clients=6, prompt_tokens=32, tokens=64):
+    with load(server, clients=6, prompt_tokens=32, tokens=32):
         iterations_at(server, running=6, count=3)
         server.set(batch_cap=1)
         lowered = first_within(server, 1, server.last_iteration())
-        iterations_at(server, running=1, count=10)
+        iterations_at(server, running=1, count=5)
         assert {i.running for i in server.iterations(lowered - 1)} == {1}
         server.set()
     assert server.metric("num_preemptions_total") == preemptions
@@ -178,7 +167,7 @@ def test_the_kv_budget_gates_admissions(server):
     with load(server, clients=14, prompt_tokens=150, tokens=8):
         server.set(kv_budget_fraction=0.25, speculation_depth=0)
         gated = first_within(server, 3, server.last_iteration())
-        iterations_at(server, running=3, count=40)
+        iterations_at(server, running=3, count=15)
         under = server.iterations(gated - 1)
         server.set(speculation_depth=0)
         opened = server.last_iteration()
@@ -193,19 +182,19 @@ def test_one_request_alone_may_outgrow_the_kv_budget(server):
 
 
 def test_running_requests_are_preempted_when_they_outgrow_the_cache_and_not_under_a_low_budget(server):
-    # 3 blocks of prompt, 5 more of answer each: 12 requests ask for 96 blocks of 64.
+    # 5 blocks of prompt, 2 more of answer each: 12 requests ask for 84 blocks of 64.
     def all_served():
         with ThreadPoolExecutor(12) as pool:
-            prompts = [prompt(3 * BLOCK_TOKENS - 4, seed) for seed in range(12)]
-            return list(pool.map(lambda ids: complete(server, ids, 5 * BLOCK_TOKENS), prompts))
+            prompts = [prompt(5 * BLOCK_TOKENS - 4, seed) for seed in range(12)]
+            return list(pool.map(lambda ids: complete(server, ids, 2 * BLOCK_TOKENS), prompts))
 
     before = server.metric("num_preemptions_total")
-    assert all_served() == 12 * [5 * BLOCK_TOKENS]
+    assert all_served() == 12 * [2 * BLOCK_TOKENS]
     pressed = server.metric("num_preemptions_total")
     assert pressed > before
 
-    server.set(kv_budget_fraction=0.3)  # 6 are admitted at most, and 6 at their longest fit
-    assert all_served() == 12 * [5 * BLOCK_TOKENS]
+    server.set(kv_budget_fraction=0.5)  # 6 are admitted at most, and 6 at their longest fit
+    assert all_served() == 12 * [2 * BLOCK_TOKENS]
     assert server.metric("num_preemptions_total") == pressed
 
 
@@ -217,8 +206,9 @@ def drafted(server, depth):
     server.set(speculation_depth=depth)
     names = ("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total")
     before = [server.metric(name) for name in names]
-    for seed in range(3):
-        assert complete(server, 12 * prompt(8, seed), 40) == 40
+    with ThreadPoolExecutor(3) as pool:
+        sent = [pool.submit(complete, server, 12 * prompt(8, seed), 40) for seed in range(3)]
+        assert [each.result() for each in sent] == 3 * [40]
     return [server.metric(name) - count for name, count in zip(names, before, strict=True)]
 
 
@@ -282,16 +272,18 @@ def test_priorities_order_the_queue(server):
     server.set(batch_cap=1)
     finished = []
 
-    def send(name, priority, tokens=8):
-        complete(server, prompt(32, name), tokens, priority)
+    def send(name, priority):
+        complete(server, prompt(32, name), 8, priority)
         finished.append(name)
 
-    with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(send, "first", 0, 600)]
-        wait_for(lambda: server.metric("num_requests_running") == 1)
-        for queued, (name, priority) in enumerate([("c", 9), ("d", 9), ("a", -1), ("b", 0)], start=1):
-            running.append(pool.submit(send, name, priority))
-            wait_for(lambda queued=queued: server.metric("num_requests_waiting") == queued)
-        for done in running:
+    held = completion(prompt(32, "held"), 1900, stream=True)
+    with ThreadPoolExecutor(4) as pool:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=held, timeout=STEP_S):
+            wait_for(lambda: server.metric("num_requests_running") == 1)
+            queued = []
+            for name, priority in [("c", 9), ("d", 9), ("a", -1), ("b", 0)]:
+                queued.append(pool.submit(send, name, priority))
+                wait_for(lambda: server.metric("num_requests_waiting") == len(queued))
+        for done in queued:
             done.result()
-    assert finished == ["first", "a", "b", "c", "d"]
+    assert finished == ["a", "b", "c", "d"]

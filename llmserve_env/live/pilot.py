@@ -54,11 +54,12 @@ class Pilot:
         seed: the agent's.
         log: gets everything.
         reward: what the rewards are, for the log.
+        capabilities: how each field is applied, for the log.
 
     Attributes:
         in_force: the configuration.
         window: index of the next decision's.
-        capabilities: how each field is applied; what is known at the first decision goes into the log.
+        capabilities: as given; may be set until the first decision.
 
     Raises:
         InputError: the agent cannot play the task.
@@ -86,6 +87,7 @@ class Pilot:
         seed: int = 0,
         log: DecisionLog | None = None,
         reward: str = "the task's",
+        capabilities: Mapping[str, str] | None = None,
     ) -> None:
         if not decide_limit_s > 0:
             raise InputError(f"expected more than 0, found {decide_limit_s}", field="decide_limit_s")
@@ -96,7 +98,7 @@ class Pilot:
         self.safe = start if safe is None else safe
         self.dry_run = dry_run
         self.window = 0
-        self.capabilities: Mapping[str, str] = {}
+        self.capabilities: Mapping[str, str] = capabilities or {}
         self._agent = agent
         self._limits = shipped_limits() if limits is None else limits
         self._limit_s = decide_limit_s

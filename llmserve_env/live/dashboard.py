@@ -9,6 +9,7 @@ The page asks no other host for anything.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from llmserve_env import __version__
-from llmserve_env.live.exposition import GatewayMetrics
+from llmserve_env.live.exposition import GatewayMetrics, exposed
 
 if TYPE_CHECKING:
     from llmserve_env.live.history import History
@@ -51,15 +52,16 @@ class Dashboard:
         self.history = history
         self._metrics = GatewayMetrics(history)
 
-    def answer(self, path: str, query: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """Status, headers and body for one of `PATHS`."""
+    async def answer(self, path: str, query: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Status, headers and body for one of `PATHS`. Long texts are written in a thread: streams go on."""
         if path == "/dashboard":
             return 200, _PAGE_HEADERS, _page()
         if path == "/dashboard/data":
             (after,) = parse_qs(query.decode("latin-1")).get("after", ["-1"])[-1:]
             number = int(after) if after.isdecimal() and len(after) < 16 else -1
-            return 200, _DATA_HEADERS, json.dumps(self.data(number), allow_nan=False).encode()
-        return 200, _TEXT_HEADERS, self._metrics.text()
+            text = await asyncio.to_thread(json.dumps, self.data(number), allow_nan=False)
+            return 200, _DATA_HEADERS, text.encode()
+        return 200, _TEXT_HEADERS, await asyncio.to_thread(exposed, self._metrics.collected())
 
     def data(self, after: int) -> dict[str, object]:
         """What the page shows, as JSON has it: what is now, and windows and decisions after this number."""

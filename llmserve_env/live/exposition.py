@@ -75,9 +75,9 @@ class GatewayMetrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def text(self) -> bytes:
-        """In Prometheus' text format, version 0.0.4."""
-        return generate_latest(self._registry)
+    def collected(self) -> list[Metric]:
+        """What there is now, the process' own metrics with it."""
+        return list(self._registry.collect())
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: what is collected need not be known before."""
@@ -214,6 +214,16 @@ class GatewayMetrics(Collector):
         yield family
         rewards = [] if history.reward is None else [((), history.reward)]
         yield _family(GaugeMetricFamily, "reward", "Of the last window.", [], rewards)
+
+
+def exposed(metrics: list[Metric]) -> bytes:
+    """Metrics in Prometheus' text format, version 0.0.4."""
+
+    class Collected(Collector):
+        def collect(self) -> list[Metric]:
+            return metrics
+
+    return generate_latest(Collected())
 
 
 def _family(

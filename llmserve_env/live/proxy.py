@@ -117,7 +117,7 @@ class Proxy:
                 await _answer(send, *await answer[path](scope["headers"]))
             elif path in PATHS:
                 _only(method, "GET")
-                await _answer(send, *self._dashboard.answer(path, scope["query_string"]))
+                await _answer(send, *await self._dashboard.answer(path, scope["query_string"]))
             else:
                 raise Refused(404, f"No such path here; there are {', '.join(_COMPLETIONS)}", "path")
         except Refused as refused:

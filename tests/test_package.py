@@ -168,6 +168,7 @@ def test_archives_carry_the_weights(archives):
     (wheel,), (source,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
     found = zipfile.ZipFile(wheel).namelist()
     assert {name for name in found if "weights" in name} == {f"llmserve_env/{name}" for name in carried}
+    assert {f"llmserve_env/live/data/{name}" for name in ("dashboard.html", "grafana.json")} <= set(found)
     assert {name.partition("/")[0] for name in found if "dist-info" not in name} == {"llmserve_env", "server"}
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from importlib import resources
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -25,6 +26,7 @@ from .endpoint_server import BREAK, Running, ScriptedEndpoint, event, piece
 from .test_gateway import ANSWER, answering, ask, asking, held, standing, until
 from .vllm_server import metrics as vllm_metrics
 
+ROOT = Path(__file__).parents[2]
 PAID = Caller(name='pa"id\\', key="k-paid", ttft_slo_s=30, tpot_slo_s=30)
 SLOW = Caller(name="slow", value="slow", ttft_slo_s=1e-9)
 SECRET = "a secret nobody shows"
@@ -238,7 +240,7 @@ def test_the_page_stands_alone_and_shows_nothing_that_clients_sent():
     asyncio.run(main())
 
 
-def test_what_grafana_asks_for_is_there():
+def test_what_grafana_asks_for_is_there_and_all_of_it_is_described():
     path = resources.files("llmserve_env.live") / "data" / "grafana.json"
     dashboard = json.loads(path.read_text(encoding="utf-8"))
     assert dashboard["schemaVersion"] >= 36
@@ -274,5 +276,8 @@ def test_what_grafana_asks_for_is_there():
             shown - asked - {each for each in shown if re.search(r"_(bucket|sum|count)$|_process_", each)}
         )
         assert left_out == {"llmserve_gateway_windows_total"}
+        told = (ROOT / "docs" / "live.md").read_text(encoding="utf-8").partition("## Dashboard")[2]
+        names = {re.sub(r"llmserve_gateway_|_(bucket|sum|count)$", "", each) for each in shown}
+        assert {each for each in names if f"`{each}`" not in told and "process_" not in each} == set()
 
     asyncio.run(main())

@@ -219,10 +219,17 @@ def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[
     import uvicorn
 
     class Server(uvicorn.Server):
+        failure: Exception | None = None
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
             self.steering = asyncio.create_task(windows)
+            self.steering.add_done_callback(self.steered)
+
+        def steered(self, _: asyncio.Task[None]) -> None:
+            """It never ends of itself: what it could not begin with is told, and the command ends."""
+            self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             self.steering.cancel()  # first of all: what drains, drains under the settings of before
@@ -230,14 +237,18 @@ def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[
                 await self.steering
             except asyncio.CancelledError:
                 pass
-            except Exception:
-                logging.getLogger(__name__).exception("steering failed; see whether settings were restored")
+            except Exception as error:
+                logging.getLogger(__name__).error("steering failed", exc_info=error)
+                self.failure = error
             await super().shutdown(sockets=sockets)
 
     # uvicorn raises the signal again when it is done, which is the end that was asked for.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
-    Server(config).run(sockets=[listening])
+    server = Server(config)
+    server.run(sockets=[listening])
+    if server.failure is not None:
+        raise server.failure
 
 
 def _task(

@@ -88,7 +88,14 @@ async def steer(
     while True:
         await asyncio.sleep(begun_s + window_s - loop.time())
         begun_s = loop.time()
-        record = deployment.window()
+        try:
+            record = deployment.window()
+        except Exception as error:
+            if pilot is None:
+                _log.exception("a window could not be recorded")
+            else:
+                _fallen_back(deployment, pilot, error)
+            continue
         decision, reward = None, None
         if pilot is not None and rewards is not None:
             decision, reward = await _decided(deployment, pilot, rewards)
@@ -112,10 +119,15 @@ async def _decided(
         not_applied = deployment.apply(decision.applied)
         return await asyncio.to_thread(pilot.applied, not_applied), reward
     except Exception as error:
-        decision = pilot.fall_back(error)
+        return _fallen_back(deployment, pilot, error), reward
+
+
+def _fallen_back(deployment: Deployment, pilot: Pilot, error: Exception) -> Decision:
+    """The safe configuration is in force."""
+    decision = pilot.fall_back(error)
     try:
         not_applied = deployment.apply(decision.applied)
     except Exception:
         _log.exception("the safe configuration could not be applied in engines; it is in the gateway")
         not_applied = deployment.gateway.apply(decision.applied)
-    return decision.model_copy(update={"not_applied": not_applied}), reward
+    return decision.model_copy(update={"not_applied": not_applied})

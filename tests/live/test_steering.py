@@ -208,6 +208,29 @@ def test_a_control_folder_that_is_gone_leaves_the_gateway_safe(tmp_path):
     run(scenario())
 
 
+def test_a_window_that_cannot_be_recorded_is_not_the_last(monkeypatch):
+    async def scenario():
+        async with serving(ServeAction(batch_cap=8)) as here:
+            await here.until(lambda decision: decision.by == "agent")
+            failed = asyncio.Event()
+
+            def fail():
+                failed.set()
+                raise RuntimeError("boom")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(here.deployment, "window", fail)
+                await asyncio.wait_for(failed.wait(), 60)
+                assert here.gateway.action == SAFE
+                await here.complete()
+            while not here.told.empty():
+                here.told.get_nowait()
+            await here.until(lambda decision: decision.by == "agent")
+            assert here.gateway.action.batch_cap == 8
+
+    run(scenario())
+
+
 def test_a_window_that_cannot_be_told_is_not_the_last():
     async def scenario():
         async with serving(ServeAction(batch_cap=8)) as here:

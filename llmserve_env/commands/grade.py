@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmserve_env.schema import GradeResult
 
 
 def grade(file: Path, /, *, allow_files: bool = False) -> None:
@@ -26,6 +30,11 @@ def grade(file: Path, /, *, allow_files: bool = False) -> None:
     except InputError as error:
         place = error.file or str(file)
         raise InputError(error.reason, file=place, line=error.line, field=error.field) from error
+    tell(result)
+
+
+def tell(result: GradeResult) -> None:
+    """Print a grade."""
     print(f"{result.task_id}, {'evaluation' if result.held_out else 'training'} seed {result.seed}")
     if result.custom:
         print("not the shipped task of this name" if _is_shipped(result.task_id) else "not a shipped task")

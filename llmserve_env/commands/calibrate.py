@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from llmserve_env.commands.calibrate_live import live
 from llmserve_env.commands.calibrate_predictions import predictions
 from llmserve_env.errors import InputError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from llmserve_env.hardware.calibrate import Regime
     from llmserve_env.hardware.profile import Link
 
-__all__ = ["kernels", "predictions"]
+__all__ = ["kernels", "live", "predictions"]
 
 
 def kernels(

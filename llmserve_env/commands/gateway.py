@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     import uvicorn
 
-    from llmserve_env.agents import Agent
     from llmserve_env.backend import WindowRecord
     from llmserve_env.live.decisions import Decision
     from llmserve_env.live.deployment import Deployment
@@ -289,7 +288,7 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
     from llmserve_env.hardware.profile import refusal
     from llmserve_env.live.decision_log import DecisionLog
     from llmserve_env.live.pilot import Pilot
-    from llmserve_env.live.steering import RunningReward
+    from llmserve_env.live.steering import RunningReward, warm_up
 
     assert steering.agent is not None
     limit_s = task.window_s / 2 if steering.decide_limit_s is None else steering.decide_limit_s
@@ -304,7 +303,7 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
         refused = refusal(error)
         raise InputError(refused.reason, field=f"safe.{refused.field}") from error
     agent = find_agent(steering.agent, task)
-    _warm_up(agent, task)
+    warm_up(agent, task)
     return Pilot(
         agent,
         task,
@@ -318,30 +317,6 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
         log=None if steering.decisions is None else DecisionLog(steering.decisions),
         reward=RunningReward.MEANING,
     )
-
-
-def _warm_up(agent: Agent, task: Task) -> None:
-    """Compile what windows need before anybody is served: requests would wait for it.
-
-    What fails here fails in service, too, and is told there.
-    """
-    from contextlib import suppress
-
-    import numpy as np
-
-    from llmserve_env.actions import to_array
-    from llmserve_env.backend import WINDOW
-    from llmserve_env.live.steering import RunningReward
-    from llmserve_env.observation import Observer
-
-    windows, action = np.zeros(1, WINDOW), to_array([task.start])
-    RunningReward(task).of(windows[0])
-    agent.reset(task, [0])
-    for window in range(2):
-        windows["end_s"] = (window + 1) * task.window_s
-        seen = Observer(task).of(windows, action, np.array([window]))
-        with suppress(Exception):
-            agent.act(seen, windows.copy())
 
 
 class _Teller:

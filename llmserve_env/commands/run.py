@@ -100,6 +100,7 @@ def run(
     from llmserve_env.commands.grade import tell
     from llmserve_env.errors import InputError
     from llmserve_env.grading import grade, write_log
+    from llmserve_env.live.steering import warm_up
     from llmserve_env.tasks import load_task
 
     check_folders(log, piloting.decisions)
@@ -117,6 +118,8 @@ def run(
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
+        if live:
+            warm_up(player, played)
         world.begin(seed)
         _play(world, player, piloting, seed)
     finally:

@@ -6,15 +6,20 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Container
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmserve_env.actions import to_array
+from llmserve_env.backend import WINDOW
+from llmserve_env.observation import Observer
 from llmserve_env.rewards import Rewards
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmserve_env.agents import Agent
     from llmserve_env.backend import WindowRecord
     from llmserve_env.live.decisions import Decision
     from llmserve_env.live.deployment import Deployment
@@ -64,6 +69,21 @@ class RunningReward:
         demand = float(np.mean(self._arrived)) * self._windows
         components, _ = self._rewards.of(earning, np.array([demand]))
         return float(components.sum())
+
+
+def warm_up(agent: Agent, task: Task) -> None:
+    """Compile what windows need before anybody is served: requests would wait for it.
+
+    What fails here fails in service, too, and is told there.
+    """
+    windows, action = np.zeros(1, WINDOW), to_array([task.start])
+    RunningReward(task).of(windows[0])
+    agent.reset(task, [0])
+    for window in range(2):
+        windows["end_s"] = (window + 1) * task.window_s
+        seen = Observer(task).of(windows, action, np.array([window]))
+        with suppress(Exception):
+            agent.act(seen, windows.copy())
 
 
 async def steer(

@@ -206,6 +206,8 @@ class Deployment:
         row, ttft, gaps = self.gateway.close_window(start_s, end_s)
         self.unmeasured = dict(UNMEASURED)
         self._fill(row)
+        if "kv_cache_occupancy" in self.unmeasured:
+            row["kv_occupancy"] = 0.0  # of some servers it may be known
         self.row = row
         not_applied = self.not_applied
         self._see_engines()  # one may have come, or gone

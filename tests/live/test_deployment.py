@@ -215,6 +215,7 @@ def test_figures_of_a_part_of_the_servers_are_none():
     here = deployment(Upstream(URL), Upstream(OTHER), told=[BUSY, ()])
     record = here.window()
     assert (record.preemptions, record.mean_kv_occupancy, record.drafted_tokens) == (0, 0, 0)
+    assert record.kv_occupancy == 0
     assert here.unmeasured == UNMEASURED
     assert here.stale == f"{OTHER}: no metrics yet"
     scrape(here.telemetry.replicas[1], *BUSY)

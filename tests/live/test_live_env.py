@@ -185,9 +185,16 @@ def test_precisions_and_depths_are_pools(make):
         assert fp16.requests
         assert env.episode.action.quantization_tier is QuantizationTier.FP16
         env.reset(seed=1)
-        masks = env.action_masks()
         grid = env.task.grid.values
-        assert len(masks) == sum(len(values) for values in grid.values())
+        begins = dict(zip(grid, np.cumsum([0, *(len(values) for values in grid.values())]), strict=False))
+        masks = {
+            name: dict(zip(values, env.action_masks()[begins[name] :], strict=False))
+            for name, values in grid.items()
+        }
+        assert masks["quantization_tier"] == {tier: tier != "INT4" for tier in grid["quantization_tier"]}
+        assert set(masks["speculation_depth"].values()) == {
+            True
+        }  # of FP16 there is no pool of any: no value has an effect
         assert env.capabilities()["quantization_tier"] == "routing: to servers with FP16, INT8"
 
 

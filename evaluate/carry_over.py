@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path("evaluate/carry_over")
 
-CAUTIOUS = ServeAction(batch_cap=8, admission_rate=4.0)
+CAUTIOUS = ServeAction(batch_cap=8, admission_rate=3.0)
 """A constant of somebody who wants all that is let in to be in time."""
 
 EXPECTED = ("patience", "admission rate")

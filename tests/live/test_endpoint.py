@@ -187,6 +187,23 @@ def test_a_first_token_keeps_the_client(live):
     assert (total(records, "completed"), total(records, "failed")) == (1, 0)
 
 
+def test_a_deadline_is_of_the_whole_answer(live):
+    go_on = threading.Event()
+
+    def lines(body):
+        yield piece("first")
+        go_on.wait(30)
+        yield from [piece("last", "length"), "[DONE]"]
+
+    with serving(CompletionEndpoint(lines=lines)) as url:
+        here = live(url, requests(0.0, tenants=(Tenant(deadline_s=1.0),)))
+        records = served_out(here)
+        go_on.set()
+        assert here.told()["failures"] == {"deadline": 1}
+    assert total(records, "failed") == total(records, "timeouts") == total(records, "first_tokens") == 1
+    assert total(records, "completed") == 0
+
+
 ERROR = json.dumps({"error": {"message": "queue is full", "code": 503}})
 
 

@@ -200,19 +200,23 @@ def _terms(iterations: Iterations, knots: Array) -> Array:
 
 def _solve(terms: Array, us: Array, knots: Array) -> Array:
     """Coefficients >= 0 that make relative errors small, by iteratively reweighted least squares."""
-    relative = terms / us[:, None]
-    scale = np.maximum(np.abs(relative).max(axis=0), 1e-12)
+    scale = np.abs(terms / us[:, None]).max(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
     bends = np.zeros((len(knots) - 2, terms.shape[1]))
     for row, (low, middle, high) in enumerate(zip(knots[:-2], knots[1:-1], knots[2:], strict=True)):
         # Of time per token: what no iteration tells goes on as before.
         bends[row, row + 1 : row + 3] = np.array([1 / (middle - low), -1 / (high - middle)]) * (middle - low)
     bends *= _RIDGE * np.sqrt(len(us)) / np.median(us)
     found = np.zeros(terms.shape[1])
-    weight = np.ones(len(us))
+    expected, weight = us, np.ones(len(us))
     for _ in range(_ROUNDS):
-        rows = np.vstack([relative * weight[:, None], bends]) / scale
-        found = nnls(rows, np.concatenate([weight, np.zeros(len(bends))]))[0] / scale
-        error = np.abs(relative @ found - 1)
+        # Relative to what is expected: relative to what was measured, of like iterations the long ones would
+        # count for less than the short ones, and the sum of all come out too small.
+        per_us = (weight / expected)[:, None]
+        rows = np.vstack([terms * per_us, bends]) / scale
+        found = nnls(rows, np.concatenate([us * per_us[:, 0], np.zeros(len(bends))]))[0] / scale
+        expected = np.maximum(terms @ found, 1e-3 * us)
+        error = np.abs(us / expected - 1)
         limit = _OUTLIER * max(float(np.median(error)), 1e-6)
         weight = np.sqrt(np.minimum(1.0, limit / np.maximum(error, 1e-12)))
     return found

@@ -53,6 +53,8 @@ _OWN = frozenset({b"host", b"content-length", b"accept-encoding", b"expect"})
 """Headers of a request that are the gateway's to set: it reads along in answers, so they come unpacked."""
 _JSON = [(b"content-type", b"application/json")]
 _LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
+_LATER = (429, 503)
+"""Refusals that are worth another try, so that a time is told for it."""
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -435,6 +437,8 @@ class _Answer:
         )
         if response.status != 200:
             headers += _JSON
+        if response.status in _LATER and "retry-after" not in response.headers:
+            headers.append((b"retry-after", b"1"))
         await self._start(response.status, [*headers, (b"content-length", str(len(body)).encode())])
         await self._part(body)
         await self._end()
@@ -519,7 +523,7 @@ def _refusal(error: dict[str, Any]) -> Refused:
     """A stream whose first event is an error, as vLLM refuses a request that wants a stream."""
     code = error.get("code")
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502
-    retry_after_s = 1.0 if status in (429, 503) else None
+    retry_after_s = 1.0 if status in _LATER else None
     return Refused(status, str(error.get("message") or "refused"), f"refused with {status}", retry_after_s)
 
 

@@ -399,6 +399,21 @@ def test_refusals_of_an_upstream_come_in_openai_s_form(status, body, message):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("status", "retry"), [(503, "1"), (429, "1"), (400, None)])
+def test_a_refusal_for_now_says_when_to_try_again(status, retry):
+    async def main():
+        endpoint = ScriptedEndpoint(
+            lambda asked: [json.dumps(ERROR).encode()],
+            status=status,
+            headers={"content-type": "application/json"},
+        )
+        async with standing(endpoint) as here:
+            got_status, headers, _ = await ask(here)
+            assert (got_status, headers.get("retry-after")) == (status, retry)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("code", "status", "retry"), [(503, 503, "1"), (400, 400, None), ("x", 502, None)])
 @pytest.mark.parametrize("split", [False, True])
 def test_a_stream_that_begins_with_an_error_is_a_refusal(code, status, retry, split):

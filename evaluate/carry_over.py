@@ -31,8 +31,9 @@ from evaluate.carry_over_report import Compared, draw, table
 from evaluate.evaluate import choose_seeds
 from evaluate.search import Player, best_constants
 from evaluate.tune import tune_rule
+from llmserve_env import __version__
 from llmserve_env.actions import to_action
-from llmserve_env.agents import ReactiveAgent, ReactiveRule, Shield, play
+from llmserve_env.agents import ReactiveAgent, ReactiveRule, Shield, play, shield_settings
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.granted import finite_ends, granted
 from llmserve_env.agents.policy import PolicyAgent, load_policy
@@ -187,7 +188,9 @@ def entrants(task: Task, folder: Path) -> dict[str, Entrant]:
     }
     found["reactive rule"] = Entrant(lambda: ReactiveAgent(chosen.reactive), _json(chosen.reactive))
     found["ppo"] = Entrant(lambda: PolicyAgent(policy, "ppo"), weights)
-    found["shielded ppo"] = Entrant(lambda: Shield(PolicyAgent(policy, "ppo")), f"shielded {weights}")
+    found["shielded ppo"] = Entrant(
+        lambda: Shield(PolicyAgent(policy, "ppo")), [weights, _json(shield_settings())]
+    )
     return found
 
 
@@ -356,7 +359,7 @@ def _rotated(labels: list[str], by: int) -> list[str]:
 def _key(agent: Entrant, task: Task, settings: EndpointSettings) -> str:
     """Of all that a live episode hangs on beside the server: not the profile, which it does not need."""
     made_of = task.model_dump(mode="json", exclude={"cell": {"profile"}})
-    content = json.dumps([made_of, agent.known_by, settings.token_ids], sort_keys=True)
+    content = json.dumps([made_of, agent.known_by, settings.token_ids, __version__], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

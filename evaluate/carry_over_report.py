@@ -171,10 +171,12 @@ def draw(path: Path, compared: Compared) -> None:
             left.errorbar(
                 middle, places + shift, xerr=_arms(world), fmt="o", color=colour, label=name, capsize=2, ms=5
             )
-        left.set_yticks(places, compared.labels, color=INK)
+        numbered = [f"{label}  {number}" for number, label in enumerate(compared.labels, 1)]
+        left.set_yticks(places, numbered, color=INK)
         left.set_xlabel("score")
         left.set_title("Scores with 95% intervals")
-        left.legend(loc="lower right")
+        left.set_xlim(left=0.0)
+        left.legend(loc="upper right")
         across, up = intervals
         right.errorbar(
             [each.estimate for each in across],
@@ -189,15 +191,9 @@ def draw(path: Path, compared: Compared) -> None:
         )
         ends = [0.0, 1.05 * max(each.high for world in intervals for each in world)]
         right.plot(ends, ends, color=GREY, lw=1, ls=":")
-        for label, x, y in zip(compared.labels, across, up, strict=True):
-            right.annotate(
-                label,
-                (x.estimate, y.estimate),
-                xytext=(6, -9),
-                textcoords="offset points",
-                color=INK,
-                fontsize=8,
-            )
+        for number, (x, y) in enumerate(zip(across, up, strict=True), 1):
+            place = (x.estimate, y.estimate)
+            right.annotate(str(number), place, xytext=(5, 4), textcoords="offset points", color=INK)
         right.set(xlabel="simulated", ylabel="live", xlim=ends, ylim=ends)
         rho = compared.correlations["Spearman's rho"]
         right.set_title(f"Rank correlation {rho.estimate:.2f}")

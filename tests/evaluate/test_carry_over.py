@@ -25,12 +25,12 @@ AGENTS = ["defaults", "cautious constant", "best constant", "reactive rule", "pp
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The agents and the task, with episodes of 0.3 s."""
+    """The agents and the task, with episodes of 0.2 s."""
     monkeypatch.setattr(module, "SETTLE_S", 0.0)
     copy = tmp_path / "carry_over"
     shutil.copytree(FOLDER, copy)
     text = (copy / "task.toml").read_text()
-    text = text.replace("window_s = 1.0", "window_s = 0.1").replace("horizon_s = 48.0", "horizon_s = 0.3")
+    text = text.replace("window_s = 1.0", "window_s = 0.1").replace("horizon_s = 48.0", "horizon_s = 0.2")
     (copy / "task.toml").write_text(text)
     return copy
 

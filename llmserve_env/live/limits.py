@@ -90,7 +90,7 @@ class Limits(BaseModel):
                 since = age.get(name)
                 if since is not None and since < limit.least_windows:
                     values[name] = old
-                    held[name] = f"{_said(new)} held back: changed {since} windows ago"
+                    held[name] = f"{_said(new)} held back: changed {since} window{'s' * (since != 1)} ago"
                 continue
             if name == "admission_rate":
                 kept = _rate(new, old, limit.most_factor, asked_rate)

@@ -75,7 +75,7 @@ def read_iterations(text: str, kv_tokens: float, block_tokens: int, file: str) -
         file: what an InputError names.
 
     Raises:
-        InputError: there is no iteration, several engines, or no usage of the KV cache.
+        InputError: there is no iteration, or several engines, no usage of the KV cache, or speculation.
     """
     found = [match for match in map(_LINE.search, text.splitlines()) if match]
     if not found:
@@ -93,6 +93,8 @@ def read_iterations(text: str, kv_tokens: float, block_tokens: int, file: str) -
         return np.array([float(match[name]) for match in found])
 
     decodes, usage = column("decodes"), column("kv") / 100 * kv_tokens
+    if (column("decode_tokens") != decodes).any():
+        raise InputError("expected one token for each decoding sequence, found speculation", file=file)
     consecutive = np.diff(column("index"), prepend=np.nan) == 1
     before = np.where(consecutive, np.roll(usage, 1), usage)
     kv = np.clip(before - decodes * (block_tokens - 1) / 2, decodes, kv_tokens)

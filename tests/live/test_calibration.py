@@ -16,12 +16,18 @@ from llmserve_env.hardware.iteration_fit import Iterations, fit_iterations, pred
 from llmserve_env.hardware.latency import compile_latency, iteration_time
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.model_config import read_model
+from llmserve_env.live import calibration
 from llmserve_env.live.calibration import Limits, Phase, find_limits, fit_profile
 from llmserve_env.live.iterations import read_iterations
 from llmserve_env.live.load import Answer, Load, Target, closed_loop
 
-from .endpoint_server import CompletionEndpoint, closed_url, serving
+from .endpoint_server import CompletionEndpoint, answer, closed_url, serving
 from .vllm_server import RecordedServer
+
+LINE = (
+    "Engine 000: Iteration({0}): {1} context requests, {2} context tokens, {3} generation requests, {3} "
+    "generation tokens, iteration elapsed time: 1.00 ms, CPU KV cache usage: 2.0%\n"
+)
 
 LOG = Path(__file__).parent / "logs" / "vllm-0.32.log"
 """Of `scripts/vllm_cpu.sh serve FOLDER 8101 --enable-logging-iteration-details` on two CPU cores: its
@@ -43,8 +49,17 @@ CONFIG = {
 class VllmEndpoint:
     """What a recorded server tells, and completions of as many tokens as asked, one after the other."""
 
-    def __init__(self):
-        self.recorded, self.completions = RecordedServer(), CompletionEndpoint()
+    def __init__(self, log=None):
+        self.recorded, self.completions = RecordedServer(), CompletionEndpoint(lines=self.lines)
+        self.log, self.logged = log, 0
+
+    def lines(self, body):
+        if self.log is not None:  # one request after the other, 1 ms an iteration
+            kinds = [(1, len(body["prompt"]), 0), *[(0, 0, 1)] * (body["max_tokens"] - 1)]
+            with self.log.open("a") as file:
+                file.writelines(LINE.format(self.logged + i, *kind) for i, kind in enumerate(kinds))
+            self.logged += len(kinds)
+        return answer(body)
 
     async def __call__(self, scope, receive, send):
         async def paced(message):
@@ -102,6 +117,7 @@ def test_contexts_are_those_that_an_iteration_begins_with():
         (lambda text: text.replace("Iteration(", "Step("), "--enable-logging-iteration-details"),
         (lambda text: text.replace("Engine 000", "Engine 001", 1), "one engine"),
         (lambda text: text.replace(", CPU KV cache usage: 2.0%", ""), "usage"),
+        (lambda text: text.replace("16 generation tokens", "48 generation tokens"), "speculation"),
     ],
 )
 def test_logs_that_cannot_be_used(change, message):
@@ -256,12 +272,12 @@ def test_clients_send_again_when_they_are_answered():
         answers = closed_loop(Target(url, "tiny", (100, 200)), load, 0.1, seed=1)
     assert endpoint.peak <= 3
     assert len(endpoint.requests) == len(answers) > 3
-    for request, answer in zip(endpoint.requests[:1], answers[:1], strict=True):
+    for request in endpoint.requests:
         assert request["ignore_eos"] is True
-        assert request["max_tokens"] == answer.output_tokens
-        assert len(request["prompt"]) == answer.prompt_tokens
+        assert 2 <= request["max_tokens"] <= 3
+        assert 4 <= len(request["prompt"]) <= 6
         assert all(100 <= token < 200 for token in request["prompt"])
-    assert all(len(answer.token_s) == answer.output_tokens and not answer.error for answer in answers)
+    assert all(len(each.token_s) == each.output_tokens and not each.error for each in answers)
 
 
 # --------------------------------------------------------------------------------------------- the command
@@ -271,9 +287,16 @@ def run(*args):
     return main(["calibrate", "live", *map(str, args)])
 
 
-def test_the_command_writes_a_profile(config, tmp_path, capsys):
+def test_the_command_writes_a_profile(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "_SETTLE_S", 0.0)
+    plan = tmp_path / "plan.toml"
+    load = "[[load]]\nclients = {}\nprompt_tokens = [8, 64]\noutput_tokens = [8, 16]\n"
+    plan.write_text("".join(load.format(clients) for clients in (1, 2, 8)))
+    monkeypatch.setattr(calibration, "_PLAN", plan)
     out, report, picture = tmp_path / "tiny.toml", tmp_path / "fit.json", tmp_path / "fit.png"
-    with serving(VllmEndpoint()) as url:
+    log = tmp_path / "vllm.log"
+    log.write_text("'max_num_seqs': 64, device_config=cpu\n")
+    with serving(VllmEndpoint(log)) as url:
         command = (
             "--url",
             url,
@@ -286,11 +309,13 @@ def test_the_command_writes_a_profile(config, tmp_path, capsys):
             "--picture",
             picture,
         )
-        assert run(*command, "--minutes", 0.02) == 0
+        assert run(*command, "--minutes", 0.02, "--iteration-log", log) == 0
     profile = load_profile(out)
     assert profile.name == "tiny"
-    assert "client timings" in profile.latency.source
-    assert json.loads(report.read_text())["regimes"]["decode"]["points"] > 10
+    assert "vLLM's log" in profile.latency.source
+    assert profile.server.step_us > 0  # the endpoint takes twice as long as it logs
+    assert profile.engine.max_num_seqs == 64
+    assert json.loads(report.read_text())["regimes"]["decode"]["median_percent"] < 1
     assert "median error %" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
 
@@ -312,3 +337,9 @@ def test_what_cannot_be_used_is_named(config, tmp_path, capsys):
         missing = tmp_path / "missing.log"
         assert "missing.log" in refused("--model-config", config, "--iteration-log", missing, url=url)
     assert not out.exists()
+
+
+def test_the_shipped_plan_has_single_clients_and_large_batches():
+    clients = [load.clients for load in calibration.shipped_plan()]
+    assert clients.count(1) >= 2
+    assert max(clients) == 64

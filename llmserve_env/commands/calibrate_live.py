@@ -137,8 +137,9 @@ def _draw(fit: Fit, path: Path) -> None:
             axes.plot(
                 measured_ms[which], predicted_ms[which], ".", ms=2, alpha=0.4, color=colour, label=label
             )
-        ends = [float(measured_ms.min()), float(measured_ms.max())]
+        ends = (0.5 * float(predicted_ms.min()), 2 * float(predicted_ms.max()))
         axes.plot(ends, ends, color=GREY, lw=1)
+        axes.set(xlim=ends, ylim=ends)
         axes.set(
             xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)", title="Iterations"
         )

@@ -37,6 +37,7 @@ from llmserve_env.agents import ReactiveAgent, ReactiveRule, Shield, play, shiel
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.granted import finite_ends, granted
 from llmserve_env.agents.policy import PolicyAgent, load_policy
+from llmserve_env.agents.shield import RULES
 from llmserve_env.errors import InputError
 from llmserve_env.figures import check_suffix
 from llmserve_env.files import write_atomic
@@ -140,6 +141,7 @@ class LiveResult:
         score: mean reward.
         arrived: requests.
         failures: requests without a complete answer, by reason.
+        interventions: windows in which a shield overrode the agent, by rule.
         ended_s: when it ended (Unix time, s).
     """
 
@@ -149,6 +151,7 @@ class LiveResult:
     score: float
     arrived: int
     failures: dict[str, int]
+    interventions: dict[str, int]
     ended_s: float
 
 
@@ -252,7 +255,9 @@ def play_all_live(
         for label, seed in missing:
             time.sleep(SETTLE_S)
             bar.set_postfix_str(label)
-            score, told = play_live(agents[label].make(), task, seed, settings)
+            agent = agents[label].make()
+            score, told = play_live(agent, task, seed, settings)
+            overridden = agent.interventions[0].tolist() if isinstance(agent, Shield) else []
             result = LiveResult(
                 label,
                 seed,
@@ -260,6 +265,7 @@ def play_all_live(
                 score,
                 told["cuts"]["requests"],
                 told["failures"],
+                dict(zip(RULES, overridden, strict=False)),
                 time.time(),
             )
             found[label, seed] = result

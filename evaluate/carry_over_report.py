@@ -16,7 +16,7 @@ from scipy import stats
 from llmserve_env.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.stats import Interval, interval, iqm, paired_difference
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ def test_all_agents_play_the_same_evaluation_seeds_in_both_worlds(folder, capsys
     assert {line["arrived"] for line in lines if line["seed"] == EVALUATION_SEEDS[0]} == {
         len(task.requests(EVALUATION_SEEDS[0]))
     }
+    shield = [line["interventions"] for line in lines if line["agent"] == "shielded ppo"]
+    assert [list(each) for each in shield] == [["panic", "rescue", "veto"]] * 2
     assert "Spearman's rho" in capsys.readouterr().out
     assert "shielded ppo" in (folder / "found.svg").read_text()
 

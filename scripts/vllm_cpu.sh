@@ -32,7 +32,8 @@ PY
 }
 
 make_model() {
-    HF_HUB_OFFLINE=1 "$python" - "$folder/model" <<'PY'
+    rm -rf "$folder/model.part"
+    HF_HUB_OFFLINE=1 "$python" - "$folder/model.part" <<'PY'
 import sys
 from pydoc_data.topics import topics  # text that every Python has, for the tokenizer
 import torch
@@ -66,13 +67,14 @@ fast = PreTrainedTokenizerFast(
 fast.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 fast.save_pretrained(sys.argv[1])
 PY
+    mv "$folder/model.part" "$folder/model"
 }
 
 case $1 in
 setup)
     mkdir -p "$folder"
     compgen -G "$folder/venv/lib/python*/site-packages/vllm-0.32.0+cpu.dist-info/METADATA" >/dev/null || install
-    [ -e "$folder/model/config.json" ] || make_model
+    [ -e "$folder/model" ] || make_model
     ;;
 serve)
     port=${3:-8101}

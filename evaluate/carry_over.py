@@ -94,7 +94,7 @@ class Arguments:
     token_ids: tuple[int, int] = (300, 4000)
     control: Path | None = None
     profile: Path | None = None
-    episodes: int = 7
+    episodes: int = 10
     choose: bool = False
     folder: Path = FOLDER
     json: Path = Path("out/carry_over/carry_over.json")

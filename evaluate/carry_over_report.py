@@ -192,8 +192,9 @@ def draw(path: Path, compared: Compared) -> None:
         ends = [0.0, 1.05 * max(each.high for world in intervals for each in world)]
         right.plot(ends, ends, color=GREY, lw=1, ls=":")
         for number, (x, y) in enumerate(zip(across, up, strict=True), 1):
-            place = (x.estimate, y.estimate)
-            right.annotate(str(number), place, xytext=(5, 4), textcoords="offset points", color=INK)
+            place, below = (x.estimate, y.estimate), number % 2 == 0  # so that neighbours stay apart
+            away = (6, -12) if below else (-10, 5)
+            right.annotate(str(number), place, xytext=away, textcoords="offset points", color=INK)
         right.set(xlabel="simulated", ylabel="live", xlim=ends, ylim=ends)
         rho = compared.correlations["Spearman's rho"]
         right.set_title(f"Rank correlation {rho.estimate:.2f}")

@@ -192,7 +192,7 @@ def draw(path: Path, compared: Compared) -> None:
         ends = [0.0, 1.05 * max(each.high for world in intervals for each in world)]
         right.plot(ends, ends, color=GREY, lw=1, ls=":")
         for number, (x, y) in enumerate(zip(across, up, strict=True), 1):
-            place, below = (x.estimate, y.estimate), number % 2 == 0  # so that neighbours stay apart
+            place, below = (x.estimate, y.estimate), number % 2 == 1  # so that neighbours stay apart
             away = (6, -12) if below else (-10, 5)
             right.annotate(str(number), place, xytext=away, textcoords="offset points", color=INK)
         right.set(xlabel="simulated", ylabel="live", xlim=ends, ylim=ends)

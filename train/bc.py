@@ -71,10 +71,10 @@ class Arguments:
     """Name of an agent, or folder of a policy."""
     task_id: str = "bursty_workload"
     """Id of a task."""
-    decisions: tuple[Path, ...] = ()
-    """Decision logs to learn from: task and actions are theirs, there is one round."""
     out: Path = Path("out/bc")
     """Folder of the policy and the checkpoint."""
+    decisions: list[Path] = field(default_factory=list)
+    """Decision logs to learn from: task and actions are theirs, there is one round."""
     rounds: int = 6
     """The first one watches the teacher, the clone plays in the others."""
     episodes: int = 64

@@ -188,7 +188,7 @@ def log(tmp_path):
 
 
 def test_a_decision_log_teaches_what_was_done_and_not_the_fallback(tmp_path, log):
-    agrees = clone(Arguments(decisions=(log,), out=tmp_path / "out", hidden=16, batch=32))
+    agrees = clone(Arguments(decisions=[log], out=tmp_path / "out", hidden=16, batch=32))
     assert agrees > 0.98
     policy = load_policy(tmp_path / "out")
     agent = PolicyAgent(policy)
@@ -214,11 +214,11 @@ def test_pieces_of_a_log_are_held_out_and_keep_their_order(log):
 
 def test_logs_that_teach_nothing_are_refused(tmp_path, log):
     with pytest.raises(InputError, match="say it themselves"):
-        clone(Arguments(decisions=(log,), teacher="random", out=tmp_path / "out"))
+        clone(Arguments(decisions=[log], teacher="random", out=tmp_path / "out"))
     few = tmp_path / "few"
     few.write_text("".join(log.read_text().splitlines(keepends=True)[:9]))
     with pytest.raises(InputError, match="expected 20 windows or more"):
-        clone(Arguments(decisions=(few,), out=tmp_path / "out"))
+        clone(Arguments(decisions=[few], out=tmp_path / "out"))
     few.write_text(log.read_text().splitlines(keepends=True)[0])
     with pytest.raises(InputError, match="no window whose outcome is known"):
-        clone(Arguments(decisions=(few,), out=tmp_path / "out"))
+        clone(Arguments(decisions=[few], out=tmp_path / "out"))

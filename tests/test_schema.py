@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmserve_env.schema import QuantizationTier, ServeAction
+from tests.strategies import actions
 
-ACTIONS = st.builds(
-    ServeAction,
-    batch_cap=st.integers(1, 512),
-    kv_budget_fraction=st.floats(0.1, 1.0),
-    speculation_depth=st.integers(0, 8),
-    quantization_tier=st.sampled_from(QuantizationTier),
-    prefill_decode_split=st.booleans(),
-    priority_routing=st.booleans(),
-    admission_rate=st.none() | st.floats(0, 1000, exclude_min=True),
-)
+ACTIONS = actions()
 
 
 @given(ACTIONS)

@@ -9,19 +9,11 @@ from hypothesis import strategies as st
 
 from llmserve_env.actions import ACTION, CONTROLS, ActionGrid, to_action, to_array
 from llmserve_env.errors import InputError
-from llmserve_env.schema import QuantizationTier, ServeAction
+from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
+from tests.strategies import actions
 
-ACTIONS = st.builds(
-    ServeAction,
-    batch_cap=st.integers(1, 512),
-    kv_budget_fraction=st.floats(0.1, 1.0),
-    speculation_depth=st.integers(0, 8),
-    quantization_tier=st.sampled_from(QuantizationTier),
-    prefill_decode_split=st.booleans(),
-    priority_routing=st.booleans(),
-    admission_rate=st.none() | st.floats(0, 1000, exclude_min=True),
-)
+ACTIONS = actions()
 VALUES = {
     "batch_cap": (8, 64, 512),
     "kv_budget_fraction": (0.1, 0.5, 1.0),

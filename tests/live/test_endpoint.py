@@ -171,15 +171,20 @@ def test_clients_without_a_first_token_lose_patience(live, cap):
     assert len(endpoint.requests) == cap  # with one at the endpoint, the other never gets there
 
 
-def test_a_first_token_keeps_the_client(live):
-    go_on = threading.Event()
+def in_two_parts(go_on):
+    """An answer whose rest comes when it may."""
 
     def lines(body):
         yield piece("first")
         go_on.wait(30)
         yield from [piece("last", "length"), "[DONE]"]
 
-    with serving(CompletionEndpoint(lines=lines)) as url:
+    return lines
+
+
+def test_a_first_token_keeps_the_client(live):
+    go_on = threading.Event()
+    with serving(CompletionEndpoint(lines=in_two_parts(go_on))) as url:
         here = live(url, requests(0.0, tenants=(Tenant(patience_s=1.0),)))
         records = served(here, windows=6)
         go_on.set()
@@ -189,13 +194,7 @@ def test_a_first_token_keeps_the_client(live):
 
 def test_a_deadline_is_of_the_whole_answer(live):
     go_on = threading.Event()
-
-    def lines(body):
-        yield piece("first")
-        go_on.wait(30)
-        yield from [piece("last", "length"), "[DONE]"]
-
-    with serving(CompletionEndpoint(lines=lines)) as url:
+    with serving(CompletionEndpoint(lines=in_two_parts(go_on))) as url:
         here = live(url, requests(0.0, tenants=(Tenant(deadline_s=1.0),)))
         records = served_out(here)
         go_on.set()

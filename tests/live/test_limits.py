@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from llmserve_env.actions import CONTROLS
 from llmserve_env.live.limits import Limits, shipped_limits
 from llmserve_env.schema import QuantizationTier, ServeAction
+from tests.strategies import actions
 
 LIMITS = Limits.model_validate(
     {
@@ -18,16 +19,7 @@ LIMITS = Limits.model_validate(
         "quantization_tier": {"least_windows": 3},
     }
 )
-ACTIONS = st.builds(
-    ServeAction,
-    batch_cap=st.integers(1, 512),
-    kv_budget_fraction=st.floats(0.1, 1.0),
-    speculation_depth=st.integers(0, 8),
-    quantization_tier=st.sampled_from(QuantizationTier),
-    prefill_decode_split=st.booleans(),
-    priority_routing=st.booleans(),
-    admission_rate=st.none() | st.floats(0.01, 1000),
-)
+ACTIONS = actions(least_rate=0.01)
 
 
 def held(old, age=None, asked_rate=10.0, **wanted):

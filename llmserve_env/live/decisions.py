@@ -8,10 +8,6 @@ from pydantic import BaseModel, ConfigDict
 
 from llmserve_env.schema import ServeAction
 
-RULES = ("panic", "rescue", "veto", "stale", "exception", "slow")
-"""Of shield and fallback; the rule of a limit is the fields that it held back, with commas between them."""
-
-
 class Decision(BaseModel):
     """What is in force in a window of a service, and who set it."""
 

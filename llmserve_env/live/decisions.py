@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmserve_env.schema import ServeAction
 
+
 class Decision(BaseModel):
     """What is in force in a window of a service, and who set it."""
 

@@ -32,12 +32,12 @@ from evaluate.evaluate import choose_seeds
 from evaluate.search import Player, best_constants
 from evaluate.tune import tune_rule
 from llmserve_env import __version__
-from llmserve_env.actions import to_action
 from llmserve_env.agents import ReactiveAgent, ReactiveRule, Shield, play, shield_settings
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.granted import finite_ends, granted
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.agents.shield import RULES
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.figures import check_suffix
 from llmserve_env.files import write_atomic

@@ -23,9 +23,9 @@ import tyro
 from tqdm import tqdm
 
 from evaluate.search import Player, best_constants, clairvoyant
-from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents import load_agent
 from llmserve_env.agents.play import play
+from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.provenance import made_by

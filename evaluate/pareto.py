@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from evaluate.evaluate import choose_seeds
-from llmserve_env.actions import to_action
 from llmserve_env.agents import Agent, ConstantAgent, load_agent
 from llmserve_env.agents.play import play_batch
 from llmserve_env.agents.policy import PolicyAgent, load_policy
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.files import write_atomic

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import ACTION, CONTROLS
+from llmserve_env.controls import ACTION, CONTROLS
 from llmserve_env.episode import EpisodeBatch
 
 if TYPE_CHECKING:

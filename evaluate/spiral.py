@@ -17,10 +17,10 @@ import numpy as np
 import tyro
 
 from evaluate.search import Player
-from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.play import play
+from llmserve_env.controls import to_action
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.stats import interval, paired_difference

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import to_action, to_array
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.observation import Observer, describe
 from llmserve_env.recording import Recording

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from pydantic import ValidationError
 
-from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
 from llmserve_env.backend import WINDOW
 from llmserve_env.catalog import TaskInfo, task_info
+from llmserve_env.controls import to_action
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmserve_env.actions import to_array
 from llmserve_env.catalog import catalog
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import finite
+from llmserve_env.controls import finite
 from llmserve_env.hardware.profile import TIERS
 from server.ui_trace import PARTS
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.episode import Episode
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, ServeAction

@@ -41,7 +41,6 @@ import tyro
 from tqdm import tqdm
 
 import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.agents import Agent, play
 from llmserve_env.agents.find import find_agent
 from llmserve_env.agents.policy import (
@@ -52,6 +51,7 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic

@@ -34,7 +34,6 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.agents import play
 from llmserve_env.agents.policy import (
     CLIP,
@@ -45,6 +44,7 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import FEATURES

@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import llmserve_env
-from llmserve_env.actions import CONTROLS, BoxActions, to_array
 from llmserve_env.agents import play
 from llmserve_env.agents.continuous_policy import (
     EDGE,
@@ -49,6 +48,7 @@ from llmserve_env.agents.continuous_policy import (
     ContinuousPolicyAgent,
 )
 from llmserve_env.agents.policy import CLIP, save_policy
+from llmserve_env.controls import CONTROLS, BoxActions, to_array
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import FEATURES
 from train.ppo import VALIDATION, Statistics, logger

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import to_array
 from llmserve_env.agents.granted import finite_ends, granted
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import BoxActions, to_array
 from llmserve_env.agents.policy import CLIP, CONFIG, check_grid, checked, read_policy
+from llmserve_env.controls import BoxActions, to_array
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 
 if TYPE_CHECKING:
     from llmserve_env.tasks import Task

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import to_array
 from llmserve_env.agents.forecast import RateForecast
 from llmserve_env.agents.traffic import PastTraffic
 from llmserve_env.agents.twin import Twins, wider
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.rewards import Rewards
 

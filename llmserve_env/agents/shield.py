@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import CONTROLS, to_action
 from llmserve_env.agents.granted import finite_ends, granted
+from llmserve_env.controls import CONTROLS, to_action
 from llmserve_env.errors import InputError
 
 if sys.version_info >= (3, 11):

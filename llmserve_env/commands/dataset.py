@@ -49,7 +49,7 @@ def dataset(
 
     Of decision logs, an episode is a stretch of windows without a gap, and an action the point of the grid
     that is nearest to what was in force. Infos hold what was in force exactly (`applied`, one number a
-    control, as in `llmserve_env.actions.ACTION`) and who decided it (`by`: 0 the agent, 1 the shield, 2 a
+    control, as in `llmserve_env.controls.ACTION`) and who decided it (`by`: 0 the agent, 1 the shield, 2 a
     limit, 3 the fallback). Such episodes cannot be played again.
 
     Needs `minari` and `h5py`.
@@ -138,7 +138,7 @@ def _of_logs(files: Sequence[Path], name: str | None, out: Path | None) -> None:
 
 def _episode(stretch: Stretch, task: Task) -> Any:
     """A Minari episode of a stretch; it is cut off at its end, and does not terminate."""
-    from llmserve_env.actions import CONTROLS, to_array
+    from llmserve_env.controls import CONTROLS, to_array
 
     buffer = import_module("minari.data_collector").EpisodeBuffer
     actions = to_array([each.applied for each in stretch.decisions])

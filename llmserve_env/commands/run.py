@@ -248,7 +248,7 @@ class _Live(_World):
 
 def _play(world: _World, agent: Agent, piloting: Piloting, seed: int) -> None:
     """Play the episode to its end."""
-    from llmserve_env.actions import to_action
+    from llmserve_env.controls import to_action
 
     capabilities = world.capabilities()
     if capabilities:

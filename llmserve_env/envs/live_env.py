@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import to_action
+from llmserve_env.controls import to_action
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed, open_task
 from llmserve_env.live.episode import LiveEpisode

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, ActionGrid, to_action
 from llmserve_env.client import ConflictError, LLMServeEnv
+from llmserve_env.controls import CONTROLS, ActionGrid, to_action
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed
 from llmserve_env.errors import InputError

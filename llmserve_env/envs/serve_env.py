@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_action, to_value
+from llmserve_env.controls import CONTROLS, to_action, to_values
 from llmserve_env.envs import spaces
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
@@ -51,7 +51,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     | 5   | priority_routing     | False, True      | urgent tenants are admitted first, preempted last   |
     | 6   | admission_rate       | ..1000, None     | requests/s that are let in; the others are refused  |
 
-    `step` also takes a record of dtype `actions.ACTION`, whose values may lie between those of the grid.
+    `step` also takes a record of dtype `controls.ACTION`, whose values may lie between those of the grid.
     `action_masks()` tells which values the cell can apply.
 
     ## Observation Space
@@ -233,7 +233,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             "cost": float(batch.costs[0]),
             "score": float(batch.scores[0]),
             "seed": int(batch.seeds[0]),
-            "action": {name: to_value(name, code) for name, code in zip(CONTROLS, codes, strict=True)},
+            "action": to_values(batch.actions[0]),
             "not_applied": self._missing(codes).copy(),
         }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 
-from llmserve_env.actions import ACTION, CONTROLS
+from llmserve_env.controls import ACTION, CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.observation import FEATURES, TENANT_SLOTS
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from llmserve_env.actions import ActionGrid
+    from llmserve_env.controls import ActionGrid
 
 _SETTINGS = [i for i, feature in enumerate(FEATURES) if feature.name.startswith("set_")]
 _TENANTS = [i for i, feature in enumerate(FEATURES) if feature.name.startswith("tenant_")]
@@ -80,7 +80,7 @@ def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
 
 
 def box_space() -> spaces.Space[NDArray[np.float32]]:
-    """Box [-1, 1] float32[7]; `actions.BoxActions` says what each entry means."""
+    """Box [-1, 1] float32[7]; `controls.BoxActions` says what each entry means."""
     return spaces.Box(-1.0, 1.0, (len(CONTROLS),), np.float32)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import BoxActions
+from llmserve_env.controls import BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import LLMServeEnv
 
@@ -24,7 +24,7 @@ class ContinuousActions(
     gym.ActionWrapper["NDArray[np.float32]", "NDArray[np.float32]", "NDArray[np.int64]"],
     gym.utils.RecordConstructorArgs,
 ):
-    """Actions as a `Box` [-1, 1]^7; `actions.BoxActions` says what each entry means.
+    """Actions as a `Box` [-1, 1]^7; `controls.BoxActions` says what each entry means.
 
     Args:
         env: LLMServe-v0, wrapped or not.

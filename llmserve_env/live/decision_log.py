@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW, window_field
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.decisions import Decision

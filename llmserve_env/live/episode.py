@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.live.endpoint import EndpointBackend
 from llmserve_env.live.ledger import UNMEASURED
@@ -199,7 +199,7 @@ class LiveEpisode:
             actions=list(self._actions),
             rewards=list(self._earned),
             components=[dict(each) for each in self._parts],
-            digests=record_digests(self._windows, len(self.task.tenants)),
+            digests=record_digests(self._windows, self.task),
             terminated=self._terminated,
             score=self._score(),
         )

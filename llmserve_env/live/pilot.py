@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents.granted import granted
 from llmserve_env.agents.shield import Shield
+from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.live.decision_log import Beginning, DecisionLog, Made, Result, observed, record_values
 from llmserve_env.live.decisions import Decision

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from llmserve_env.actions import ACTION, to_array
 from llmserve_env.agents import AGENTS, Shield, ShieldSettings, load_agent, play, shield_settings
 from llmserve_env.agents.shield import RULES
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import ACTION, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task

@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 
 import llmserve_env
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.envs.spaces import PARTS
 from llmserve_env.envs.vector_env import LLMServeVectorEnv

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from llmserve_env.actions import CONTROLS, ActionGrid, BoxActions
+from llmserve_env.controls import CONTROLS, ActionGrid, BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES, TENANT_SLOTS

@@ -15,10 +15,10 @@ from evaluate.generalise import Arguments, main
 from evaluate.generalise_report import CONSTANT, Place, advantage_kept, rows_of
 from evaluate.jobs import Setting
 from evaluate.scores import setting_name
-from llmserve_env.actions import to_action
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.play import play
 from llmserve_env.agents.tuned import tuned_constant
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.stats import Interval, paired_difference

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from llmserve_env.actions import CONTROLS
 from llmserve_env.agents import play
 from llmserve_env.agents.policy import (
     CLIP,
@@ -19,6 +18,7 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task

@@ -92,7 +92,7 @@ def first_tries(task: Task, tried: int) -> NDArray[np.void]:
     rng = np.random.default_rng(0)
     best = to_array([tuned_constant(task.id)])
     near = np.repeat(best, tried // 2)
-    values = {name: np.unique(task.grid.all()[name]) for name in task.controls}
+    values = {name: task.grid.codes(name) for name in task.controls}
     for row in near:
         for name in rng.choice(list(values), rng.integers(1, 3), replace=False):
             row[name] = rng.choice(values[name])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from llmserve_env.errors import InputError
-from llmserve_env.schema import Control, ServeAction
+from llmserve_env.schema import GROUPS, Control, ServeAction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,6 +91,14 @@ class ControlSpec:
             return self.code(getattr(ServeAction(**{self.name: value}), self.name))
         except ValueError as error:
             raise InputError(f"not a value of ServeAction: {value!r}", field=self.name) from error
+
+    def text(self, code: float) -> str:
+        """A code as a picture's label has it."""
+        if self.type is bool:
+            return "on" if code else "off"
+        if self.options:
+            return str(self.options[int(code)])
+        return "none" if code == math.inf else f"{code:g}"
 
     def nearest(self, code: float) -> float:
         """The code, or the end of the range that it lies beyond."""
@@ -215,6 +223,20 @@ class ActionGrid:
         """The controls that are the agent's to set."""
         return tuple(name for name, values in self.values.items() if len(values) > 1)
 
+    @property
+    def groups(self) -> frozenset[str]:
+        """Groups of every task and those of the controls that are the agent's."""
+        return frozenset({*GROUPS, *(SPECS[name].declared.group for name in self.granted)})
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """The least and the greatest finite code of a control; inf twice where only None is granted.
+
+        Numbers between them are as good as those of the grid.
+        """
+        codes = self._codes[name].astype(float)
+        numbers = codes[np.isfinite(codes)]
+        return (float(numbers[0]), float(numbers[-1])) if len(numbers) else (math.inf, math.inf)
+
     def codes(self, name: str) -> NDArray[Any]:
         """The codes of a control's values, ascending."""
         return self._codes[name].copy()
@@ -233,9 +255,13 @@ class ActionGrid:
         ]
         return np.stack(columns, axis=1).astype(np.int64)
 
+    def at(self, places: NDArray[np.int64] | Sequence[int]) -> NDArray[np.void]:
+        """ACTION[n], combinations by their places among all; the last control changes fastest."""
+        return self.actions(np.stack(np.unravel_index(np.asarray(places), self.nvec.tolist()), axis=1))
+
     def all(self) -> NDArray[np.void]:
-        """ACTION[size], every combination; the last control changes fastest."""
-        return self.actions(np.indices(tuple(self.nvec.tolist())).reshape(len(CONTROLS), -1).T)
+        """ACTION[size], every combination; of a large grid draw some with `at` instead."""
+        return self.at(np.arange(self.size))
 
 
 class BoxActions:

@@ -54,9 +54,9 @@ class EpisodeBatch:
         actions: ACTION[n], the actions in force.
         steps: int64[n], windows served in the episode so far.
         seeds: int64[n].
-        components: float64[n, 5], parts of the last reward (rewards.COMPONENTS).
+        components: float64[n, components], parts of the last reward (rewards.COMPONENTS).
         costs: float64[n], weight of requests that missed their SLO in the last window, in the reward's unit.
-        totals: float64[n, 5], parts of the score so far.
+        totals: float64[n, components], parts of the score so far.
         requests: int64[n, 4], requests so far: arrived, completed, within the SLO, failed.
         over: bool[n], episodes that have ended.
     """

@@ -56,7 +56,7 @@ from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.live.decision_log import Stretch, one_task, read_decisions
-from llmserve_env.observation import FEATURES
+from llmserve_env.observation import feature_names
 from llmserve_env.provenance import made_on
 from llmserve_env.tasks import Task, load_task
 from train.network import Network
@@ -248,7 +248,7 @@ class Cloner:
         self.config = PolicyConfig(
             package_version=llmserve_env.__version__,
             task_id=self.task.id,
-            features=[feature.name for feature in FEATURES],
+            features=feature_names(self.task),
             controls={name: list(values) for name, values in self.task.grid.values.items()},
             frames=self.args.frames,
             hidden=self.args.hidden,

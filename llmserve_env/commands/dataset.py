@@ -303,7 +303,7 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
     data = folder / "data"
     return import_module("minari.dataset.minari_storage").MinariStorage.new(
         data,
-        observation_space=spaces.observation_space(),
+        observation_space=spaces.observation_space(task.groups),
         action_space=spaces.action_space(task.grid),
         env_spec=env_spec,
         data_format="hdf5",
@@ -311,10 +311,8 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
 
 
 def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from llmserve_env import __version__
-    from llmserve_env.observation import FEATURES
+    from llmserve_env.observation import features
     from llmserve_env.provenance import made_by
     from llmserve_env.rewards import COMPONENTS
 
@@ -331,7 +329,10 @@ def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[st
             "task_id": task.id,
             "task": task.model_dump(mode="json"),
             "agent": agent,
-            "features": [asdict(feature) for feature in FEATURES],
+            "features": [
+                {"name": feature.name, "meaning": feature.meaning, "half": feature.half}
+                for feature in features(task.groups)
+            ],
             "controls": {control: list(values) for control, values in task.grid.values.items()},
             "components": list(COMPONENTS),
             "made_by": made_by(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.controls import CONTROLS, to_action, to_values
+from llmserve_env.controls import SPECS, to_action, to_values
 from llmserve_env.envs import spaces
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 RENDER_MODES = ("ansi", "rgb_array")
 
+_REMEMBERED = 4096
+"""Actions of which it is remembered what the cell cannot apply."""
+
 
 class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
     """An agent runs an LLM inference service, window by window.
@@ -38,27 +41,19 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     ## Action Space
 
-    A `MultiDiscrete` of seven, for each control the index of a value of the task's grid (`task.grid.values`,
+    A `MultiDiscrete`, for each control the index of a value of the task's grid (`task.grid.values`,
     ascending). A control that a task does not grant has one value.
 
-    | Num | Control              | Values           | What it sets                                        |
-    |-----|----------------------|------------------|-----------------------------------------------------|
-    | 0   | batch_cap            | 1..512           | running sequences per engine                        |
-    | 1   | kv_budget_fraction   | 0.1..1.0         | share of KV blocks that running requests may hold   |
-    | 2   | speculation_depth    | 0..8             | draft tokens per step                               |
-    | 3   | quantization_tier    | FP16, INT8, INT4 | precision of the weights; a change drains, reloads  |
-    | 4   | prefill_decode_split | False, True      | prefill and decode in pools; a change drains        |
-    | 5   | priority_routing     | False, True      | urgent tenants are admitted first, preempted last   |
-    | 6   | admission_rate       | ..1000, None     | requests/s that are let in; the others are refused  |
+    {controls}
 
     `step` also takes a record of dtype `controls.ACTION`, whose values may lie between those of the grid.
     `action_masks()` tells which values the cell can apply.
 
     ## Observation Space
 
-    A `Box` [0, 1] float32 of `len(observation.FEATURES)`, of the last window: features of the cell, what is
-    set (`set_*`), and of each of the first six tenants (`tenant_*`). A quantity without an upper bound is
-    mapped by x / (x + half). docs/environments.md lists them all.
+    A `Box` [0, 1] float32 with an entry for each of `observation.feature_names(task)`, of the last window:
+    features of the cell, what is set (`set_*`), and of each of the first tenants (`tenant_*`). A quantity
+    without an upper bound is mapped by x / (x + half). docs/environments.md lists them all.
 
     ## Rewards
 
@@ -142,11 +137,11 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             horizon_s=horizon_s,
         )
         self.render_mode = render_mode
-        self.observation_space = spaces.observation_space()
+        self.observation_space = spaces.observation_space(self.task.groups)
         self.action_space = spaces.action_space(self.task.grid)
         self.batch = EpisodeBatch(self.task)
         self.recording = Recording()
-        self._not_applied: dict[tuple[Any, ...], dict[str, str]] = {}
+        self._not_applied: dict[bytes, dict[str, str]] = {}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -172,7 +167,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Serve one window.
 
         Args:
-            action: int[7] indices into the grid, or an ACTION record.
+            action: int[controls] indices into the grid, or an ACTION record.
 
         Returns:
             float32[features], reward, terminated, truncated, info.
@@ -227,23 +222,40 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     def _info(self) -> dict[str, Any]:
         batch = self.batch
-        codes = batch.actions[0].item()
         return {
             "reward_components": dict(zip(COMPONENTS, batch.components[0].tolist(), strict=True)),
             "cost": float(batch.costs[0]),
             "score": float(batch.scores[0]),
             "seed": int(batch.seeds[0]),
             "action": to_values(batch.actions[0]),
-            "not_applied": self._missing(codes).copy(),
+            "not_applied": self._missing().copy(),
         }
 
-    def _missing(self, codes: tuple[Any, ...]) -> dict[str, str]:
-        """What the cell cannot apply of an action, remembered by the controls on which that depends."""
-        key = (codes[0], codes[3], codes[4])
+    def _missing(self) -> dict[str, str]:
+        """What the cell cannot apply of the action in force, remembered for the actions of a grid."""
+        action = self.batch.actions[0]
+        key = action.tobytes()
         if key not in self._not_applied:
-            action = to_action(self.batch.actions[0])
-            self._not_applied[key] = self.batch.simulator.not_applied(action)
+            if len(self._not_applied) >= _REMEMBERED:
+                self._not_applied.clear()
+            self._not_applied[key] = self.batch.simulator.not_applied(to_action(action))
         return self._not_applied[key]
+
+
+def _control_table() -> str:
+    """The controls as a table of a docstring."""
+    rows = [("Num", "Control", "Values", "What it sets")]
+    for number, (name, spec) in enumerate(SPECS.items()):
+        rows.append((str(number), name, spec.range_text, spec.title))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+    return "\n    ".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    )
+
+
+LLMServeEnv.__doc__ = (LLMServeEnv.__doc__ or "").replace("{controls}", _control_table())
 
 
 def open_task(task_id: str | Path | Task, **changes: Any) -> Task:

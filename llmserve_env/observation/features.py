@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from llmserve_env.backend import FIGURES
@@ -62,238 +61,257 @@ class Feature:
     slot: int | None = None
 
 
-def _feature(
-    name: str,
-    meaning: str,
-    group: str,
-    reads: str,
-    per: Literal["", "engine", "engine_s", "ttft_slo"] = "",
-    half: float | None = None,
-    *,
-    whole: str = "",
-    without: float = 0.0,
-    index: int | None = None,
-    source: Literal["window", "task"] = "window",
-) -> Feature:
-    """A feature of figures that are named in a line."""
-    return Feature(
-        name,
-        meaning,
-        group,
-        tuple(reads.split(" + ")),
-        tuple(whole.split(" + ")) if whole else (),
-        without,
-        per,
-        half=half,
-        source=source,
-        index=index,
-    )
-
-
-_ENDED = "completed + failed + cancelled"
+_ENDED = ("completed", "failed", "cancelled")
 
 _CELL = (
-    _feature("progress", "share of the episode that is over", "time", "progress", source="task"),
-    _feature(
-        "queue_depth", "waiting requests per engine, at the window's end", "load", "waiting", "engine", 32.0
+    Feature("progress", "share of the episode that is over", "time", ("progress",), source="task"),
+    Feature(
+        "queue_depth",
+        "waiting requests per engine, at the window's end",
+        "load",
+        ("waiting",),
+        per="engine",
+        half=32.0,
     ),
-    _feature(
+    Feature(
         "active_requests",
         "running requests per engine, at the window's end",
         "load",
-        "running",
-        "engine",
-        64.0,
+        ("running",),
+        per="engine",
+        half=64.0,
     ),
-    _feature(
+    Feature(
         "in_flight",
         "requests that are not over, per engine, at the window's end",
         "load",
-        "in_flight",
-        "engine",
-        64.0,
+        ("in_flight",),
+        per="engine",
+        half=64.0,
     ),
-    _feature(
+    Feature(
         "oldest_wait",
         "age of the oldest attempt not yet admitted, at the window's end (s)",
         "load",
-        "oldest_wait_s",
-        "",
-        1.0,
+        ("oldest_wait_s",),
+        half=1.0,
     ),
-    _feature("kv_cache_occupancy", "share of KV blocks held, at the window's end", "memory", "kv_occupancy"),
-    _feature(
-        "mean_kv_occupancy", "share of KV blocks held, averaged over busy time", "memory", "mean_kv_occupancy"
+    Feature(
+        "kv_cache_occupancy", "share of KV blocks held, at the window's end", "memory", ("kv_occupancy",)
     ),
-    _feature("request_arrival_rate", "arrivals per engine (requests/s)", "load", "arrived", "engine_s", 4.0),
-    _feature(
+    Feature(
+        "mean_kv_occupancy",
+        "share of KV blocks held, averaged over busy time",
+        "memory",
+        ("mean_kv_occupancy",),
+    ),
+    Feature(
+        "request_arrival_rate",
+        "arrivals per engine (requests/s)",
+        "load",
+        ("arrived",),
+        per="engine_s",
+        half=4.0,
+    ),
+    Feature(
         "mean_prompt_length",
         "mean prompt of the arrivals (tokens)",
         "load",
-        "arrived_prompt_tokens",
-        "",
-        1024.0,
-        whole="arrived",
+        ("arrived_prompt_tokens",),
+        whole=("arrived",),
+        half=1024.0,
     ),
-    _feature(
+    Feature(
         "prompt_arrival_rate",
         "prompt tokens that arrived, per engine (tokens/s)",
         "load",
-        "arrived_prompt_tokens",
-        "engine_s",
-        4096.0,
+        ("arrived_prompt_tokens",),
+        per="engine_s",
+        half=4096.0,
     ),
-    _feature(
-        "throughput", "output tokens per engine (tokens/s)", "service", "output_tokens", "engine_s", 1024.0
+    Feature(
+        "throughput",
+        "output tokens per engine (tokens/s)",
+        "service",
+        ("output_tokens",),
+        per="engine_s",
+        half=1024.0,
     ),
-    _feature(
+    Feature(
         "prefill_rate",
         "prefill tokens computed, per engine (tokens/s)",
         "service",
-        "prefill_tokens",
-        "engine_s",
-        4096.0,
+        ("prefill_tokens",),
+        per="engine_s",
+        half=4096.0,
     ),
-    _feature(
+    Feature(
         "mean_running",
         "running requests per busy engine, averaged over busy time",
         "load",
-        "mean_running",
-        "",
-        64.0,
+        ("mean_running",),
+        half=64.0,
     ),
-    _feature("busy", "share of engine time in which a batch ran", "engines", "busy_s", "engine_s"),
-    _feature("mean_ttft", "mean time to first token (s)", "latency", "mean_ttft_s", "", 1.0),
-    _feature("p50_ttft", "median time to first token (s)", "latency", "p50_ttft_s", "", 1.0),
-    _feature("p99_ttft", "99th percentile of time to first token (s)", "latency", "p99_ttft_s", "", 1.0),
-    _feature("p50_gap", "median time between steps of a sequence (s)", "latency", "p50_gap_s", "", 0.03),
-    _feature(
-        "p99_gap", "99th percentile of time between steps of a sequence (s)", "latency", "p99_gap_s", "", 0.1
+    Feature("busy", "share of engine time in which a batch ran", "engines", ("busy_s",), per="engine_s"),
+    Feature("mean_ttft", "mean time to first token (s)", "latency", ("mean_ttft_s",), half=1.0),
+    Feature("p50_ttft", "median time to first token (s)", "latency", ("p50_ttft_s",), half=1.0),
+    Feature("p99_ttft", "99th percentile of time to first token (s)", "latency", ("p99_ttft_s",), half=1.0),
+    Feature("p50_gap", "median time between steps of a sequence (s)", "latency", ("p50_gap_s",), half=0.03),
+    Feature(
+        "p99_gap",
+        "99th percentile of time between steps of a sequence (s)",
+        "latency",
+        ("p99_gap_s",),
+        half=0.1,
     ),
-    _feature(
+    Feature(
         "slo_compliance",
         "requests within their SLO, of those that ended; 1 without any",
         "service",
-        "tenant_in_slo",
+        ("tenant_in_slo",),
         whole=_ENDED,
         without=1.0,
     ),
-    _feature(
+    Feature(
         "failed",
         "requests given up or refused, of those that ended",
         "service",
-        "failed + cancelled",
+        ("failed", "cancelled"),
         whole=_ENDED,
     ),
-    _feature("preemptions", "preemptions per engine", "memory", "preemptions", "engine", 4.0),
-    _feature(
+    Feature("preemptions", "preemptions per engine", "memory", ("preemptions",), per="engine", half=4.0),
+    Feature(
         "prefix_hits",
         "share of prefill tokens that the prefix cache spared",
         "memory",
-        "cached_tokens",
-        whole="cached_tokens + prefill_tokens",
+        ("cached_tokens",),
+        whole=("cached_tokens", "prefill_tokens"),
     ),
-    _feature(
-        "evictions", "cached KV blocks overwritten, per engine", "memory", "evictions", "engine", 1024.0
+    Feature(
+        "evictions",
+        "cached KV blocks overwritten, per engine",
+        "memory",
+        ("evictions",),
+        per="engine",
+        half=1024.0,
     ),
-    _feature(
-        "acceptance", "accepted of the drafted tokens", "service", "accepted_tokens", whole="drafted_tokens"
+    Feature(
+        "acceptance",
+        "accepted of the drafted tokens",
+        "service",
+        ("accepted_tokens",),
+        whole=("drafted_tokens",),
     ),
-    _feature(
+    Feature(
         "engines_up",
         "share of engines that are neither draining nor loading, at the window's end",
         "engines",
-        "engines_up",
-        "engine",
+        ("engines_up",),
+        per="engine",
     ),
     *(
-        _feature(
+        Feature(
             f"engines_{tier.lower()}",
             f"share of engines with {tier} weights, at the window's end",
             "engines",
-            "engines_tier",
-            "engine",
+            ("engines_tier",),
+            per="engine",
             index=index,
         )
         for index, tier in enumerate(each.value for each in QuantizationTier)
         if index > 0
     ),
-    _feature(
+    Feature(
         "engines_split",
         "share of engines in prefill or decode pools, at the window's end",
         "engines",
-        "engines_split",
-        "engine",
+        ("engines_split",),
+        per="engine",
     ),
-    _feature(
+    Feature(
         "refused",
         "attempts that the admission rate did not let in, per engine (attempts/s)",
         "load",
-        "refused",
-        "engine_s",
-        4.0,
+        ("refused",),
+        per="engine_s",
+        half=4.0,
     ),
-    _feature(
+    Feature(
         "timeouts",
         "attempts that their client gave up, per engine (attempts/s)",
         "load",
-        "timeouts",
-        "engine_s",
-        4.0,
+        ("timeouts",),
+        per="engine_s",
+        half=4.0,
     ),
-    _feature(
+    Feature(
         "retries",
         "attempts after a request's first, per engine (attempts/s)",
         "load",
-        "retries",
-        "engine_s",
-        4.0,
+        ("retries",),
+        per="engine_s",
+        half=4.0,
     ),
-    _feature(
+    Feature(
         "retrying",
         "requests whose client waits to send them again, per engine, at the window's end",
         "load",
-        "retrying",
-        "engine",
-        64.0,
+        ("retrying",),
+        per="engine",
+        half=64.0,
     ),
 )
 
 _TENANT = (
-    _feature(
-        "arrival_rate", "arrivals per engine (requests/s)", "tenants", "tenant_arrived", "engine_s", 2.0
+    Feature(
+        "arrival_rate",
+        "arrivals per engine (requests/s)",
+        "tenants",
+        ("tenant_arrived",),
+        per="engine_s",
+        half=2.0,
     ),
-    _feature(
+    Feature(
         "in_flight",
         "requests that are not over, per engine, at the window's end",
         "tenants",
-        "tenant_in_flight",
-        "engine",
-        32.0,
+        ("tenant_in_flight",),
+        per="engine",
+        half=32.0,
     ),
-    _feature(
+    Feature(
         "slo_compliance",
         "requests within the SLO, of those that ended; 1 without any",
         "tenants",
-        "tenant_in_slo",
-        whole="tenant_completed + tenant_failed",
+        ("tenant_in_slo",),
+        whole=("tenant_completed", "tenant_failed"),
         without=1.0,
     ),
-    _feature(
+    Feature(
         "ttft_to_slo",
         "mean time to first token, in units of the tenant's SLO",
         "tenants",
-        "tenant_ttft_s",
+        ("tenant_ttft_s",),
+        whole=("tenant_first_tokens",),
+        per="ttft_slo",
+        half=1.0,
+    ),
+    Feature("weight", "its weight, of the heaviest tenant's", "tenants", ("weight",), source="task"),
+    Feature(
         "ttft_slo",
-        1.0,
-        whole="tenant_first_tokens",
+        "its promised time to first token (s)",
+        "tenants",
+        ("ttft_slo_s",),
+        half=1.0,
+        source="task",
     ),
-    _feature("weight", "its weight, of the heaviest tenant's", "tenants", "weight", source="task"),
-    _feature(
-        "ttft_slo", "its promised time to first token (s)", "tenants", "ttft_slo_s", "", 1.0, source="task"
-    ),
-    _feature(
-        "tpot_slo", "its promised time per output token (s)", "tenants", "tpot_slo_s", "", 0.05, source="task"
+    Feature(
+        "tpot_slo",
+        "its promised time per output token (s)",
+        "tenants",
+        ("tpot_slo_s",),
+        half=0.05,
+        source="task",
     ),
 )
 
@@ -304,6 +322,7 @@ def _settings(spec: ControlSpec) -> list[Feature]:
     label = (
         declared.label if declared.label.startswith("KV") else declared.label[0].lower() + declared.label[1:]
     )
+    rows: list[tuple[str, str, int | None]]
     if spec.options and spec.type is not bool:
         rows = [
             (option.lower(), f"1 if {option} is set", code)
@@ -311,7 +330,7 @@ def _settings(spec: ControlSpec) -> list[Feature]:
             if code
         ]
     elif spec.options:
-        rows = [(declared.short or spec.name, f"1 if {label} is set", None)]
+        rows = [(declared.short or spec.name, f"1 if {spec.name} is set", None)]
     elif declared.half is None:
         of = f", of {spec.high:g}" if spec.high != 1 else ""
         rows = [(spec.name, f"{label} that is set{of}", None)]
@@ -348,19 +367,14 @@ FEATURES: tuple[Feature, ...] = (
 not have are 0."""
 
 
-def features(task: Task) -> tuple[Feature, ...]:
-    """The features that an agent sees in a task, those of its groups."""
-    return _of_groups(task.groups)
+def features(groups: Collection[str]) -> tuple[Feature, ...]:
+    """The features of some groups, in order: those of `Task.groups` are what an agent sees."""
+    return tuple(feature for feature in FEATURES if feature.group in groups)
 
 
 def feature_names(task: Task) -> list[str]:
     """Names of the observation's entries in a task."""
-    return [feature.name for feature in features(task)]
-
-
-@lru_cache
-def _of_groups(groups: Collection[str]) -> tuple[Feature, ...]:
-    return tuple(feature for feature in FEATURES if feature.group in groups)
+    return [feature.name for feature in features(task.groups)]
 
 
 def known_groups() -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
-from llmserve_env.backend import WINDOW
+from llmserve_env.backend import FIGURES, WINDOW
 from llmserve_env.controls import ACTION
 from llmserve_env.observation.features import TENANT_SLOTS, Feature, features
 
@@ -38,7 +38,7 @@ class Observer:
     """
 
     def __init__(self, task: Task) -> None:
-        self.features = features(task)
+        self.features = features(task.groups)
         self._windows = task.windows
         engines, tenants = task.cell.engines, task.tenants[:TENANT_SLOTS]
         heaviest = max(tenant.weight for tenant in task.tenants)
@@ -59,7 +59,7 @@ class Observer:
             elif feature.per == "ttft_slo" and tenant is not None:
                 divisor *= tenant.ttft_slo_s
             columns.append(column)
-            places += [_places(feature, feature.reads), _places(feature, feature.whole)]
+            places += [_places(feature, names, len(task.tenants)) for names in (feature.reads, feature.whole)]
             numbers.append(
                 (
                     constant,
@@ -79,31 +79,26 @@ class Observer:
         self, windows: NDArray[np.void], actions: NDArray[np.void], steps: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """float32[n, features] from WINDOW[n], the ACTION[n] in force and the windows served, int64[n]."""
-        count = len(windows)
-        observations = np.zeros((count, len(self.features)), np.float32)
+        observations = np.zeros((len(windows), len(self.features)), np.float32)
         # Every field of both records has 8 bytes: they are read as tables of words.
-        _fill(
-            windows.view(np.int64).reshape(count, -1),
-            windows.view(np.float64).reshape(count, -1),
-            actions.view(np.int64).reshape(count, -1),
-            actions.view(np.float64).reshape(count, -1),
-            steps / self._windows,
-            *self._table,
-            observations,
-        )
+        words = windows.view(np.int64), actions.view(np.int64)
+        _fill(*words, steps / self._windows, *self._table, observations)
         return observations
 
 
-def _places(feature: Feature, names: Sequence[str]) -> list[int]:
+def _places(feature: Feature, names: Sequence[str], tenants: int) -> list[int]:
     """Where the words lie whose sum a feature needs: four times the word's place, and how it is read."""
     if feature.source == "task":
         return [_PROGRESS] if "progress" in names else []
     record, source = (WINDOW, _WINDOW) if feature.source == "window" else (ACTION, _ACTION)
     index = feature.index if feature.slot is None else feature.slot
     places: list[int] = []
+    assert record.fields is not None
     for name in names:
-        field, offset = (record.fields or {})[name][:2]
+        field, offset = record.fields[name][:2]
         words = np.arange(field.itemsize // 8).reshape(field.shape)
+        if feature.source == "window" and "tenant" in FIGURES[name].axes:
+            words = words[..., :tenants]
         chosen = words if index is None else words[index]
         kind = source + (field.base == np.float64)
         places += (4 * (offset // 8 + chosen.ravel()) + kind).tolist()
@@ -111,40 +106,43 @@ def _places(feature: Feature, names: Sequence[str]) -> list[int]:
 
 
 @njit(cache=True, error_model="numpy")
-def _fill(  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    ints, floats, set_ints, set_floats, progress, columns, places, bounds, numbers, observations
-):
-    for i in range(len(observations)):
-        for k in range(len(columns)):
-            constant, without, divisor, factor, code, half = numbers[k]
-            value, whole = constant, 0.0
-            for m in range(bounds[2 * k], bounds[2 * k + 2]):
-                place = places[m]
-                record = place & 3
-                if place < 0:
-                    word = progress[i]
-                elif record == 0:
-                    word = float(ints[i, place >> 2])
-                elif record == 1:
-                    word = floats[i, place >> 2]
-                elif record == 2:
-                    word = float(set_ints[i, place >> 2])
-                else:
-                    word = set_floats[i, place >> 2]
-                if m < bounds[2 * k + 1]:
-                    value += word
-                else:
-                    whole += word
-            if bounds[2 * k + 1] < bounds[2 * k + 2]:
-                value = value / whole if whole > 0.0 else without
-            if code >= 0.0:
-                value = 1.0 if value == code else 0.0
-            value = value / divisor * factor
-            if np.isnan(value):
-                value = 0.0
-            if half > 0.0:
-                value = max(value, 0.0)
-                value = 1.0 if value == np.inf else value / (value + half)
+def _fill(windows, actions, progress, columns, places, bounds, numbers, observations):  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0917
+    ints = windows.reshape(len(observations), windows.size // max(len(observations), 1))
+    set_ints = actions.reshape(len(observations), actions.size // max(len(observations), 1))
+    floats, set_floats = ints.view(np.float64), set_ints.view(np.float64)
+    # Column by column: which way a branch goes then depends on the feature alone.
+    count = len(observations)
+    sums = np.empty((2, count))  # what a feature reads, and what it is a share of
+    values = sums[0]
+    for k in range(len(columns)):
+        constant, without, divisor, factor, code, half = numbers[k]
+        sums[0], sums[1] = constant, 0.0
+        for m in range(bounds[2 * k], bounds[2 * k + 2]):
+            record, word = places[m] & 3, places[m] >> 2
+            total = sums[0] if m < bounds[2 * k + 1] else sums[1]
+            if places[m] < 0:
+                total += progress
+            elif record == 0:
+                for i in range(count):
+                    total[i] += ints[i, word]
+            elif record == 1:
+                for i in range(count):
+                    total[i] += floats[i, word]
+            elif record == 2:
+                for i in range(count):
+                    total[i] += set_ints[i, word]
             else:
-                value = min(max(value, 0.0), 1.0)
-            observations[i, columns[k]] = value
+                for i in range(count):
+                    total[i] += set_floats[i, word]
+        if bounds[2 * k + 1] < bounds[2 * k + 2]:
+            for i in range(count):
+                values[i] = values[i] / sums[1, i] if sums[1, i] > 0.0 else without
+        if code >= 0.0:
+            for i in range(count):
+                values[i] = 1.0 if values[i] == code else 0.0
+        for i in range(count):
+            value = values[i] / divisor * factor
+            value = value if value > 0.0 else 0.0  # nan, too
+            if half > 0.0:
+                value = value / (value + half) if value < np.inf else 1.0
+            observations[i, columns[k]] = min(value, 1.0)

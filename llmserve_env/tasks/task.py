@@ -26,7 +26,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.profile import TIERS, Profile, refusal
 from llmserve_env.observation import known_groups
-from llmserve_env.schema import GROUPS, ServeAction
+from llmserve_env.schema import ServeAction
 from llmserve_env.workloads import open_workload
 from llmserve_env.workloads.generators.servegen import table_end_s
 from llmserve_env.workloads.overlay import overlaid
@@ -192,8 +192,7 @@ class Task(BaseModel):
     @cached_property
     def groups(self) -> frozenset[str]:
         """Groups of figures and features that an agent sees and a log's digests hold."""
-        granted = (SPECS[name].declared.group for name in self.grid.granted)
-        return frozenset({*GROUPS, *self.extra_groups, *granted})
+        return self.grid.groups.union(self.extra_groups)
 
     @cached_property
     def grid(self) -> ActionGrid:
@@ -219,12 +218,11 @@ class Task(BaseModel):
         return self.requests(0).tenants
 
     @cached_property
-    def quality(self) -> tuple[float, float, float]:
-        """What each precision FP16, INT8, INT4 earns for quality, 0..1."""
+    def quality(self) -> tuple[float, ...]:
+        """What each precision earns for quality, 0..1, in the order of `profile.TIERS`."""
         floor = self.reward.acceptable_quality
         tiers = [self.profile.tier(name) for name in TIERS]
-        found = [max((tier.quality - floor) / (1 - floor), 0.0) if tier else 0.0 for tier in tiers]
-        return found[0], found[1], found[2]
+        return tuple(max((tier.quality - floor) / (1 - floor), 0.0) if tier else 0.0 for tier in tiers)
 
     def requests(self, seed: int) -> Workload:
         """The workload of the episode with a seed: what arrives before the horizon."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import llmserve_env
 from llmserve_env.actions import ACTION, to_action
 from llmserve_env.backend import WINDOW
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog
+from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -91,7 +91,7 @@ class Recording:
     def log(self, batch: EpisodeBatch) -> EpisodeLog:
         """The log of the episode so far, of the batch of one that plays it."""
         return EpisodeLog(
-            package_version=llmserve_env.__version__,
+            package_version=__version__,
             task=batch.task.model_dump(mode="json"),
             seed=int(batch.seeds[0]),
             actions=[to_action(row) for row in self.actions],

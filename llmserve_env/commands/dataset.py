@@ -313,10 +313,10 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
 def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from llmserve_env import __version__
     from llmserve_env.observation import FEATURES
     from llmserve_env.report.provenance import made_by
     from llmserve_env.rewards import COMPONENTS
+    from llmserve_env.version import __version__
 
     return {
         "dataset_id": name,

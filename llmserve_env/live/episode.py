@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import llmserve_env
 from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
@@ -18,6 +17,7 @@ from llmserve_env.observation import Observer, describe
 from llmserve_env.recording import record_digests
 from llmserve_env.rewards import COMPONENTS, Rewards
 from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
+from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -192,7 +192,7 @@ class LiveEpisode:
     def log(self) -> EpisodeLog:
         """The log so far; `grade` takes it for what it states."""
         return EpisodeLog(
-            package_version=llmserve_env.__version__,
+            package_version=__version__,
             task=self.task.model_dump(mode="json"),
             seed=self._seed,
             live=True,

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from llmserve_env import __version__
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.schema import QuantizationTier
+from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

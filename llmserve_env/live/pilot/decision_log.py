@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-import llmserve_env
 from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW, window_field
 from llmserve_env.errors import InputError
@@ -25,6 +24,7 @@ from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import Task
+from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class Beginning(BaseModel):
     """Number of the file within the run."""
     time_s: float
     """When the run began (Unix time, s)."""
-    package_version: str = llmserve_env.__version__
+    package_version: str = __version__
     """Version of llmserve_env."""
     task: dict[str, Any]
     """The whole task."""

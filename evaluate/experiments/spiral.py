@@ -20,8 +20,8 @@ from evaluate.search import Player
 from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.play import play
 from llmserve_env.episode import EpisodeBatch
+from llmserve_env.play import play
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.report.stats import interval, paired_difference
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, Task, load_task

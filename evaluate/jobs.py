@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evaluate.llm import LLM, play_llm
 from llmserve_env.agents.find import find_agent
-from llmserve_env.agents.play import Played, play
 from llmserve_env.errors import InputError
+from llmserve_env.play import Played, play
 from llmserve_env.tasks import Task, load_task
 from llmserve_env.workloads.uri import parse_uri
 

@@ -16,8 +16,8 @@ from evaluate.llm import llm_settings, play_llm
 from evaluate.scores import read_scores
 from llmserve_env import tasks
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.play import play
 from llmserve_env.errors import InputError
+from llmserve_env.play import play
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 

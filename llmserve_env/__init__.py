@@ -15,8 +15,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from llmserve_env.version import __version__
+
 if TYPE_CHECKING:
     from llmserve_env.client import LLMServeEnv
+    from llmserve_env.envs.tool_env import ServeToolEnv
     from llmserve_env.episode import Episode
     from llmserve_env.errors import InputError
     from llmserve_env.grading import grade
@@ -24,11 +27,8 @@ if TYPE_CHECKING:
     from llmserve_env.schema import ServeAction
     from llmserve_env.sim.simulator import Simulator
     from llmserve_env.tasks import list_tasks, load_task
-    from llmserve_env.tool_env import ServeToolEnv
     from llmserve_env.workloads import open_workload
     from llmserve_env.workloads.workload import Tenant, Workload
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Episode",
@@ -52,7 +52,7 @@ _HOMES = {
     "InputError": "llmserve_env.errors",
     "LLMServeEnv": "llmserve_env.client",
     "ServeAction": "llmserve_env.schema",
-    "ServeToolEnv": "llmserve_env.tool_env",
+    "ServeToolEnv": "llmserve_env.envs.tool_env",
     "Simulator": "llmserve_env.sim.simulator",
     "Tenant": "llmserve_env.workloads.workload",
     "Workload": "llmserve_env.workloads.workload",

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-import llmserve_env
 from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
@@ -30,6 +29,7 @@ from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
 from llmserve_env.tasks.self_contained import refuse_files
+from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,7 +118,7 @@ def write_log(path: str | Path, log: EpisodeLog) -> None:
 
 def _check_form(log: EpisodeLog) -> None:
     """Refuse what no replay is needed for to see."""
-    version = llmserve_env.__version__
+    version = __version__
     if log.package_version != version:
         raise InputError(
             f"expected {version}, the version that replays it, found {log.package_version}, whose dynamics "

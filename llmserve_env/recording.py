@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import llmserve_env
 from llmserve_env.backend import FIGURES, WINDOW
 from llmserve_env.controls import ACTION, to_action
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog
+from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
-    from llmserve_env.episode import EpisodeBatch
     from llmserve_env.tasks import Task
 
 
@@ -73,11 +72,26 @@ class Recording:
         self._actions = bytearray()
         self._components = bytearray()
 
-    def add(self, batch: EpisodeBatch, reward: float, terminated: bool) -> None:
-        """Keep the last window of a batch of one."""
-        self._windows += batch.windows.tobytes()
-        self._actions += batch.actions.tobytes()
-        self._components += batch.components.tobytes()
+    def add(
+        self,
+        window: NDArray[np.void],
+        action: NDArray[np.void],
+        components: NDArray[np.float64],
+        reward: float,
+        terminated: bool,
+    ) -> None:
+        """Keep a window.
+
+        Args:
+            window: WINDOW[1].
+            action: ACTION[1], under which it was served.
+            components: float64[1, 5], parts of its reward.
+            reward: of it.
+            terminated: whether the task ended the episode with it.
+        """
+        self._windows += window.tobytes()
+        self._actions += action.tobytes()
+        self._components += components.tobytes()
         self.rewards.append(reward)
         self.terminated = terminated
 
@@ -96,15 +110,25 @@ class Recording:
         """float64[k, components], parts of each reward."""
         return np.frombuffer(bytes(self._components)).reshape(-1, len(COMPONENTS))
 
-    def log(self, batch: EpisodeBatch) -> EpisodeLog:
-        """The log of the episode so far, of the batch of one that plays it."""
+    def log(self, task: Task, seed: int, score: float, *, live: bool) -> EpisodeLog:
+        """The log of the episode so far.
+
+        Args:
+            task: that is played.
+            seed: of the episode.
+            score: so far.
+            live: whether no replay can tell its components, so that the log does.
+        """
+        parts = self.components.tolist() if live else []
         return EpisodeLog(
-            package_version=llmserve_env.__version__,
-            task=batch.task.model_dump(mode="json"),
-            seed=int(batch.seeds[0]),
+            package_version=__version__,
+            task=task.model_dump(mode="json"),
+            seed=seed,
+            live=live,
             actions=[to_action(row) for row in self.actions],
             rewards=list(self.rewards),
-            digests=record_digests(self.windows, batch.task),
+            components=[dict(zip(COMPONENTS, row, strict=True)) for row in parts],
+            digests=record_digests(self.windows, task),
             terminated=self.terminated,
-            score=float(batch.scores[0]),
+            score=score,
         )

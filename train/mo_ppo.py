@@ -6,7 +6,8 @@ Each episode of LLMServeMO-v0 has a preference, weights of the objectives drawn 
 which the policy finds at the end of its observation. The critic foretells every objective by itself; what the
 policy learns by is the sum of their advantages times the weights (Abels et al., 2019, condition a network so;
 weighted sums of a vector critic are those of Felten et al., 2024). How to play: `PolicyAgent(policy,
-preference=...)`; without a preference it plays for the task's own weights. `evaluate.pareto` shows the front.
+preference=...)`; without a preference it plays for the task's own weights.
+`evaluate.experiments.pareto` shows the front.
 
 Everything else is `train.ppo`, its arguments, log and --resume, too, but that `validation` is the mean, over
 `PREFERENCES` and validation seeds, of the weighted objectives.
@@ -26,7 +27,6 @@ import tyro
 from gymnasium.vector import VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from llmserve_env.agents.play import play_batch
 from llmserve_env.agents.policy import (
     Policy,
     PolicyAgent,
@@ -37,6 +37,7 @@ from llmserve_env.agents.policy import (
 )
 from llmserve_env.errors import InputError
 from llmserve_env.objectives import OBJECTIVES, ObjectiveBatch
+from llmserve_env.play import play_batch
 from llmserve_env.tasks import Task
 from train import ppo
 from train.ppo import VALIDATION, train

@@ -48,7 +48,7 @@ from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import feature_names
-from llmserve_env.provenance import made_on
+from llmserve_env.report.provenance import made_on
 from llmserve_env.tasks import TRAINING_SEEDS, Task
 from train.network import Network, log_prob, sample
 
@@ -556,7 +556,7 @@ def _mask(env: Any) -> np.ndarray:
     """bool[values], what the cell can apply."""
     from llmserve_env.envs import spaces
 
-    return spaces.action_mask(env.unwrapped.task.grid, env.unwrapped.batch.simulator.not_applied)
+    return spaces.action_mask(env.unwrapped.task.grid, env.unwrapped.batch.backend.not_applied)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.controls import CONTROLS, SPECS, finite
-from llmserve_env.figures import BLUE, GREY, INK, ORANGE, new_figure, picture_file
+from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, new_figure, picture_file
 from llmserve_env.rewards import COMPONENTS
 
 if TYPE_CHECKING:

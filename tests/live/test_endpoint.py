@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.live import EndpointBackend, EndpointSettings
 from llmserve_env.schema import ServeAction
@@ -34,7 +35,11 @@ def backend(url, workload, **settings):
 
 
 def served(backend, action=None, windows=1):
-    return [backend.serve(action or ServeAction(), WINDOW_S) for _ in range(windows)]
+    records = []
+    for _ in range(windows):
+        backend.serve(to_array([action or ServeAction()]), WINDOW_S)
+        records.append(backend.record)
+    return records
 
 
 def served_out(backend, action=None):
@@ -284,7 +289,7 @@ def test_the_key_is_sent_and_not_told(live):
 
 
 def test_before_the_first_window_nothing_has_happened(live):
-    window = live(closed_url(), requests(0.0)).window
+    window = live(closed_url(), requests(0.0)).windows[0]
     assert window.dtype == WINDOW
     assert np.isnan(window["p99_ttft_s"])
     assert window["arrived"] == window["in_flight"] == 0
@@ -319,7 +324,7 @@ def test_closing_ends_a_window_that_is_being_served(live):
         timer = threading.Timer(0.05, here.close)
         timer.start()
         with pytest.raises(InputError, match="closed meanwhile"):
-            here.serve(ServeAction(), 3600.0)
+            here.serve(to_array([ServeAction()]), 3600.0)
         timer.join()
 
 

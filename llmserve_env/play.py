@@ -1,0 +1,120 @@
+"""The loop in which an agent plays episodes, wherever they are served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from llmserve_env.episode import EpisodeBatch, StepResult
+from llmserve_env.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmserve_env.agents.agent import Agent
+    from llmserve_env.tasks import Task
+
+
+class Episodes(Protocol):
+    """What agents play: an `EpisodeBatch`, or episodes on a server; attributes and methods as there."""
+
+    task: Task
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """bool[n], episodes that have ended."""
+        ...
+
+    @property
+    def windows(self) -> NDArray[np.void]:
+        """WINDOW[n], records of the last window."""
+        ...
+
+    def reset(self, seeds: Sequence[int]) -> NDArray[np.float32]:
+        """Begin all episodes."""
+        ...
+
+    def step(self, actions: NDArray[np.void], which: NDArray[np.bool_] | None = None) -> StepResult:
+        """Serve one window of each episode."""
+        ...
+
+
+B = TypeVar("B", bound=Episodes)
+
+Watch = Callable[[Any, StepResult], object]
+"""Called with the episodes and what they gave back after every window."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """What n episodes came to.
+
+    Attributes:
+        scores: float64[n], their grades.
+        components: float64[n, 5], parts of the score (rewards.COMPONENTS).
+        requests: int64[n, 4]: arrived, completed, within the SLO, failed.
+    """
+
+    scores: NDArray[np.float64]
+    components: NDArray[np.float64]
+    requests: NDArray[np.int64]
+
+
+def play(
+    agent: Agent,
+    task: Task,
+    seeds: Sequence[int],
+    *,
+    size: int = 64,
+    parallel: bool = False,
+    watch: Watch | None = None,
+) -> Played:
+    """Play a simulated episode for each seed, to its end.
+
+    The result does not depend on `size` or `parallel`.
+
+    Args:
+        agent: plays.
+        task: is played.
+        seeds: n of them.
+        size: episodes side by side.
+        parallel: spread them over Numba's threads.
+        watch: see `Watch`.
+
+    Raises:
+        InputError: there are no seeds.
+    """
+    if not len(seeds):
+        raise InputError("expected one or more, found none", field="seeds")
+    batches = [
+        play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
+        for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
+    ]
+    return Played(
+        np.concatenate([batch.scores for batch in batches]),
+        np.concatenate([batch.totals for batch in batches]),
+        np.concatenate([batch.requests for batch in batches]),
+    )
+
+
+def play_batch(agent: Agent, batch: B, seeds: Sequence[int], watch: Watch | None = None) -> B:
+    """Play episodes side by side to their ends; the batch, with what they came to.
+
+    Args:
+        agent: plays.
+        batch: as many episodes as there are seeds.
+        seeds: of the episodes.
+        watch: see `Watch`.
+    """
+    observations = batch.reset(seeds)
+    agent.reset(batch.task, seeds)
+    while not batch.over.all():
+        actions = agent.act(observations, batch.windows)
+        result = batch.step(actions, ~batch.over if batch.over.any() else None)
+        observations = result.observations
+        if watch is not None:
+            watch(batch, result)
+    return batch

@@ -160,7 +160,7 @@ def to_action(row: NDArray[np.void]) -> ServeAction:
 
 def to_values(row: NDArray[np.void]) -> dict[str, Any]:
     """Values by name of one ACTION record."""
-    return {name: spec.value(code) for (name, spec), code in zip(SPECS.items(), row.item(), strict=True)}
+    return {name: spec.value(row[name].item()) for name, spec in SPECS.items()}
 
 
 def check_records(records: NDArray[np.void]) -> NDArray[np.void]:

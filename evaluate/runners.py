@@ -11,7 +11,7 @@ from threading import Thread
 
 from evaluate.cluster import play_on_cluster
 from evaluate.jobs import Job, play_job
-from llmserve_env.agents.play import Played
+from llmserve_env.play import Played
 
 
 def play_jobs(

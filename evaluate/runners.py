@@ -9,10 +9,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from threading import Thread
 
-from llmserve_env.agents.play import Played
-
 from evaluate.cluster import play_on_cluster
 from evaluate.jobs import Job, play_job
+from llmserve_env.play import Played
 
 
 def play_jobs(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from llmserve_env.version import __version__
+from llmserve_env.report.version import __version__
 
 if TYPE_CHECKING:
     from llmserve_env.client import LLMServeEnv

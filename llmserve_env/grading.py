@@ -25,11 +25,11 @@ from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.recording import record_bytes
+from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
 from llmserve_env.tasks.self_contained import refuse_files
-from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,9 +10,9 @@ import numpy as np
 
 from llmserve_env.backend import FIGURES, WINDOW
 from llmserve_env.controls import ACTION, to_action
+from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog
-from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -11,7 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 _MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 GROUPS = ("time", "load", "service", "latency", "memory", "engines", "tenants", "controls")
-"""Groups of controls, window figures and features that belong to every task; a task names further ones."""
+"""Groups of controls, window figures and features that belong to every task."""
+
+EXTRA_GROUPS: tuple[str, ...] = ()
+"""Further groups, which a task has where it names them or grants a control of theirs."""
 
 
 @dataclass(frozen=True)

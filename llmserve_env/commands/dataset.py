@@ -313,8 +313,8 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
 def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[str, Any]:
     from llmserve_env.observation import features
     from llmserve_env.report.provenance import made_by
+    from llmserve_env.report.version import __version__
     from llmserve_env.rewards import COMPONENTS
-    from llmserve_env.version import __version__
 
     return {
         "dataset_id": name,

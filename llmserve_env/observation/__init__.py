@@ -9,7 +9,6 @@ from llmserve_env.observation.features import (
     Feature,
     feature_names,
     features,
-    known_groups,
 )
 from llmserve_env.observation.observer import Observer
 
@@ -21,5 +20,4 @@ __all__ = [
     "describe",
     "feature_names",
     "features",
-    "known_groups",
 ]

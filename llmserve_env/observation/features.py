@@ -11,9 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from llmserve_env.backend import FIGURES
 from llmserve_env.controls import SPECS, ControlSpec
-from llmserve_env.schema import GROUPS, QuantizationTier
+from llmserve_env.schema import QuantizationTier
 
 if TYPE_CHECKING:
     from llmserve_env.tasks import Task
@@ -375,11 +374,3 @@ def features(groups: Collection[str]) -> tuple[Feature, ...]:
 def feature_names(task: Task) -> list[str]:
     """Names of the observation's entries in a task."""
     return [feature.name for feature in features(task.groups)]
-
-
-def known_groups() -> list[str]:
-    """Groups of controls, figures and features that there are, sorted."""
-    declared = (spec.declared for spec in SPECS.values())
-    return sorted(
-        {*GROUPS, *(each.group for some in (declared, FIGURES.values(), FEATURES) for each in some)}
-    )

@@ -25,8 +25,7 @@ from llmserve_env.controls import CONTROLS, SPECS, ActionGrid
 from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.profile import TIERS, Profile, refusal
-from llmserve_env.observation import known_groups
-from llmserve_env.schema import ServeAction
+from llmserve_env.schema import EXTRA_GROUPS, ServeAction
 from llmserve_env.workloads import open_workload
 from llmserve_env.workloads.generators.servegen import table_end_s
 from llmserve_env.workloads.overlay import overlaid
@@ -156,8 +155,8 @@ class Task(BaseModel):
     @classmethod
     def _known(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
         for group in groups:
-            if group not in known_groups():
-                raise ValueError(f"expected some of {', '.join(known_groups())}, found {group}")
+            if group not in EXTRA_GROUPS:
+                raise ValueError(f"expected some of {', '.join(EXTRA_GROUPS) or 'no groups'}, found {group}")
         return groups
 
     @model_serializer(mode="wrap")

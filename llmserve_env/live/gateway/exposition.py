@@ -12,8 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.report.version import __version__
 from llmserve_env.schema import QuantizationTier
-from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

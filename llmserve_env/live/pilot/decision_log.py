@@ -22,9 +22,9 @@ from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer
+from llmserve_env.report.version import __version__
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import Task
-from llmserve_env.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

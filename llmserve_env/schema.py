@@ -101,6 +101,12 @@ class ServeAction(BaseModel):
     """
 
 
+def bounds(control: str) -> dict[str, Any]:
+    """The range of a control that is a number, as the arguments of pydantic's `Field`."""
+    found = ServeAction.model_fields[control].metadata
+    return {key: getattr(each, key) for each in found for key in ("ge", "gt", "le") if hasattr(each, key)}
+
+
 class TenantObservation(BaseModel):
     """A tenant's window."""
 

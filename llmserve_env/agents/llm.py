@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.agents.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.net.urls import without_credentials
 from llmserve_env.schema import ServeAction, ServeObservation
 
@@ -154,7 +154,7 @@ class LLMPolicy:
         try:
             import openai
         except ImportError as error:
-            raise InputError("the openai package is missing: install llmserve-env[server]") from error
+            raise missing_package(error) from error
         self.settings = settings
         self.usage = LLMUsage()
         if not settings.endpoint and not settings.api_key:

@@ -12,10 +12,11 @@ import evaluate.experiments.showdown_report as report
 from evaluate.evaluate import agent_labels, measure
 from evaluate.experiments.showdown import Arguments, main
 from evaluate.jobs import Setting
-from evaluate.llm import llm_settings, play_llm
+from evaluate.llm import play_llm
 from evaluate.scores import read_scores
 from llmserve_env import tasks
 from llmserve_env.agents.constant import ConstantAgent
+from llmserve_env.agents.llm_settings import llm_settings
 from llmserve_env.errors import InputError
 from llmserve_env.play import play
 from llmserve_env.schema import ServeAction

@@ -14,13 +14,14 @@ from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.observation import Observer
 from llmserve_env.recording import record_row
+from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
 from llmserve_env.tasks.catalog import TaskInfo, catalog, task_info
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
+    from llmserve_env.schema import EpisodeLog, GradeResult, ServeObservation
     from llmserve_env.tasks import Task
 
 DEFAULT_TASK = "static_workload"
@@ -258,6 +259,8 @@ class RemoteBatch:
         Raises:
             InputError: the episode has not begun or is over.
         """
+        if self.over[0]:
+            raise InputError("the episode is over: call reset" if self.steps[0] else "call reset before step")
         rewards = self._session.step([to_action(actions[0])])
         seen = self._session.observation()
         told = seen.metadata
@@ -276,8 +279,6 @@ class RemoteBatch:
 
     def _seen(self, observation: ServeObservation) -> NDArray[np.float32]:
         """Take in an observation; float32[1, features]."""
-        from llmserve_env.schema import ServeAction
-
         try:
             self.windows = record_row(observation.metadata["record"]).reshape(1)
             self.actions = to_array([ServeAction.model_validate(observation.metadata["action"])])

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmserve_env.tasks import Task
-    from llmserve_env.tasks.catalog import TaskInfo
 
 
 _OPENAI = "https://api.openai.com/v1"
@@ -78,10 +77,34 @@ class LLMUsage:
         }
 
 
-class LLMAgent:
-    """Plays an episode by asking a model, which is shown the windows in the words of `ServeObservation`.
+@dataclass
+class _Conversation:
+    """What is remembered of an episode.
 
-    The reward that it is shown is the task's of all that was sent, as in the simulator.
+    Attributes:
+        seed: for the endpoint.
+        demand: float64[1], weight of all its requests.
+        in_force: the configuration.
+        seen: the last windows.
+        windows: how many there were.
+        end_s: of the last one; one that does not end later is of an episode that is over.
+        without_answer: calls in a row without any answer.
+    """
+
+    seed: int
+    demand: NDArray[np.float64]
+    in_force: ServeAction
+    seen: deque[ServeObservation]
+    windows: int = 0
+    end_s: float = -1.0
+    without_answer: int = 0
+
+
+class LLMAgent:
+    """Plays episodes by asking a model, which is shown the windows in the words of `ServeObservation`.
+
+    A call takes seconds: nothing is won by many episodes side by side, which take turns. The reward
+    that it is shown is the task's of all that was sent, as in the simulator.
 
     Args:
         settings: how it is asked.
@@ -89,14 +112,14 @@ class LLMAgent:
 
     Attributes:
         settings: as given.
-        usage: of the episode.
+        usage: of the episodes since the last reset.
 
     Raises:
         InputError: there is neither an endpoint nor a key, or the `openai` package is missing.
 
     Example:
         >>> with LLMAgent(LLMSettings("tiny", "http://127.0.0.1:8101/v1")) as agent:
-        ...     play(agent, task, [seed], size=1).scores
+        ...     play(agent, task, [seed]).scores
     """
 
     def __init__(self, settings: LLMSettings, name: str | None = None) -> None:
@@ -116,9 +139,6 @@ class LLMAgent:
             max_retries=settings.max_retries,
         )
         self._task: Task | None = None
-        self._in_force = ServeAction()
-        self._seen: deque[ServeObservation] = deque(maxlen=settings.history)
-        self._seed = self._windows = self._without_answer = 0
 
     def __enter__(self) -> LLMAgent:
         return self
@@ -136,29 +156,23 @@ class LLMAgent:
         return without_credentials(str(self._client.base_url))
 
     def reset(self, task: Task, seeds: Sequence[int]) -> None:
-        """Begin an episode.
+        """Begin episodes.
 
         Args:
             task: what is played.
-            seeds: of the one episode: a call takes seconds, nothing is won by many side by side. The endpoint
-                gets its remainder by 2**31, which every one takes.
-
-        Raises:
-            InputError: more than one episode is asked for.
+            seeds: of the episodes; the endpoint gets their remainders by 2**31, which every one takes.
         """
-        if len(seeds) != 1:
-            raise InputError(f"expected 1, a model plays one at a time, found {len(seeds)}", field="seeds")
-        self._task, self._brief = task, task_info(task)
-        self._in_force, self._seed = task.start, int(seeds[0]) % 2**31
-        self._windows = self._without_answer = 0
-        self._seen.clear()
-        self._rewards = Rewards(task)
-        counts = np.bincount(task.requests(int(seeds[0])).tenant, minlength=len(task.tenants))
-        self._demand = np.array([self._rewards.demand(counts)])
+        self._task, self._brief, self._rewards = task, task_info(task), Rewards(task)
+        self._episodes = [
+            _Conversation(
+                int(seed) % 2**31, self._demand(int(seed)), task.start, deque(maxlen=self.settings.history)
+            )
+            for seed in seeds
+        ]
         self.usage = LLMUsage()
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
-        """ACTION[1], the configuration for the next window.
+        """ACTION[n], the configurations for the next window.
 
         Raises:
             InputError: no episode has begun; the endpoint turned the key or the model's name down (401, 403,
@@ -167,40 +181,53 @@ class LLMAgent:
         """
         if self._task is None:
             raise InputError("call reset before act")
-        reward = self._reward(windows) if self._windows else 0.0
-        self._seen.append(
-            describe(self._task, windows[0], self._windows, reward=reward, done=False, metadata={})
-        )
-        self._windows += 1
-        if (self._windows - 1) % self.settings.windows_per_call == 0:
-            self._answer()
-        return to_array([self._in_force])
+        for index, episode in enumerate(self._episodes):
+            window = windows[index : index + 1]
+            if window["end_s"][0] > episode.end_s:
+                self._see(episode, window)
+                if (episode.windows - 1) % self.settings.windows_per_call == 0:
+                    self._answer(episode)
+        return to_array([episode.in_force for episode in self._episodes])
 
-    def _reward(self, windows: NDArray[np.void]) -> float:
-        """Of the last window."""
-        components, _ = self._rewards.of(windows, self._demand)
-        so_far = np.zeros_like(components), np.zeros((1, 4), np.int64)
-        return float(self._rewards.add(windows, np.ones(1, bool), components, *so_far)[0])
+    def _demand(self, seed: int) -> NDArray[np.float64]:
+        """float64[1], weight of all requests of an episode."""
+        assert self._task is not None
+        counts = np.bincount(self._task.requests(seed).tenant, minlength=len(self._task.tenants))
+        return np.array([self._rewards.demand(counts)])
 
-    def _answer(self) -> None:
+    def _see(self, episode: _Conversation, window: NDArray[np.void]) -> None:
+        """Take in the last window, WINDOW[1]."""
+        assert self._task is not None
+        reward = 0.0
+        if episode.windows:
+            components, _ = self._rewards.of(window, episode.demand)
+            so_far = np.zeros_like(components), np.zeros((1, 4), np.int64)
+            reward = float(self._rewards.add(window, np.ones(1, bool), components, *so_far)[0])
+        seen = describe(self._task, window[0], episode.windows, reward=reward, done=False, metadata={})
+        episode.seen.append(seen)
+        episode.windows += 1
+        episode.end_s = float(window["end_s"][0])
+
+    def _answer(self, episode: _Conversation) -> None:
         """Ask, and put into force what can be used."""
         self.usage.calls += 1
         begun = time.perf_counter()
         try:
-            self._in_force = parse(self._ask(self._brief), self._brief)
+            episode.in_force = parse(self._ask(episode), self._brief)
         except Unusable as error:
             self.usage.fallbacks[error.reason] += 1
-            self._without_answer = self._without_answer + 1 if error.reason in NO_ANSWER else 0
-            if self._without_answer >= self.settings.give_up_after:
+            episode.without_answer = episode.without_answer + 1 if error.reason in NO_ANSWER else 0
+            if episode.without_answer >= self.settings.give_up_after:
                 raise InputError(
-                    f"{self.endpoint} gave no answer {self._without_answer} times in a row, the last: {error}"
+                    f"{self.endpoint} gave no answer {episode.without_answer} times in a row, "
+                    f"the last: {error}"
                 ) from error
         else:
-            self._without_answer = 0
+            episode.without_answer = 0
         finally:
             self.usage.latency_s.append(time.perf_counter() - begun)
 
-    def _ask(self, brief: TaskInfo) -> str:
+    def _ask(self, episode: _Conversation) -> str:
         """The text of the model's answer.
 
         Raises:
@@ -210,7 +237,7 @@ class LLMAgent:
         import openai
 
         try:
-            answer = self._client.chat.completions.with_raw_response.create(**self._request(brief))
+            answer = self._client.chat.completions.with_raw_response.create(**self._request(episode))
             self.usage.retries += answer.retries_taken
             return self._text(answer.parse())
         except openai.APIError as error:
@@ -221,18 +248,19 @@ class LLMAgent:
         except ValueError as error:  # a body that is no JSON
             raise Unusable("malformed", str(error)) from error
 
-    def _request(self, brief: TaskInfo) -> dict[str, Any]:
+    def _request(self, episode: _Conversation) -> dict[str, Any]:
+        brief = self._brief
         request: dict[str, Any] = {
             "model": self.settings.model,
             "messages": prompt(
                 brief,
-                list(self._seen),
-                self._in_force,
+                list(episode.seen),
+                episode.in_force,
                 held_s=brief.window_s * self.settings.windows_per_call,
                 max_chars=self.settings.max_prompt_chars,
             ),
             "max_completion_tokens": self.settings.max_answer_tokens,
-            "seed": self._seed,
+            "seed": episode.seed,
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "configuration", "strict": True, "schema": answer_schema(brief)},

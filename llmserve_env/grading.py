@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
@@ -152,7 +152,7 @@ def _replay(task: Task, log: EpisodeLog) -> tuple[dict[str, float], dict[str, in
             )
         result = batch.step(actions[index : index + 1])
         terminated = bool(result.terminated[0])
-        digest.update(record_bytes(batch.windows[0], len(task.tenants)))
+        digest.update(record_bytes(batch.windows[0], task))
         if log.digests[index] != digest.hexdigest():
             raise InputError(
                 f"expected {digest.hexdigest()}, found {log.digests[index]}: under the log's task, seed and "

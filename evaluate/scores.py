@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 import llmserve_env
 from evaluate.jobs import Setting
-from evaluate.llm import LLM, Asked, describe_llm
+from evaluate.llm import Asked, describe_llm
 from llmserve_env.agents.find import policy_folder
+from llmserve_env.agents.llm_settings import LLM
 from llmserve_env.agents.policy import CONFIG, WEIGHTS
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic

@@ -62,6 +62,15 @@ class Played:
     components: NDArray[np.float64]
     requests: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, batches: Sequence[EpisodeBatch]) -> Played:
+        """What batches came to, in their order."""
+        return cls(
+            np.concatenate([batch.scores for batch in batches]),
+            np.concatenate([batch.totals for batch in batches]),
+            np.concatenate([batch.requests for batch in batches]),
+        )
+
 
 def play(
     agent: Agent,
@@ -89,14 +98,11 @@ def play(
     """
     if not len(seeds):
         raise InputError("expected one or more, found none", field="seeds")
-    batches = [
-        play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
-        for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
-    ]
-    return Played(
-        np.concatenate([batch.scores for batch in batches]),
-        np.concatenate([batch.totals for batch in batches]),
-        np.concatenate([batch.requests for batch in batches]),
+    return Played.of(
+        [
+            play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
+            for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
+        ]
     )
 
 

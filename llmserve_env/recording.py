@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.backend import FIGURES, WINDOW
+from llmserve_env.backend import FIGURES, WINDOW, window_field
 from llmserve_env.controls import ACTION, to_action
 from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
@@ -54,6 +54,34 @@ def record_digests(windows: Iterable[NDArray[np.void]], task: Task) -> list[str]
         digest.update(record_bytes(window, task))
         digests.append(digest.hexdigest())
     return digests
+
+
+def record_values(window: NDArray[np.void], tenants: int) -> dict[str, Any]:
+    """A WINDOW record for JSON: None for nan, tenant fields cut to the number of tenants."""
+    return {name: _plain(window_field(window, name, tenants)) for name in WINDOW.names or ()}
+
+
+def record_row(values: dict[str, Any]) -> NDArray[np.void]:
+    """The WINDOW record of what `record_values` made.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    row: NDArray[np.void] = np.zeros((), WINDOW)
+    for name in WINDOW.names or ():
+        value = values[name]
+        if isinstance(value, list):
+            found = np.array(value)
+            row[name][tuple(slice(count) for count in found.shape)] = found
+        else:
+            row[name] = np.nan if value is None else value
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if value.ndim:
+        return [None if isinstance(each, float) and np.isnan(each) else each for each in value.tolist()]
+    return None if isinstance(value.item(), float) and np.isnan(value) else value.item()
 
 
 class Recording:

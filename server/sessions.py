@@ -12,6 +12,7 @@ import numpy as np
 
 from llmserve_env.episode import Episode
 from llmserve_env.grading import grade
+from llmserve_env.recording import record_values
 from server.messages.models import ServiceState
 from server.messages.refusals import AtCapacity, Conflict, NotFound
 from server.messages.requests import ResetRequest
@@ -177,6 +178,10 @@ class Session:
             assert self._episode is not None
             vector = self._episode.batch.observations()[0]
             observation.metadata["features"] = np.asarray(vector, float).tolist()
+        if self.begun is not None and self.begun.records:
+            assert self._episode is not None
+            window, tenants = self._episode.batch.windows[0], len(self._episode.task.tenants)
+            observation.metadata["record"] = record_values(window, tenants)
         self._last = observation
         return observation
 

@@ -14,10 +14,11 @@ import numpy as np
 from llmserve_env.agents.shield import Shield
 from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
-from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed, record_values
+from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.live.pilot.limits import Limits, shipped_limits
 from llmserve_env.observation import Observer
+from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:

@@ -77,7 +77,8 @@ def candidates(task: Task, at_least: int, seed: int) -> NDArray[np.void]:
     drawn = grid.actions(rng.integers(grid.nvec, size=(extra, len(CONTROLS))))
     for name, spec in SPECS.items():
         if spec.declared.scale == "log" and spec.type is int:
-            drawn[name] = np.rint(np.exp(rng.uniform(*np.log(grid.ends(name)), extra)))
+            low, high = np.log(grid.ends(name))
+            drawn[name] = np.rint(np.exp(rng.uniform(low, high, extra)))
         elif spec.declared.scale == "linear" and spec.type is float:
             drawn[name] = np.round(rng.uniform(*grid.ends(name), extra), 2)
     return np.concatenate([grid.all(), drawn])

@@ -26,7 +26,13 @@ from llmserve_env.files import write_atomic
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.model_config import read_model
 from llmserve_env.hardware.profile import save_profile
-from llmserve_env.live.calibrate.calibration import find_limits, fit_profile, measure, ordinary_tokens, report
+from llmserve_env.live.calibrate.calibration import (
+    find_engine_limits,
+    fit_profile,
+    measure,
+    ordinary_tokens,
+    report,
+)
 from llmserve_env.live.calibrate.comparison import compare, simulate
 from llmserve_env.live.calibrate.load import Target
 from llmserve_env.report.provenance import made_by
@@ -70,7 +76,7 @@ def live_fidelity(
         json: also write all figures there.
     """
     found: dict[str, Any] = {"made_by": made_by(), "load_before": os.getloadavg()}
-    limits = find_limits(url, iteration_log)
+    limits = find_engine_limits(url, iteration_log)
     if profile is not None:
         calibrated = load_profile(profile)
     elif model_config is not None:

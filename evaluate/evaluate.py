@@ -219,7 +219,7 @@ def open_settings(
     """Every task with every profile and load."""
     from pydantic import ValidationError
 
-    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.errors import as_input_error
 
     try:
         return [
@@ -229,7 +229,7 @@ def open_settings(
             for load in loads
         ]
     except ValidationError as error:
-        raise refusal(error) from error
+        raise as_input_error(error) from error
 
 
 def agent_labels(agents: Sequence[str]) -> dict[str, str]:

@@ -37,9 +37,8 @@ from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.agents.shield import RULES
 from llmserve_env.controls import to_action
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
-from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.episode import LiveEpisode
 from llmserve_env.live.settings import EndpointSettings
 from llmserve_env.play import play_batch
@@ -417,7 +416,7 @@ def _read_chosen(path: Path) -> Chosen:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot be read: {error}", file=str(path)) from error
     except ValidationError as error:
-        raise refusal(error, str(path)) from error
+        raise as_input_error(error, str(path)) from error
 
 
 def _toml(chosen: Chosen, scores: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ import tyro
 
 if TYPE_CHECKING:
     from llmserve_env.hardware.profile import Profile
-    from llmserve_env.live.calibrate.calibration import Limits
+    from llmserve_env.live.calibrate.calibration import EngineLimits
     from llmserve_env.live.calibrate.comparison import Comparison
 
 UNITS = {"ttft": ("TTFT", "ms", 1e3, 1), "itl": ("ITL", "ms", 1e3, 2), "e2e": ("E2E", "ms", 1e3, 0)}
@@ -53,7 +53,7 @@ def compare(
     from llmserve_env.commands.shared.serving import announce_compilation
     from llmserve_env.hardware import load_profile
     from llmserve_env.live.calibrate import comparison
-    from llmserve_env.live.calibrate.calibration import find_limits, ordinary_tokens
+    from llmserve_env.live.calibrate.calibration import find_engine_limits, ordinary_tokens
     from llmserve_env.live.calibrate.load import Target
     from llmserve_env.report.figures import check_suffix
     from llmserve_env.report.provenance import made_by
@@ -66,7 +66,7 @@ def compare(
     workload = open_workload(trace)
     key = os.environ.get("OPENAI_API_KEY")
     engine = hardware.engine
-    limits = find_limits(
+    limits = find_engine_limits(
         url,
         iteration_log,
         model=model,
@@ -85,7 +85,7 @@ def compare(
         _draw(found, picture)
 
 
-def differences(profile: Profile, limits: Limits) -> list[str]:
+def differences(profile: Profile, limits: EngineLimits) -> list[str]:
     """Where a server is known to differ from the engine of a profile."""
     from llmserve_env.hardware.memory import kv_blocks
 

@@ -121,11 +121,11 @@ def gateway(
         raise missing_package(error) from error
     import logging
 
+    from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
     from llmserve_env.live.gateway.proxy import Proxy
-    from llmserve_env.live.gateway.tenants import Tenants, load_tenants, task_tenants
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
     from llmserve_env.net.sockets import listen
@@ -139,7 +139,7 @@ def gateway(
     if tenants is not None:
         known = load_tenants(tenants, None if task is None else task.tenants)
     else:
-        known = Tenants() if task is None else task_tenants(task.tenants)
+        known = Callers() if task is None else task_tenants(task.tenants)
     here = Gateway(
         upstreams,
         known.all,
@@ -283,8 +283,7 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
     from pydantic import ValidationError
 
     from llmserve_env.agents.find import find_agent
-    from llmserve_env.errors import InputError
-    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.errors import InputError, as_input_error
     from llmserve_env.live.gateway.steering import RunningReward, warm_up
     from llmserve_env.live.pilot.decision_log import DecisionLog
     from llmserve_env.live.pilot.pilot import Pilot
@@ -299,7 +298,7 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
     try:
         safe_action = ServeAction(**(action.model_dump() | given))
     except ValidationError as error:
-        refused = refusal(error)
+        refused = as_input_error(error)
         raise InputError(refused.reason, field=f"safe.{refused.field}") from error
     agent = find_agent(steering.agent, task)
     warm_up(agent, task)

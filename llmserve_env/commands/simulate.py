@@ -134,11 +134,11 @@ def _action(**values: object) -> ServeAction:
     from pydantic import ValidationError
 
     from llmserve_env.commands.shared.serving import FLAGS
-    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.errors import as_input_error
     from llmserve_env.schema import ServeAction
 
     try:
         return ServeAction.model_validate(values)
     except ValidationError as error:
-        refused = refusal(error)
+        refused = as_input_error(error)
         raise InputError(refused.reason, field=FLAGS.get(str(refused.field), refused.field)) from error

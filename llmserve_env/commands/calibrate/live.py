@@ -59,7 +59,7 @@ def live(
     from llmserve_env.hardware.model_config import read_model
     from llmserve_env.hardware.profile import save_profile
     from llmserve_env.live.calibrate.calibration import (
-        find_limits,
+        find_engine_limits,
         fit_profile,
         measure,
         ordinary_tokens,
@@ -76,7 +76,7 @@ def live(
         raise InputError(f"expected more than 0, found {minutes}", field="minutes")
     shape = read_model(model_config)
     key = os.environ.get("OPENAI_API_KEY")
-    limits = find_limits(
+    limits = find_engine_limits(
         url,
         iteration_log,
         model=model,

@@ -52,7 +52,7 @@ class Pause(BaseModel):
     """From one change to the next."""
 
 
-class Limits(BaseModel):
+class ChangeLimits(BaseModel):
     """By control; a control without one changes freely. Those of the package are in data/limits.toml."""
 
     model_config = _MODEL
@@ -112,9 +112,9 @@ class Limits(BaseModel):
 
 
 @lru_cache(maxsize=1)
-def shipped_limits() -> Limits:
+def shipped_limits() -> ChangeLimits:
     """The limits of data/limits.toml."""
-    return Limits.model_validate(tomllib.loads(PATH.read_text(encoding="utf-8")))
+    return ChangeLimits.model_validate(tomllib.loads(PATH.read_text(encoding="utf-8")))
 
 
 def _rate(new: float | None, old: float | None, factor: float, asked_rate: float) -> float | None:

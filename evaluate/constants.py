@@ -22,9 +22,9 @@ import llmserve_env
 from evaluate.jobs import Setting
 from evaluate.scores import setting_name
 from evaluate.search import Player, best_constants
-from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.tuned import tuned_constant
+from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.play import play
@@ -92,7 +92,7 @@ def first_tries(task: Task, tried: int) -> NDArray[np.void]:
     rng = np.random.default_rng(0)
     best = to_array([tuned_constant(task.id)])
     near = np.repeat(best, tried // 2)
-    values = {name: np.unique(task.grid.all()[name]) for name in task.controls}
+    values = {name: task.grid.codes(name) for name in task.controls}
     for row in near:
         for name in rng.choice(list(values), rng.integers(1, 3), replace=False):
             row[name] = rng.choice(values[name])

@@ -19,7 +19,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from evaluate.jobs import Job, Setting, play_job, play_jobs
+from evaluate.jobs import Job, Setting, play_job
+from evaluate.runners import play_jobs
 from evaluate.scores import Scores, begin_scores, profile_name, scores_path
 from llmserve_env.agents import lacks_weights
 from llmserve_env.agents.find import SHIELDED, find_agent

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import ACTION, CONTROLS
+from llmserve_env.controls import ACTION, CONTROLS
 from llmserve_env.episode import EpisodeBatch
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], object]
 """Called with the number of episodes that were played."""
+
+
+MOST_POINTS = 1 << 16
+"""Points of a grid that are all tried."""
 
 
 def _ignore(episodes: int) -> None:
@@ -62,17 +66,19 @@ class Player:
 
 
 def candidates(task: Task, at_least: int, seed: int) -> NDArray[np.void]:
-    """ACTION[n]: the task's whole grid and, up to `at_least` in all, random actions between its ends."""
-    grid = task.grid
-    everything = grid.all()
-    extra = max(at_least - len(everything), 0)
-    rng = np.random.default_rng(seed)
+    """ACTION[n]: the task's whole grid and, up to `at_least` in all, random actions between its ends.
+
+    Of a grid of more than `MOST_POINTS` as many random points stand for the whole.
+    """
+    grid, rng = task.grid, np.random.default_rng(seed)
+    if grid.size > MOST_POINTS:
+        return grid.actions(rng.integers(grid.nvec, size=(MOST_POINTS, len(CONTROLS))))
+    extra = max(at_least - grid.size, 0)
     drawn = grid.actions(rng.integers(grid.nvec, size=(extra, len(CONTROLS))))
-    low, high = np.log([grid.values["batch_cap"][0], grid.values["batch_cap"][-1]])
+    low, high = np.log(grid.ends("batch_cap"))
     drawn["batch_cap"] = np.rint(np.exp(rng.uniform(low, high, extra)))
-    fractions = grid.values["kv_budget_fraction"]
-    drawn["kv_budget_fraction"] = np.round(rng.uniform(fractions[0], fractions[-1], extra), 2)
-    return np.concatenate([everything, drawn])
+    drawn["kv_budget_fraction"] = np.round(rng.uniform(*grid.ends("kv_budget_fraction"), extra), 2)
+    return np.concatenate([grid.all(), drawn])
 
 
 def best_constants(
@@ -139,8 +145,7 @@ def clairvoyant(
     task, grid = player.task, player.task.grid
     windows = task.windows
     rng = np.random.default_rng([seed, *(CONTROLS.index(name) for name in fixed)])
-    constants = grid.all()
-    constants = constants[rng.permutation(len(constants))[:children]]
+    constants = grid.at(rng.permutation(grid.size)[:children])
     plans = np.empty((len(starts), windows), ACTION)
     plans[:] = starts
     for name in fixed:
@@ -148,8 +153,8 @@ def clairvoyant(
     constants = np.concatenate([np.unique(constants), np.unique(plans)])
     earned = player.rewards([seed] * len(constants), constants[:, None]).cumsum(axis=1)
     earned = np.concatenate([np.zeros((len(earned), 1)), earned], axis=1)
-    free = [name for name in CONTROLS if len(grid.values[name]) > 1 and name not in fixed]
-    values = {name: np.unique(grid.all()[name]) for name in free}
+    free = [name for name in grid.granted if name not in fixed]
+    values = {name: grid.codes(name) for name in free}
 
     def edit(plan: NDArray[np.void]) -> None:
         first = int(rng.integers(windows)) if rng.random() < 0.8 else 0

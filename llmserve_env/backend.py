@@ -2,197 +2,159 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
+
+from llmserve_env.schema import QuantizationTier
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-
     from llmserve_env.schema import ServeAction
     from llmserve_env.workloads.workload import Workload
 
 MAX_TENANTS = 32
+"""Tenants that a window has places for."""
 
-_TENANT = (MAX_TENANTS,)
+_AXES = {"tenant": MAX_TENANTS, "tier": len(QuantizationTier)}
 
-WINDOW = np.dtype(
-    [
-        ("start_s", np.float64),
-        ("end_s", np.float64),
-        ("arrived", np.int64),
-        ("arrived_prompt_tokens", np.int64),
-        ("completed", np.int64),
-        ("failed", np.int64),
-        ("cancelled", np.int64),
-        ("refused", np.int64),
-        ("timeouts", np.int64),
-        ("retries", np.int64),
-        ("in_flight", np.int64),
-        ("retrying", np.int64),
-        ("waiting", np.int64),
-        ("running", np.int64),
-        ("oldest_wait_s", np.float64),
-        ("kv_occupancy", np.float64),
-        ("gpu_memory_gb", np.float64),
-        ("preemptions", np.int64),
-        ("prefill_tokens", np.int64),
-        ("cached_tokens", np.int64),
-        ("output_tokens", np.int64),
-        ("iterations", np.int64),
-        ("busy_s", np.float64),
-        ("mean_running", np.float64),
-        ("mean_kv_occupancy", np.float64),
-        ("evictions", np.int64),
-        ("drafted_tokens", np.int64),
-        ("accepted_tokens", np.int64),
-        ("transfers", np.int64),
-        ("first_tokens", np.int64),
-        ("mean_ttft_s", np.float64),
-        ("p50_ttft_s", np.float64),
-        ("p99_ttft_s", np.float64),
-        ("p50_gap_s", np.float64),
-        ("p99_gap_s", np.float64),
-        ("engines_up", np.int64),
-        ("engines_split", np.int64),
-        ("engines_tier", np.int64, (3,)),
-        ("tenant_arrived", np.int64, _TENANT),
-        ("tenant_completed", np.int64, _TENANT),
-        ("tenant_failed", np.int64, _TENANT),
-        ("tenant_in_flight", np.int64, _TENANT),
-        ("tenant_in_slo", np.int64, _TENANT),
-        ("tenant_output_tokens", np.int64, _TENANT),
-        ("tenant_first_tokens", np.int64, _TENANT),
-        ("tenant_ttft_s", np.float64, _TENANT),
-        ("tenant_headroom", np.float64, _TENANT),
-        ("tier_in_slo", np.int64, (3, *_TENANT)),
-    ],
-    align=True,
-)
-"""One window of one episode as a record; `WindowRecord` says what each field means. Tenants fill the first
-places of their fields, the others are 0."""
+
+@dataclass(frozen=True)
+class Figure:
+    """What a field of WindowRecord says of itself beside its type and docstring.
+
+    Attributes:
+        kind: what its number is: a sum over the window (count), the state at its end (gauge), a mean or a
+            percentile over it, or its place in time (time).
+        group: of figures, with which a task has it or not.
+        unit: of the number.
+        axes: of an array: "tenant", "tier", or both.
+    """
+
+    kind: Literal["count", "gauge", "mean", "percentile", "time"]
+    group: str
+    unit: str
+    axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class WindowRecord:
-    """What happened in one window. Counts are of this window, gauges of its end.
+    """What happened in one window. Each figure is declared here, once; WINDOW follows from it.
 
     A batch counts in the window in which it was scheduled. At every window's end, over all windows so far:
     arrived = completed + failed + cancelled + in flight.
-
-    Attributes:
-        start_s: start of the window (s).
-        end_s: its end (s).
-        arrived: requests that clients sent.
-        arrived_prompt_tokens: tokens of their prompts.
-        completed: requests that got their last token.
-        failed: requests whose last try was given up or not let in.
-        cancelled: requests refused on arrival, too long for the KV cache.
-        refused: tries that `admission_rate` did not let in.
-        timeouts: tries that their client gave up, waiting for the first token or for the whole answer.
-        retries: tries after a request's first that were sent.
-        in_flight: requests that have arrived and are not over; one is over when the batch with its last
-            token is scheduled (gauge).
-        retrying: of those, requests whose client waits to send them again (gauge).
-        waiting: requests in a queue or in transfer (gauge).
-        running: requests in an engine's batch, until the batch with their last token has ended (gauge).
-        oldest_wait_s: age of the oldest try that waits for its first admission, 0 without one (s, gauge).
-        kv_occupancy: share of all KV blocks that running requests hold (gauge).
-        gpu_memory_gb: weights and held KV blocks of all engines (GB, gauge).
-        preemptions: running requests thrown back to the queue.
-        prefill_tokens: tokens of prefill computed, recomputation included.
-        cached_tokens: tokens of prefill spared by the prefix cache.
-        output_tokens: tokens emitted; what speculation ran past a request's end is taken off when it ends.
-        iterations: batches run, all engines.
-        busy_s: time that batches took, all engines (s).
-        mean_running: running requests averaged over busy time.
-        mean_kv_occupancy: share of KV blocks held over busy time; blocks taken in a stretch count half.
-        evictions: cached blocks that were overwritten.
-        drafted_tokens: draft tokens proposed.
-        accepted_tokens: draft tokens accepted.
-        transfers: KV caches sent from prefill to decode engines.
-        first_tokens: tries that got their first token.
-        mean_ttft_s: of first tokens in this window, from the request's first try on (s; nan without any).
-        p50_ttft_s: their median (s; nan without any); percentiles come from histograms with bins 7 to 12%
-            wide.
-        p99_ttft_s: their 99th percentile (s; nan without any).
-        p50_gap_s: median time between a sequence's steps (s; nan without any).
-        p99_gap_s: 99th percentile of the same (s; nan without any).
-        engines_up: engines that are neither draining nor reloading (gauge).
-        engines_split: engines in a prefill or decode pool, or loading for one (gauge).
-        engines_tier: int64[3], engines by the precision of their weights FP16, INT8, INT4; of what they load
-            while they do (gauge).
-        tenant_arrived: int64[tenant].
-        tenant_completed: int64[tenant].
-        tenant_failed: int64[tenant], given up or refused.
-        tenant_in_flight: int64[tenant] (gauge).
-        tenant_in_slo: int64[tenant], completed with TTFT and TPOT within the tenant's SLO.
-        tenant_output_tokens: int64[tenant], tokens of completed requests.
-        tenant_first_tokens: int64[tenant], tries that got their first token.
-        tenant_ttft_s: float64[tenant], sum of their TTFT (s).
-        tenant_headroom: float64[tenant], over requests within the SLO the sum of 1 - max(TTFT, TPOT), each as
-            a share of what was promised.
-        tier_in_slo: int64[3, tenant], requests within the SLO by the precision of the engine that ended them.
-        ttft_histogram: int64[bins], first tokens by TTFT; edges in sim.state.histogram_edges_s.
-        gap_histogram: int64[bins], steps of sequences by the time since the last; a step yields one token,
-            under speculation several.
-        not_applied: fields of the action that had no effect, with the reason.
     """
 
-    start_s: float
-    end_s: float
-    arrived: int
-    arrived_prompt_tokens: int
-    completed: int
-    failed: int
-    cancelled: int
-    refused: int
-    timeouts: int
-    retries: int
-    in_flight: int
-    retrying: int
-    waiting: int
-    running: int
-    oldest_wait_s: float
-    kv_occupancy: float
-    gpu_memory_gb: float
-    preemptions: int
-    prefill_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    iterations: int
-    busy_s: float
-    mean_running: float
-    mean_kv_occupancy: float
-    evictions: int
-    drafted_tokens: int
-    accepted_tokens: int
-    transfers: int
-    first_tokens: int
-    mean_ttft_s: float
-    p50_ttft_s: float
-    p99_ttft_s: float
-    p50_gap_s: float
-    p99_gap_s: float
-    engines_up: int
-    engines_split: int
-    engines_tier: NDArray[np.int64]
-    tenant_arrived: NDArray[np.int64]
-    tenant_completed: NDArray[np.int64]
-    tenant_failed: NDArray[np.int64]
-    tenant_in_flight: NDArray[np.int64]
-    tenant_in_slo: NDArray[np.int64]
-    tenant_output_tokens: NDArray[np.int64]
-    tenant_first_tokens: NDArray[np.int64]
-    tenant_ttft_s: NDArray[np.float64]
-    tenant_headroom: NDArray[np.float64]
-    tier_in_slo: NDArray[np.int64]
+    start_s: Annotated[float, Figure("time", "time", "s")]
+    """Start of the window."""
+    end_s: Annotated[float, Figure("time", "time", "s")]
+    """End of the window."""
+    arrived: Annotated[int, Figure("count", "load", "requests")]
+    """Requests that clients sent."""
+    arrived_prompt_tokens: Annotated[int, Figure("count", "load", "tokens")]
+    """Tokens of their prompts."""
+    completed: Annotated[int, Figure("count", "service", "requests")]
+    """Requests that got their last token."""
+    failed: Annotated[int, Figure("count", "service", "requests")]
+    """Requests whose last attempt was given up or not let in."""
+    cancelled: Annotated[int, Figure("count", "service", "requests")]
+    """Requests refused on arrival, too long for the KV cache."""
+    refused: Annotated[int, Figure("count", "load", "attempts")]
+    """Attempts that `admission_rate` did not let in."""
+    timeouts: Annotated[int, Figure("count", "load", "attempts")]
+    """Attempts that their client gave up, waiting for the first token or for the whole answer."""
+    retries: Annotated[int, Figure("count", "load", "attempts")]
+    """Attempts after a request's first that were sent."""
+    in_flight: Annotated[int, Figure("gauge", "load", "requests")]
+    """Requests that have arrived and are not over; one is over when the batch with its last token is
+    scheduled."""
+    retrying: Annotated[int, Figure("gauge", "load", "requests")]
+    """Requests in flight whose client waits to send them again."""
+    waiting: Annotated[int, Figure("gauge", "load", "requests")]
+    """Requests in a queue or in transfer."""
+    running: Annotated[int, Figure("gauge", "load", "requests")]
+    """Requests in an engine's batch, until the batch with their last token has ended."""
+    oldest_wait_s: Annotated[float, Figure("gauge", "load", "s")]
+    """Age of the oldest attempt that waits for its first admission, 0 without one."""
+    kv_occupancy: Annotated[float, Figure("gauge", "memory", "share")]
+    """Share of all KV blocks that running requests hold."""
+    gpu_memory_gb: Annotated[float, Figure("gauge", "memory", "GB")]
+    """Weights and held KV blocks of all engines."""
+    preemptions: Annotated[int, Figure("count", "memory", "requests")]
+    """Running requests thrown back to the queue."""
+    prefill_tokens: Annotated[int, Figure("count", "service", "tokens")]
+    """Tokens of prefill computed, recomputation included."""
+    cached_tokens: Annotated[int, Figure("count", "service", "tokens")]
+    """Tokens of prefill spared by the prefix cache."""
+    output_tokens: Annotated[int, Figure("count", "service", "tokens")]
+    """Tokens emitted; what speculation ran past a request's end is taken off when it ends."""
+    iterations: Annotated[int, Figure("count", "engines", "batches")]
+    """Batches run by all engines."""
+    busy_s: Annotated[float, Figure("count", "engines", "s")]
+    """Time that batches took on all engines."""
+    mean_running: Annotated[float, Figure("mean", "load", "requests")]
+    """Running requests averaged over busy time."""
+    mean_kv_occupancy: Annotated[float, Figure("mean", "memory", "share")]
+    """Share of KV blocks held over busy time; blocks taken in a stretch count half."""
+    evictions: Annotated[int, Figure("count", "memory", "blocks")]
+    """Cached blocks that were overwritten."""
+    drafted_tokens: Annotated[int, Figure("count", "service", "tokens")]
+    """Draft tokens proposed."""
+    accepted_tokens: Annotated[int, Figure("count", "service", "tokens")]
+    """Draft tokens accepted."""
+    transfers: Annotated[int, Figure("count", "engines", "caches")]
+    """KV caches sent from prefill to decode engines."""
+    first_tokens: Annotated[int, Figure("count", "service", "attempts")]
+    """Attempts that got their first token."""
+    mean_ttft_s: Annotated[float, Figure("mean", "latency", "s")]
+    """Mean time to first token, from the request's first attempt on (nan without any)."""
+    p50_ttft_s: Annotated[float, Figure("percentile", "latency", "s")]
+    """Median time to first token (nan without any); percentiles come from histograms with bins 7 to 12%
+    wide."""
+    p99_ttft_s: Annotated[float, Figure("percentile", "latency", "s")]
+    """99th percentile of time to first token (nan without any)."""
+    p50_gap_s: Annotated[float, Figure("percentile", "latency", "s")]
+    """Median time between a sequence's steps (nan without any)."""
+    p99_gap_s: Annotated[float, Figure("percentile", "latency", "s")]
+    """99th percentile of time between a sequence's steps (nan without any)."""
+    engines_up: Annotated[int, Figure("gauge", "engines", "engines")]
+    """Engines that are neither draining nor reloading."""
+    engines_split: Annotated[int, Figure("gauge", "engines", "engines")]
+    """Engines in a prefill or decode pool, or loading for one."""
+    engines_tier: Annotated[NDArray[np.int64], Figure("gauge", "engines", "engines", ("tier",))]
+    """Engines by the precision of their weights, or of what they load while they do."""
+    tenant_arrived: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
+    """Requests that each tenant sent."""
+    tenant_completed: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
+    """Requests of each that got their last token."""
+    tenant_failed: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
+    """Requests of each that were given up or refused."""
+    tenant_in_flight: Annotated[NDArray[np.int64], Figure("gauge", "tenants", "requests", ("tenant",))]
+    """Requests of each that are not over."""
+    tenant_in_slo: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
+    """Requests of each completed with TTFT and TPOT within the tenant's SLO."""
+    tenant_output_tokens: Annotated[NDArray[np.int64], Figure("count", "tenants", "tokens", ("tenant",))]
+    """Tokens of completed requests of each."""
+    tenant_first_tokens: Annotated[NDArray[np.int64], Figure("count", "tenants", "attempts", ("tenant",))]
+    """Attempts of each that got their first token."""
+    tenant_ttft_s: Annotated[NDArray[np.float64], Figure("count", "tenants", "s", ("tenant",))]
+    """Sum of their times to first token."""
+    tenant_headroom: Annotated[NDArray[np.float64], Figure("count", "tenants", "share", ("tenant",))]
+    """Sum over requests within the SLO of 1 - max(TTFT, TPOT), both as shares of what was promised."""
+    tier_in_slo: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tier", "tenant"))]
+    """Requests within the SLO by the precision of the engine that ended them."""
     ttft_histogram: NDArray[np.int64]
+    """int64[bins], first tokens by TTFT; edges in sim.state.histogram_edges_s."""
     gap_histogram: NDArray[np.int64]
+    """int64[bins], steps of sequences by the time since the last; a step yields one token, under speculation
+    several."""
     not_applied: dict[str, str]
+    """Fields of the action that had no effect, with the reason."""
 
     @classmethod
     def of(
@@ -216,10 +178,54 @@ class WindowRecord:
         )
 
 
+def _figures() -> dict[str, tuple[Figure, type[np.generic]]]:
+    """Figures by name with their number's type, in the order of WindowRecord."""
+    figures: dict[str, tuple[Figure, type[np.generic]]] = {}
+    for name, hint in get_type_hints(WindowRecord, include_extras=True).items():
+        kind, *extras = get_args(hint) or (hint,)
+        for figure in extras:
+            if isinstance(figure, Figure):
+                scalar = (
+                    get_args(get_args(kind)[1])[0]
+                    if figure.axes
+                    else {int: np.int64, float: np.float64}[kind]
+                )
+                figures[name] = figure, scalar
+    return figures
+
+
+_FIGURES = _figures()
+
+FIGURES: dict[str, Figure] = {name: figure for name, (figure, _) in _FIGURES.items()}
+"""All window figures by name, in the order of WINDOW."""
+
+WINDOW = np.dtype(
+    [
+        (name, scalar, tuple(_AXES[axis] for axis in figure.axes))
+        for name, (figure, scalar) in _FIGURES.items()
+    ],
+    align=True,
+)
+"""One window of one episode as a record of its figures. Tenants fill the first places of their figures, the
+others are 0."""
+
+
+def figure_meanings() -> dict[str, str]:
+    """What each figure means, from its docstring in WindowRecord."""
+    (record,) = ast.parse(textwrap.dedent(inspect.getsource(WindowRecord))).body
+    assert isinstance(record, ast.ClassDef)
+    meanings = {}
+    for field, text in zip(record.body, record.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            meanings[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return {name: meanings[name] for name in FIGURES}
+
+
 def window_field(window: NDArray[np.void], name: str, tenants: int) -> Any:
-    """A field of one WINDOW record; those of tenants without the places of tenants that are not there."""
+    """A figure of one WINDOW record; those of tenants without the places of tenants that are not there."""
     value = window[name]
-    return value if value.ndim == 0 or name == "engines_tier" else value[..., :tenants]
+    return value[..., :tenants] if "tenant" in FIGURES[name].axes else value
 
 
 class Backend(Protocol):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_action, to_array, to_value
+from llmserve_env.controls import to_action, to_array, to_values
 from llmserve_env.errors import InputError
 from llmserve_env.observation import Observer, describe
 from llmserve_env.recording import Recording
@@ -88,9 +88,9 @@ class EpisodeBatch:
         actions: ACTION[n], the actions in force.
         steps: int64[n], windows served in the episode so far.
         seeds: int64[n].
-        components: float64[n, 5], parts of the last reward (rewards.COMPONENTS).
+        components: float64[n, components], parts of the last reward (rewards.COMPONENTS).
         costs: float64[n], weight of requests that missed their SLO in the last window, in the reward's unit.
-        totals: float64[n, 5], parts of the score so far.
+        totals: float64[n, components], parts of the score so far.
         requests: int64[n, 4], requests so far: arrived, completed, within the SLO, failed.
         over: bool[n], episodes that have ended.
         recordings: n of them, empty unless `recorded`.
@@ -243,9 +243,7 @@ class EpisodeBatch:
             "reward_components": dict(zip(COMPONENTS, self.components[index].tolist(), strict=True)),
             "cost": float(self.costs[index]),
             "score": float(self.scores[index]),
-            "action": {
-                name: to_value(name, code) for name, code in zip(CONTROLS, action.item(), strict=True)
-            },
+            "action": to_values(action),
             "not_applied": self.backend.ignored(index, action) if self.steps[index] else {},
             **self.backend.notes(),
         }

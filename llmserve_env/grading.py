@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-import llmserve_env
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.recording import record_bytes
+from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
@@ -118,7 +118,7 @@ def write_log(path: str | Path, log: EpisodeLog) -> None:
 
 def _check_form(log: EpisodeLog) -> None:
     """Refuse what no replay is needed for to see."""
-    version = llmserve_env.__version__
+    version = __version__
     if log.package_version != version:
         raise InputError(
             f"expected {version}, the version that replays it, found {log.package_version}, whose dynamics "
@@ -152,7 +152,7 @@ def _replay(task: Task, log: EpisodeLog) -> tuple[dict[str, float], dict[str, in
             )
         result = batch.step(actions[index : index + 1])
         terminated = bool(result.terminated[0])
-        digest.update(record_bytes(batch.windows[0], len(task.tenants)))
+        digest.update(record_bytes(batch.windows[0], task))
         if log.digests[index] != digest.hexdigest():
             raise InputError(
                 f"expected {digest.hexdigest()}, found {log.digests[index]}: under the log's task, seed and "

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import llmserve_env
-from llmserve_env.actions import ACTION, to_action
-from llmserve_env.backend import WINDOW, window_field
+from llmserve_env.backend import FIGURES, WINDOW, window_field
+from llmserve_env.controls import ACTION, to_action
+from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog
 
@@ -22,29 +22,36 @@ if TYPE_CHECKING:
     from llmserve_env.tasks import Task
 
 
-def record_bytes(window: NDArray[np.void], tenants: int) -> bytes:
-    """A WINDOW record as bytes, without the padding and the places of tenants that are not there."""
-    return np.frombuffer(window.tobytes(), np.uint8)[_places(tenants)].tobytes()
+def record_bytes(window: NDArray[np.void], task: Task) -> bytes:
+    """The figures of a WINDOW record that a task has, as bytes, without places of tenants that it lacks."""
+    return np.frombuffer(window.tobytes(), np.uint8)[_places(len(task.tenants), task.groups)].tobytes()
 
 
 @cache
-def _places(tenants: int) -> NDArray[np.intp]:
+def _places(tenants: int, groups: frozenset[str]) -> NDArray[np.intp]:
     """Which bytes of a record those are: to collect them field by field takes ten times as long."""
     place = np.arange(WINDOW.itemsize, dtype=np.intp)
     places = []
     for name, (field, offset, *_) in (WINDOW.fields or {}).items():
+        if FIGURES[name].group not in groups:
+            continue
         bytes_ = place[offset : offset + field.itemsize].reshape(*field.shape, field.base.itemsize)
-        if field.shape and name != "engines_tier":  # as `window_field`
+        if "tenant" in FIGURES[name].axes:
             bytes_ = bytes_[..., :tenants, :]
         places.append(bytes_.ravel())
     return np.concatenate(places)
 
 
-def record_digests(windows: Iterable[NDArray[np.void]], tenants: int) -> list[str]:
-    """For each of an episode's WINDOW records in order, the hash of all up to it (hex)."""
+def record_digests(windows: Iterable[NDArray[np.void]], task: Task) -> list[str]:
+    """For each of an episode's WINDOW records in order, the hash of all up to it (hex).
+
+    Args:
+        windows: the records.
+        task: what was played; figures of groups that it does not have are not hashed.
+    """
     digest, digests = hashlib.sha256(), []
     for window in windows:
-        digest.update(record_bytes(window, tenants))
+        digest.update(record_bytes(window, task))
         digests.append(digest.hexdigest())
     return digests
 
@@ -128,7 +135,7 @@ class Recording:
 
     @property
     def components(self) -> NDArray[np.float64]:
-        """float64[k, 5], parts of each reward."""
+        """float64[k, components], parts of each reward."""
         return np.frombuffer(bytes(self._components)).reshape(-1, len(COMPONENTS))
 
     def log(self, task: Task, seed: int, score: float, *, live: bool) -> EpisodeLog:
@@ -142,14 +149,14 @@ class Recording:
         """
         parts = self.components.tolist() if live else []
         return EpisodeLog(
-            package_version=llmserve_env.__version__,
+            package_version=__version__,
             task=task.model_dump(mode="json"),
             seed=seed,
             live=live,
             actions=[to_action(row) for row in self.actions],
             rewards=list(self.rewards),
             components=[dict(zip(COMPONENTS, row, strict=True)) for row in parts],
-            digests=record_digests(self.windows, len(task.tenants)),
+            digests=record_digests(self.windows, task),
             terminated=self.terminated,
             score=score,
         )

@@ -64,10 +64,10 @@ class Rewards:
             demand: float64[n], of the whole episode.
 
         Returns:
-            components: float64[n, 5], in the order of COMPONENTS; their sum is the reward.
+            components: float64[n, components], in the order of COMPONENTS; their sum is the reward.
             costs: float64[n], weight of requests that missed their SLO in this window, in the unit of g.
         """
-        components, costs = np.empty((len(windows), 5)), np.empty(len(windows))
+        components, costs = np.empty((len(windows), len(COMPONENTS))), np.empty(len(windows))
         _fill(
             windows,
             demand,
@@ -108,8 +108,8 @@ class Rewards:
         Args:
             windows: WINDOW[n].
             served: bool[n], the episodes that the window is of; the others stay as they are.
-            components: float64[n, 5], of this window.
-            totals: float64[n, 5], parts of the score so far, changed in place.
+            components: float64[n, components], of this window.
+            totals: float64[n, components], parts of the score so far, changed in place.
             requests: int64[n, 4], arrived, completed, within the SLO, failed so far, changed in place.
 
         Returns:
@@ -150,7 +150,7 @@ def _fill(windows, demand, parts, tenants, quality, engine_s, count, components,
             met += weight * in_slo
             missed += weight * (window.tenant_completed[tenant] + window.tenant_failed[tenant] - in_slo)
             headroom += weight * window.tenant_headroom[tenant]
-            for tier in range(3):
+            for tier in range(len(quality)):
                 precision += weight * window.tier_in_slo[tier, tenant] * quality[tier]
         unit = count / demand[i] if demand[i] > 0.0 else 0.0
         pressure = (window.mean_kv_occupancy - KV_LIMIT) / (1.0 - KV_LIMIT)

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 _MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+GROUPS = ("time", "load", "service", "latency", "memory", "engines", "tenants", "controls")
+"""Groups of controls, window figures and features that belong to every task."""
+
+EXTRA_GROUPS: tuple[str, ...] = ()
+"""Further groups, which a task has where it names them or grants a control of theirs."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a field of ServeAction says of itself beside its type, range, default and docstring.
+
+    `llmserve_env.controls` derives from both what agents, forms, commands and documents need.
+
+    Attributes:
+        label: name in a form or a table.
+        scale: how far two values are apart: by their ratio (log), by their difference (linear), by the whole
+            numbers between them (whole), or not at all (choice). Of a control that may be None, the finite
+            values.
+        unit: unit of a number.
+        restarts: whether a change drains engines and starts them anew.
+        limits_capacity: whether a lower value serves fewer requests at a time.
+        of_cell: whether a number is of the whole cell rather than of each engine.
+        half: value per engine that an observation shows as 0.5 (default: the range is shown from 0 to 1).
+        short: its name in the observation after `set_` (default: the field's).
+        flag: its name on the command line of `llmserve simulate` (default: the field's).
+        group: a task sees it where it has this group.
+    """
+
+    label: str
+    scale: Literal["log", "linear", "whole", "choice"]
+    unit: str = ""
+    restarts: bool = False
+    limits_capacity: bool = False
+    of_cell: bool = False
+    half: float | None = None
+    short: str = ""
+    flag: str = ""
+    group: str = "controls"
 
 
 class QuantizationTier(str, Enum):
@@ -23,21 +63,39 @@ class ServeAction(BaseModel):
 
     model_config = _MODEL
 
-    batch_cap: int = Field(256, ge=1, le=512)
+    batch_cap: Annotated[
+        int,
+        Field(ge=1, le=512),
+        Control("Batch cap", "log", "sequences per engine", limits_capacity=True, flag="max_num_seqs"),
+    ] = 256
     """Running sequences per engine; lowering it drains, it never preempts."""
-    kv_budget_fraction: float = Field(1.0, ge=0.1, le=1.0)
+    kv_budget_fraction: Annotated[
+        float,
+        Field(ge=0.1, le=1.0),
+        Control("KV budget", "linear", "share of KV blocks", limits_capacity=True),
+    ] = 1.0
     """Share of an engine's KV blocks that running requests may hold; the rest keeps the prefix cache.
     Lowering it stops admissions and then preempts.
     """
-    speculation_depth: int = Field(0, ge=0, le=8)
+    speculation_depth: Annotated[
+        int, Field(ge=0, le=8), Control("Speculation depth", "whole", "draft tokens")
+    ] = 0
     """Draft tokens per step, 0 for none."""
-    quantization_tier: QuantizationTier = QuantizationTier.FP16
+    quantization_tier: Annotated[
+        QuantizationTier, Control("Precision of the weights", "choice", restarts=True)
+    ] = QuantizationTier.FP16
     """Precision of the weights. A change drains an engine and loads other weights."""
-    prefill_decode_split: bool = False
+    prefill_decode_split: Annotated[
+        bool, Control("Split prefill and decode", "choice", restarts=True, short="split", flag="split")
+    ] = False
     """Prefill and decode in pools of their own. A change drains and restarts engines."""
-    priority_routing: bool = False
+    priority_routing: Annotated[bool, Control("Priority routing", "choice", short="priority")] = False
     """Requests of more urgent tenants are admitted first and preempted last."""
-    admission_rate: float | None = Field(None, gt=0, le=1000)
+    admission_rate: Annotated[
+        float | None,
+        Field(gt=0, le=1000),
+        Control("Admission rate", "log", "requests/s", limits_capacity=True, of_cell=True, half=4.0),
+    ] = None
     """Requests per second of the whole cell that are let into the queue; the others are refused at once.
     None lets all in.
     """

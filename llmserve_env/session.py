@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmserve_env.actions import to_action, to_array
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.episode import Episode, StepResult
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade

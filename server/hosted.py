@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade

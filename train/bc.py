@@ -42,7 +42,6 @@ import tyro
 from tqdm import tqdm
 
 import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.agents import Agent, play
 from llmserve_env.agents.find import find_agent
 from llmserve_env.agents.policy import (
@@ -53,11 +52,12 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.live.pilot.decision_log import Stretch, one_task, read_decisions
-from llmserve_env.observation import FEATURES
+from llmserve_env.observation import feature_names
 from llmserve_env.play import play_batch
 from llmserve_env.report.provenance import made_on
 from llmserve_env.tasks import Task, load_task
@@ -273,7 +273,7 @@ class Cloner:
         self.config = PolicyConfig(
             package_version=llmserve_env.__version__,
             task_id=self.task.id,
-            features=[feature.name for feature in FEATURES],
+            features=feature_names(self.task),
             controls={name: list(values) for name, values in self.task.grid.values.items()},
             frames=self.args.frames,
             hidden=self.args.hidden,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmserve_env.agents.policy import Policy, PolicyConfig
+from llmserve_env.controls import SPECS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,8 +37,7 @@ class Network(nn.Module):
         else:
             self.second = _layer(width, width)
         self.heads = _layer(width, sum(self.nvec), 0.01)
-        stay = [STAY_OF_RESTARTS if name in ("quantization_tier", "prefill_decode_split") else STAY
-                for name in config.controls]  # fmt: skip
+        stay = [STAY_OF_RESTARTS if SPECS[name].declared.restarts else STAY for name in config.controls]
         self.stay = nn.Parameter(torch.tensor(stay))
         self.critic = nn.Sequential(_layer(inputs + (width if config.recurrent else 0), width), nn.Tanh(),
                                     _layer(width, width), nn.Tanh(), _layer(width, values, 1.0))  # fmt: skip

@@ -34,7 +34,6 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.agents import play
 from llmserve_env.agents.policy import (
     CLIP,
@@ -45,11 +44,12 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
-from llmserve_env.observation import FEATURES
+from llmserve_env.observation import feature_names
 from llmserve_env.report.provenance import made_on
-from llmserve_env.tasks import TRAINING_SEEDS
+from llmserve_env.tasks import TRAINING_SEEDS, Task
 from train.network import Network, log_prob, sample
 
 VALIDATION = range(TRAINING_SEEDS.stop - 64, TRAINING_SEEDS.stop)
@@ -160,16 +160,19 @@ class Trainer:
         self.device = torch.device("cuda" if cuda else "cpu" if args.device == "auto" else args.device)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.unseen = _places(args)
         self.env = self.make_env()
         assert self.env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP, "see `collect`"
         self.task = self.env.unwrapped.task
+        self.unseen = _places(args, self.task)
         grid = self.task.grid
         self.config = self.make_config()
         self.clone: Policy | None = None
         if args.init is not None:
-            self.clone = load_policy(args.init)
+            self.clone, task_config = load_policy(args.init), self.config
             self.config = self.clone.config
+            for part in ("features", "controls"):
+                if list(getattr(self.config, part)) != list(getattr(task_config, part)):
+                    raise InputError(f"expected a policy of all {part} of '{self.task.id}'", field="init")
         self.net = Network(self.config, self.VALUES).to(self.device)
         self.teacher: Network | None = None
         if self.clone is not None:
@@ -179,7 +182,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.learning_rate, eps=1e-5)
         self.nvec = grid.nvec.tolist()
         self.start = grid.indices(to_array([self.task.start]))[0]
-        self.observed = Statistics(np.zeros(len(FEATURES)), np.ones(len(FEATURES)))
+        names = feature_names(self.task)
+        self.observed = Statistics(np.zeros(len(names)), np.ones(len(names)))
         self.returns = Statistics()
         self.update = 0
         self.best = -np.inf
@@ -213,7 +217,7 @@ class Trainer:
         return PolicyConfig(
             package_version=llmserve_env.__version__,
             task_id=self.task.id,
-            features=[feature.name for feature in FEATURES],
+            features=feature_names(self.task),
             controls={name: list(values) for name, values in self.task.grid.values.items()},
             frames=args.frames,
             hidden=args.hidden,
@@ -437,7 +441,7 @@ class Trainer:
         return total
 
     def _rescale(self, observations: np.ndarray) -> None:
-        count = len(FEATURES)
+        count = len(self.observed.mean)
         self.observed.add(observations[:, :count].astype(np.float64))
         self.net.mean[:count].copy_(torch.from_numpy(self.observed.mean.astype(np.float32)))
         spread = np.sqrt(self.observed.variance + 1e-4)  # what hardly varies is not blown up
@@ -537,9 +541,9 @@ def logger(args: Any) -> Iterator[Any]:
 _ENDLESS = 1e30
 
 
-def _places(args: Arguments) -> list[int]:
+def _places(args: Arguments, task: Task) -> list[int]:
     """Of the entries that are not to be seen."""
-    names = [feature.name for feature in FEATURES]
+    names = feature_names(task)
     for name in args.unseen:
         if name not in names:
             raise InputError(f"expected entries of the observation, found '{name}'", field="unseen")

@@ -225,7 +225,7 @@ play(load_agent("{name}", task), task, range(8)).scores  # of llmserve_env.agent
 
 - Tasks with other values to choose from than `{task_id}`
   ({grid}),
-  and versions of the package with other features in the observation: it is refused there.
+  and versions of the package that lack a feature which it reads: it is refused there.
 - Other traffic, hardware or load than it was trained on: it plays there, and what it scores has to be
   measured (`python -m evaluate.experiments.showdown --agents best-constant {name} --tasks {task_id} \
 --loads 0.5 1 2`).

@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import llmserve_env
-from llmserve_env.actions import CONTROLS, BoxActions, to_array
 from llmserve_env.agents import play
 from llmserve_env.agents.continuous_policy import (
     EDGE,
@@ -49,8 +48,9 @@ from llmserve_env.agents.continuous_policy import (
     ContinuousPolicyAgent,
 )
 from llmserve_env.agents.policy import CLIP, save_policy
+from llmserve_env.controls import CONTROLS, SPECS, BoxActions, to_array
 from llmserve_env.files import open_atomic
-from llmserve_env.observation import FEATURES
+from llmserve_env.observation import feature_names
 from train.ppo import VALIDATION, Statistics, logger
 
 SPREAD, SPREAD_OF_RESTARTS = 0.3, 0.12
@@ -139,8 +139,7 @@ class Actor(nn.Module):
         for layer in (self.move, self.spread):  # an untrained policy leaves everything as it is
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        narrow = [SPREAD_OF_RESTARTS if name in ("quantization_tier", "prefill_decode_split") else SPREAD
-                  for name in config.controls]  # fmt: skip
+        narrow = [SPREAD_OF_RESTARTS if SPECS[name].declared.restarts else SPREAD for name in config.controls]
         self.register_buffer("narrow", torch.tensor(narrow).log())
         self.register_buffer("granted", torch.from_numpy(granted))
         self.register_buffer("mean", torch.zeros(inputs))
@@ -273,12 +272,13 @@ class Trainer:
         self.config = ContinuousConfig(
             package_version=llmserve_env.__version__,
             task_id=self.task.id,
-            features=[feature.name for feature in FEATURES],
+            features=feature_names(self.task),
             controls={name: list(values) for name, values in self.task.grid.values.items()},
             hidden=args.hidden,
         )
         self.actor = Actor(self.config, self.granted).to(self.device)
-        self.critics = Critics(len(FEATURES), len(CONTROLS), args.hidden).to(self.device)
+        count = len(self.config.features)
+        self.critics = Critics(count, len(CONTROLS), args.hidden).to(self.device)
         self.targets = deepcopy(self.critics).requires_grad_(False)
         self.log_temperature = torch.tensor(np.log(args.temperature), dtype=torch.float32, device=self.device)
         self.log_temperature.requires_grad_(True)
@@ -287,8 +287,8 @@ class Trainer:
             "critics": torch.optim.Adam(self.critics.parameters(), lr=args.learning_rate),
             "temperature": torch.optim.Adam([self.log_temperature], lr=args.temperature_rate),
         }
-        self.replay = Replay(args.replay, len(FEATURES), len(CONTROLS))
-        self.observed = Statistics(np.zeros(len(FEATURES)), np.ones(len(FEATURES)))
+        self.replay = Replay(args.replay, count, len(CONTROLS))
+        self.observed = Statistics(np.zeros(count), np.ones(count))
         self.returns = Statistics()
         self.step = 0
         self.update = 0

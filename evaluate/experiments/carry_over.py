@@ -32,12 +32,11 @@ from evaluate.experiments.carry_over_report import Compared, draw, table
 from evaluate.search import Player, best_constants
 from evaluate.tune import tune_rule
 from llmserve_env import __version__
-from llmserve_env.actions import to_action
 from llmserve_env.agents import ReactiveAgent, ReactiveRule, Shield, play, shield_settings
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.granted import finite_ends, granted
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.agents.shield import RULES
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
@@ -164,7 +163,7 @@ def choose(task: Task, *, episodes: int = 6000, seeds: int = 24) -> tuple[Chosen
     constants, means = best_constants(player, training)
     with tqdm(total=episodes, unit="episode", desc="rule") as bar:
         rule, _ = tune_rule(task, training, episodes, bar.update)
-    low, high = (int(end) for end in finite_ends(task, "batch_cap"))
+    low, high = (int(end) for end in task.grid.ends("batch_cap"))
     caps = {name: min(max(getattr(rule, name), low), high) for name in ("batch_cap", "crowd_batch_cap")}
     rule = rule.model_copy(update=caps)  # the search goes beyond what the server was started with
     scores = {
@@ -246,7 +245,7 @@ class _Checked:
     def reset(self, task: Task, seeds: Sequence[int]) -> None:
         """Begin, with an error where a field cannot be applied."""
         ways = self._batch.backend.capabilities()
-        for name in granted(task):
+        for name in task.grid.granted:
             if ways[name].startswith("not applied"):
                 raise InputError(f"the task grants it: {ways[name]}", field=name)
         self._agent.reset(task, seeds)

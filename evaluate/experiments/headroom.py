@@ -23,8 +23,8 @@ import tyro
 from tqdm import tqdm
 
 from evaluate.search import Player, best_constants, clairvoyant
-from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents import load_agent
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.play import play
@@ -134,7 +134,7 @@ def _best_constant(task: Task, settings: Settings) -> dict[str, Any]:
     return {
         "action": to_action(actions[0]).model_dump(mode="json"),
         "tuning_score": float(scores[0]),
-        "tried": max(settings.constants, len(task.grid.all())),
+        "tried": max(settings.constants, task.grid.size),
         "episodes": player.episodes,
         "survivors": [to_action(row).model_dump(mode="json") for row in actions],
     }
@@ -149,8 +149,7 @@ def _episode(settings: Settings, starts: list[ServeAction], seed: int) -> dict[s
     plan, _ = clairvoyant(player, seed, constants, rounds=settings.rounds, children=settings.children)
     known: NDArray[np.void] = np.empty((len(constants) + 1, task.windows), plan.dtype)
     known[:-1], known[-1] = constants, plan
-    granted = [name for name in CONTROLS if len(task.grid.values[name]) > 1]
-    for name in (None, *granted):  # all go on from the same plan, equally far
+    for name in (None, *task.grid.granted):  # all go on from the same plan, equally far
         scores["clairvoyant" if name is None else f"fixed {name}"] = clairvoyant(
             player,
             seed,

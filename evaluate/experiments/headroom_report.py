@@ -14,7 +14,7 @@ import tyro
 from numpy.typing import NDArray
 
 from evaluate.experiments.headroom import RESULTS
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.report.figures import BLUE, GREY, ORANGE, picture_file
 from llmserve_env.report.stats import Interval, interval, paired_difference

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from evaluate.evaluate import choose_seeds
-from llmserve_env.actions import to_action
 from llmserve_env.agents import Agent, ConstantAgent, load_agent
 from llmserve_env.agents.policy import PolicyAgent, load_policy
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.objectives import OBJECTIVES, ObjectiveBatch
@@ -160,11 +160,10 @@ def make_points(arguments: Arguments, task: Task) -> list[Point]:
         raise InputError(f"expected 1 or more, found {arguments.constants}", field="constants")
     PolicyAgent(policy).reset(task, [0])  # a task of another grid is refused before anything is played
     points = [Point("policy", _mixture(each), each.tolist()) for each in lattice(arguments.divisions)]
-    grid = task.grid.all()
-    chosen = np.arange(len(grid))
-    if len(grid) > arguments.constants:
-        chosen = np.sort(np.random.default_rng(0).choice(len(grid), arguments.constants, replace=False))
-    points += [Point("constants", _setting(task, grid[i : i + 1]), int(i)) for i in chosen]
+    chosen = np.arange(min(task.grid.size, arguments.constants))
+    if task.grid.size > arguments.constants:
+        chosen = np.sort(np.random.default_rng(0).choice(task.grid.size, arguments.constants, replace=False))
+    points += [Point("constants", _setting(task, task.grid.at([int(i)])), int(i)) for i in chosen]
     for name in arguments.agents:
         load_agent(name, task)
         points.append(Point("agents", name, name))
@@ -308,7 +307,7 @@ def _agent(folder: Path, task: Task, point: Point) -> Agent:
     if point.kind == "policy":
         return PolicyAgent(load_policy(folder), preference=point.plays)
     if point.kind == "constants":
-        return ConstantAgent(to_action(task.grid.all()[point.plays]))
+        return ConstantAgent(to_action(task.grid.at([point.plays])[0]))
     return load_agent(point.plays, task)
 
 

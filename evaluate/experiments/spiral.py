@@ -17,9 +17,9 @@ import numpy as np
 import tyro
 
 from evaluate.search import Player
-from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
 from llmserve_env.agents.constant import ConstantAgent
+from llmserve_env.controls import to_action
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.play import play, play_batch
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, picture_file

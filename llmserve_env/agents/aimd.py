@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import to_array
-from llmserve_env.agents.granted import finite_ends, granted
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,18 +124,18 @@ class _State:
         self._averages: Measures = {}
         self._broken = {name: np.zeros(episodes, bool) for name in ("late", "slow")}
         self._since_cut_s = {name: np.full(episodes, np.inf) for name in ("batch", "admit")}
-        self._granted = granted(task)
+        self._granted = task.grid.granted
         start = to_array([task.start])
         for name in self._granted:
             start[name] = to_array([base or task.start])[name]
         self.actions = np.repeat(start, episodes)
         self._cap = self.actions["batch_cap"].astype(float)
-        self._caps = finite_ends(task, "batch_cap")
+        self._caps = task.grid.ends("batch_cap")
         self._admits = "admission_rate" in self._granted
         if self._admits:
-            self._rates = finite_ends(task, "admission_rate")
+            self._rates = task.grid.ends("admission_rate")
             self._rate = np.full(episodes, self._rates[1])
-            self._unlimited = np.inf in task.grid.all()["admission_rate"]
+            self._unlimited = np.inf in task.grid.codes("admission_rate")
 
     def see(self, windows: NDArray[np.void]) -> None:
         """Update what is broken with the last window, and raise or cut."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class ConstantAgent:
             InputError: the action sets a control that the task does not grant.
         """
         start = to_array([task.start])
-        for name, count in zip(CONTROLS, task.grid.nvec, strict=True):
-            if count == 1 and self._action[name][0] != start[name][0]:
+        for name in CONTROLS:
+            if name not in task.grid.granted and self._action[name][0] != start[name][0]:
                 raise InputError(f"{task.id} does not grant this control", field=name)
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import BoxActions, to_array
-from llmserve_env.agents.policy import CLIP, CONFIG, check_grid, checked, read_policy
+from llmserve_env.agents.policy import CLIP, CONFIG, Reader, Setter, check_grid, checked, read_policy
+from llmserve_env.controls import BoxActions
 from llmserve_env.errors import InputError
+from llmserve_env.observation import feature_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,9 +42,9 @@ class ContinuousConfig(BaseModel):
     task_id: str
     """Task that it was trained on."""
     features: list[str]
-    """Names of the observation's entries, in order."""
+    """Names of the features that it reads, in order."""
     controls: dict[str, list[Any]]
-    """Grid of the task, control by control: `BoxActions` maps the box to it."""
+    """Grid of the task, for each control that it sets: `BoxActions` maps the box to it."""
     hidden: int = Field(ge=1, le=4096)
     """Width of its layers."""
     training: dict[str, Any] = {}
@@ -97,6 +98,8 @@ class ContinuousPolicy:
 class ContinuousPolicyAgent:
     """Plays a policy: in every window its mean action.
 
+    As `PolicyAgent` it takes features and controls by name.
+
     Args:
         policy: to play.
         name: under which results are reported.
@@ -111,11 +114,14 @@ class ContinuousPolicyAgent:
         """Begin episodes.
 
         Raises:
-            InputError: the task's grid is another than the policy's.
+            InputError: the task's grid is another than the policy's, or it lacks a feature.
         """
-        check_grid(self.policy.config.task_id, self.policy.config.controls, task)
+        config = self.policy.config
+        check_grid(config.task_id, config.controls, task)
+        self._seen = Reader(config.features, feature_names(task))
+        self._set = Setter(list(config.controls), task, len(seeds))
         self._actions = BoxActions(task.grid)
-        self._current = np.repeat(self._actions.box(to_array([task.start])), len(seeds), axis=0)
+        self._box = self._actions.box(self._set.start)
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
         """ACTION[n], as `LLMServeContinuous-v0` would set them.
@@ -125,9 +131,11 @@ class ContinuousPolicyAgent:
         """
         if self._actions is None:
             raise InputError("call reset before act")
-        box = self.policy.box(self.policy.scaled(observations), self._current)
-        records = self._actions.records(box)
-        self._current = self._actions.box(records)
+        columns = self._set.columns
+        scaled = self.policy.scaled(self._seen.of(observations))
+        self._box[:, columns] = self.policy.box(scaled, np.take(self._box, columns, axis=1))
+        records = self._set.kept(self._actions.records(self._box))
+        self._box = self._actions.box(records)
         return records
 
 

@@ -8,29 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.objectives import OBJECTIVES, Objectives
-from llmserve_env.observation import FEATURES
+from llmserve_env.observation import FEATURES, feature_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
-    from llmserve_env.agents.continuous_policy import ContinuousConfig, ContinuousPolicy
     from llmserve_env.tasks import Task
 
 CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
 CLIP = 8.0
 """Bound of a scaled observation (standard deviations)."""
 P = TypeVar("P")
-C = TypeVar("C", "PolicyConfig", "ContinuousConfig")
+C = TypeVar("C", bound="StoredConfig")
+
+
+class StoredConfig(Protocol):
+    """Record of a policy of any kind, a pydantic model."""
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the observation's entries, in order."""
+
+    @property
+    def controls(self) -> dict[str, list[Any]]:
+        """Grid of the task, control by control."""
+
+    @classmethod
+    def model_validate_json(cls, json_data: bytes) -> Self:
+        """The record that a file holds."""
+
+    def model_dump_json(self, *, indent: int) -> str:
+        """The record as a file holds it."""
+
+
+class StoredPolicy(Protocol):
+    """A policy of any kind, as it is written to a folder."""
+
+    @property
+    def config(self) -> StoredConfig:
+        """What it is, beside its weights."""
+
+    @property
+    def weights(self) -> Mapping[str, NDArray[np.float32]]:
+        """Weights by name."""
 
 
 class PolicyConfig(BaseModel):
@@ -45,9 +76,9 @@ class PolicyConfig(BaseModel):
     task_id: str
     """Task that it was trained on."""
     features: list[str]
-    """Names of the observation's entries, in order."""
+    """Names of the features that it reads, in order."""
     controls: dict[str, list[Any]]
-    """Grid of the task, control by control: a head each."""
+    """Grid of the task, for each control that it sets: a head each."""
     frames: int = Field(ge=1, le=64)
     """Observations that it sees at once, the last ones."""
     hidden: int = Field(ge=1, le=4096)
@@ -133,7 +164,10 @@ class Policy:
 
 
 class PolicyAgent:
-    """Plays a policy: in every window the likeliest value of each control.
+    """Plays a policy: in every window the likeliest value of each control that it sets.
+
+    It takes features and controls by name: other features are not read, other controls stay as the task
+    starts.
 
     Args:
         policy: to play.
@@ -157,10 +191,14 @@ class PolicyAgent:
         """Begin episodes.
 
         Raises:
-            InputError: the task's grid is another than the policy's.
+            InputError: the task's grid is another than the policy's, or it lacks a feature.
         """
         policy = self.policy
         check_grid(policy.config.task_id, policy.config.controls, task)
+        self._seen = Reader(
+            policy.config.features, feature_names(task) + weight_features(policy.config.objectives)
+        )
+        self._set = Setter(list(policy.config.controls), task, len(seeds))
         self._task = task
         self._weights = np.zeros(0, np.float32)
         if policy.config.objectives:
@@ -170,7 +208,8 @@ class PolicyAgent:
                 self._weights = self._preference
         self._stacked: NDArray[np.float32] | None = None
         self._memory = policy.memory(len(seeds))
-        self._current = np.repeat(task.grid.indices(to_array([task.start])), len(seeds), axis=0)
+        self._indices = task.grid.indices(self._set.start)
+        self._current = np.take(self._indices, self._set.columns, axis=1)
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
         """ACTION[n], points of the grid.
@@ -182,11 +221,61 @@ class PolicyAgent:
             raise InputError("call reset before act")
         if len(self._weights):
             observations = with_weights(observations, np.tile(self._weights, (len(observations), 1)))
-        scaled = self.policy.scaled(observations)
+        scaled = self.policy.scaled(self._seen.of(observations))
         self._stacked = stack(self._stacked, scaled, self.policy.config.frames)
         logits, self._memory = self.policy.logits(self._stacked, self._current, self._memory)
         self._current = self.policy.choose(logits)
-        return self._task.grid.actions(self._current)
+        self._indices[:, self._set.columns] = self._current
+        return self._set.kept(self._task.grid.actions(self._indices))
+
+
+class Reader:
+    """Picks the features that a policy reads out of observations.
+
+    Args:
+        features: names that it reads, in order.
+        names: of the observation's entries, in order.
+
+    Raises:
+        InputError: the observation lacks a feature; names it.
+    """
+
+    def __init__(self, features: Sequence[str], names: Sequence[str]) -> None:
+        missing = [name for name in features if name not in names]
+        if missing:
+            raise InputError(
+                f"the policy reads what this task does not show: {', '.join(missing[:5])}", field="features"
+            )
+        self._columns = None if list(features) == list(names) else [names.index(name) for name in features]
+
+    def of(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32[n, features read] of float32[n, features]."""
+        return observations if self._columns is None else np.take(observations, self._columns, axis=1)
+
+
+class Setter:
+    """Sets the controls that a policy knows and leaves the others as the task starts.
+
+    Args:
+        controls: names that it sets, in order.
+        task: that is played.
+        episodes: how many.
+
+    Attributes:
+        columns: their places among all controls.
+        start: ACTION[n], what the task starts with.
+    """
+
+    def __init__(self, controls: Sequence[str], task: Task, episodes: int) -> None:
+        self.columns = [CONTROLS.index(name) for name in controls]
+        self.start = np.repeat(to_array([task.start]), episodes)
+        self._others = [name for name in CONTROLS if name not in controls]
+
+    def kept(self, actions: NDArray[np.void]) -> NDArray[np.void]:
+        """ACTION[n] with the start's values of all other controls."""
+        for name in self._others:
+            actions[name] = self.start[name]
+        return actions
 
 
 def weight_features(objectives: Sequence[str]) -> list[str]:
@@ -263,7 +352,7 @@ def check_grid(task_id: str, controls: Mapping[str, list[Any]], task: Task) -> N
             )
 
 
-def save_policy(folder: str | Path, policy: Policy | ContinuousPolicy) -> None:
+def save_policy(folder: str | Path, policy: StoredPolicy) -> None:
     """Write a policy's two files, each whole or not at all."""
     from safetensors.numpy import save
 
@@ -310,20 +399,17 @@ def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, 
             file=str(config_path),
             field="objectives",
         )
-    names = [feature.name for feature in FEATURES] + weight_features(objectives)
-    if config.features != names:
-        other = sorted(set(config.features) ^ set(names)) or ["their order"]
-        raise InputError(
-            f"trained on other observations than this package's: {', '.join(other[:5])}",
-            file=str(config_path),
-            field="features",
-        )
-    if list(config.controls) != list(CONTROLS):
-        raise InputError(
-            f"expected {', '.join(CONTROLS)}, found {', '.join(config.controls)}",
-            file=str(config_path),
-            field="controls",
-        )
+    names = {feature.name for feature in FEATURES}.union(weight_features(objectives))
+    for field, found, known in (
+        ("features", config.features, names),
+        ("controls", config.controls, set(CONTROLS)),
+    ):
+        unknown = [name for name in found if name not in known]
+        if unknown or len(set(found)) != len(found):
+            what = ", ".join(unknown[:5]) or "a name twice"
+            raise InputError(
+                f"this package knows no such {field}: {what}", file=str(config_path), field=field
+            )
     try:
         return make(config, weights)
     except InputError as error:

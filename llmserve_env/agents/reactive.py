@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import to_array
-from llmserve_env.agents.granted import granted
+from llmserve_env.controls import SPECS, to_array
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +23,9 @@ BULK_TTFT_S = 10.0
 
 LEAST_ADMISSION_RPS = 1.0
 """Requests per second and engine that the rule always lets in."""
-_MOST_ADMISSION_RPS = 1000.0  # of ServeAction
+_MOST_ADMISSION_RPS = SPECS["admission_rate"].high
+_MOST_SEQUENCES = int(SPECS["batch_cap"].high)
+_LEAST_BUDGET, _MOST_BUDGET = SPECS["kv_budget_fraction"].low, SPECS["kv_budget_fraction"].high
 
 
 class ReactiveRule(BaseModel):
@@ -69,13 +70,13 @@ class ReactiveRule(BaseModel):
 
     memory_s: float = Field(15.0, ge=1, le=60)
     release: float = Field(0.7, ge=0.2, le=0.95)
-    batch_cap: int = Field(256, ge=16, le=512)
-    kv_budget_fraction: float = Field(0.8, ge=0.1, le=1)
+    batch_cap: int = Field(256, ge=16, le=_MOST_SEQUENCES)
+    kv_budget_fraction: float = Field(0.8, ge=_LEAST_BUDGET, le=_MOST_BUDGET)
     flood_rate: float = Field(0.15, ge=0.02, le=1)
-    flood_kv_budget_fraction: float = Field(0.1, ge=0.1, le=1)
+    flood_kv_budget_fraction: float = Field(0.1, ge=_LEAST_BUDGET, le=_MOST_BUDGET)
     crowd_in_flight: float = Field(64.0, ge=4, le=400)
-    crowd_batch_cap: int = Field(512, ge=16, le=512)
-    crowd_kv_budget_fraction: float = Field(1.0, ge=0.1, le=1)
+    crowd_batch_cap: int = Field(512, ge=16, le=_MOST_SEQUENCES)
+    crowd_kv_budget_fraction: float = Field(1.0, ge=_LEAST_BUDGET, le=_MOST_BUDGET)
     speculation_depth: int = Field(2, ge=0, le=5)
     speculation_running: float = Field(48.0, ge=4, le=400)
     crowd_speculation_depth: int = Field(1, ge=0, le=3)
@@ -135,7 +136,7 @@ class _State:
     def __init__(self, task: Task, rules: Sequence[ReactiveRule], episodes: int) -> None:
         self._window_s, self._engines = task.window_s, task.cell.engines
         self._start = to_array([task.start])
-        self._granted = granted(task)
+        self._granted = task.grid.granted
         self._bulk = np.flatnonzero([tenant.ttft_slo_s >= BULK_TTFT_S for tenant in task.tenants])
         self._p = {
             name: np.broadcast_to([getattr(rule, name) for rule in rules], episodes)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import CONTROLS, to_action
-from llmserve_env.agents.granted import finite_ends, granted
+from llmserve_env.controls import CONTROLS, SPECS, to_action
 from llmserve_env.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -33,26 +32,19 @@ RULES = ("panic", "rescue", "veto")
 """In the order of precedence."""
 
 _MODEL = ConfigDict(extra="forbid", frozen=True)
-_CAPACITY = ("batch_cap", "kv_budget_fraction", "admission_rate")
-_RESTARTS = ("quantization_tier", "prefill_decode_split")
 
 
-class SafeAction(BaseModel):
-    """What a mode sets; precision and roles stay as they are in force, since a change restarts engines.
+def _safe(action: dict[str, Any]) -> dict[str, Any]:
+    """Values of controls that restart nothing."""
+    for name, value in action.items():
+        if name not in SPECS or SPECS[name].declared.restarts:
+            raise ValueError(f"{name}: expected a control whose change restarts no engine")
+        SPECS[name].checked(value)
+    return action
 
-    Attributes:
-        batch_cap: sequences per engine.
-        kv_budget_fraction: share of KV blocks.
-        speculation_depth: draft tokens.
-        priority_routing: urgent tenants first.
-    """
 
-    model_config = _MODEL
-
-    batch_cap: int = Field(ge=1, le=512)
-    kv_budget_fraction: float = Field(ge=0.1, le=1)
-    speculation_depth: int = Field(ge=0, le=8)
-    priority_routing: bool
+SafeAction = Annotated[dict[str, Any], AfterValidator(_safe)]
+"""Values by control. What is left out stays as it is in force, as what restarts engines must."""
 
 
 class ModeSettings(BaseModel):
@@ -265,8 +257,8 @@ class _State:
 
     def __init__(self, task: Task, settings: ShieldSettings, episodes: int) -> None:
         self._settings, self._task, self._engines = settings, task, task.cell.engines
-        self._granted = granted(task)
-        self._ends = {name: finite_ends(task, name) for name in self._granted}
+        self._granted = task.grid.granted
+        self._ends = {name: task.grid.ends(name) for name in self._granted}
         self._ttft_s = min(tenant.ttft_slo_s for tenant in task.tenants)
         self._tpot_s = min(tenant.tpot_slo_s for tenant in task.tenants)
         self._end_s = np.zeros(episodes)
@@ -319,11 +311,12 @@ class _State:
         slow = np.nan_to_num(last["p50_gap_s"]) >= veto.slow * self._tpot_s
         late = last["oldest_wait_s"] >= veto.late * self._ttft_s
         for name in self._granted:
-            if name in _CAPACITY:
+            declared = SPECS[name].declared
+            if declared.limits_capacity:
                 cut = (proposed[name] < in_force[name]) & ~slow
                 if name == "admission_rate":
                     cut &= ~late
-            elif name in _RESTARTS:
+            elif declared.restarts:
                 cut = proposed[name] != in_force[name]
             else:
                 continue
@@ -368,10 +361,10 @@ class _State:
 
     def _safe(self, in_force: NDArray[np.void], action: SafeAction) -> NDArray[np.void]:
         actions = in_force.copy()
-        for name, value in action.model_dump().items():
+        for name, value in action.items():
             if name in self._granted:
                 low, high = self._ends[name]
-                actions[name] = min(max(value, low), high)
+                actions[name] = min(max(SPECS[name].checked(value), low), high)
         return actions
 
 

@@ -170,7 +170,7 @@ def _step(task: str, copies: int, threads: int, runs: int) -> dict[str, float]:
     import numpy as np
 
     from llmserve_env import ServeAction, load_task
-    from llmserve_env.actions import to_array
+    from llmserve_env.controls import to_array
 
     start = load_task(task)
     action = start.grid.indices(to_array([ServeAction()]))

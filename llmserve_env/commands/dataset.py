@@ -49,7 +49,7 @@ def dataset(
 
     Of decision logs, an episode is a stretch of windows without a gap, and an action the point of the grid
     that is nearest to what was in force. Infos hold what was in force exactly (`applied`, one number a
-    control, as in `llmserve_env.actions.ACTION`) and who decided it (`by`: 0 the agent, 1 the shield, 2 a
+    control, as in `llmserve_env.controls.ACTION`) and who decided it (`by`: 0 the agent, 1 the shield, 2 a
     limit, 3 the fallback). Such episodes cannot be played again.
 
     Needs `minari` and `h5py`.
@@ -138,7 +138,7 @@ def _of_logs(files: Sequence[Path], name: str | None, out: Path | None) -> None:
 
 def _episode(stretch: Stretch, task: Task) -> Any:
     """A Minari episode of a stretch; it is cut off at its end, and does not terminate."""
-    from llmserve_env.actions import CONTROLS, to_array
+    from llmserve_env.controls import CONTROLS, to_array
 
     buffer = import_module("minari.data_collector").EpisodeBuffer
     actions = to_array([each.applied for each in stretch.decisions])
@@ -303,7 +303,7 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
     data = folder / "data"
     return import_module("minari.dataset.minari_storage").MinariStorage.new(
         data,
-        observation_space=spaces.observation_space(),
+        observation_space=spaces.observation_space(task.groups),
         action_space=spaces.action_space(task.grid),
         env_spec=env_spec,
         data_format="hdf5",
@@ -311,11 +311,9 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
 
 
 def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from llmserve_env import __version__
-    from llmserve_env.observation import FEATURES
+    from llmserve_env.observation import features
     from llmserve_env.report.provenance import made_by
+    from llmserve_env.report.version import __version__
     from llmserve_env.rewards import COMPONENTS
 
     return {
@@ -331,7 +329,10 @@ def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[st
             "task_id": task.id,
             "task": task.model_dump(mode="json"),
             "agent": agent,
-            "features": [asdict(feature) for feature in FEATURES],
+            "features": [
+                {"name": feature.name, "meaning": feature.meaning, "half": feature.half}
+                for feature in features(task.groups)
+            ],
             "controls": {control: list(values) for control, values in task.grid.values.items()},
             "components": list(COMPONENTS),
             "made_by": made_by(),

@@ -265,7 +265,6 @@ def _task(
                 "expected --agent and --task, and with them what is said of decisions", field="agent"
             )
         return None
-    from llmserve_env.agents.granted import granted
     from llmserve_env.tasks import load_task
 
     task = load_task(steering.task)
@@ -274,7 +273,7 @@ def _task(
     if cell.get("prefill_engines", 0) >= engines:
         del cell["prefill_engines"]
     given = action.model_dump(mode="json")
-    start = task.start.model_dump(mode="json") | {name: given[name] for name in granted(task)}
+    start = task.start.model_dump(mode="json") | {name: given[name] for name in task.grid.granted}
     changes = {} if window_s is None else {"window_s": window_s}
     return load_task(steering.task, cell=cell, start=start, **changes)
 

@@ -199,7 +199,7 @@ class _Run:
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
         """ACTION[1]."""
-        from llmserve_env.actions import to_action, to_array
+        from llmserve_env.controls import to_action, to_array
 
         self._before = self._action
         if self._pilot is None:

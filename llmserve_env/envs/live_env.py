@@ -114,7 +114,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             horizon_s=horizon_s,
         )
         self.episode = LiveEpisode(self.task, open_endpoint(url, model, control=control, **settings))
-        self.observation_space = spaces.observation_space()
+        self.observation_space = spaces.observation_space(self.task.groups)
         self.action_space = spaces.action_space(self.task.grid)
 
     def reset(
@@ -143,7 +143,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Serve one window, which takes as long.
 
         Args:
-            action: int[7] indices into the grid, or an ACTION record.
+            action: int[controls] indices into the grid, or an ACTION record.
 
         Returns:
             float32[features], reward, terminated, truncated, info.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, ActionGrid, to_action
 from llmserve_env.client import ConflictError, LLMServeEnv
+from llmserve_env.controls import CONTROLS, ActionGrid, to_action
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed
 from llmserve_env.errors import InputError
@@ -78,7 +78,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             raise
         start = self.task.start.model_dump()
         self.grid = ActionGrid({name: self.task.controls.get(name, [start[name]]) for name in CONTROLS})
-        self.observation_space = spaces.observation_space()
+        self.observation_space = spaces.observation_space(self.grid.groups)
         self.action_space = spaces.action_space(self.grid)
         self._last: ServeObservation | None = None
 
@@ -110,7 +110,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Serve one window.
 
         Args:
-            action: int[7] indices into the grid, or an ACTION record.
+            action: int[controls] indices into the grid, or an ACTION record.
 
         Returns:
             float32[features], reward, terminated, truncated, info.

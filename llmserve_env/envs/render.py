@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, finite
-from llmserve_env.hardware.profile import TIERS
+from llmserve_env.controls import CONTROLS, SPECS, finite
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, new_figure, picture_file
 from llmserve_env.rewards import COMPONENTS
 
@@ -61,7 +60,7 @@ def dashboard_text(
         ("KV cache", f"{_bar(window['kv_occupancy'])} {window['kv_occupancy']:4.0%}"),
         ("GPU busy", f"{_bar(_busy(task, windows)[-1])} {_busy(task, windows)[-1]:4.0%}"),
         ("reward", "  ".join(f"{name} {part:.3f}" for name, part in zip(COMPONENTS, parts, strict=True))),
-        ("set", "  ".join(f"{name} {_value(name, actions[-1][name])}" for name in CONTROLS)),
+        ("set", "  ".join(f"{name} {SPECS[name].text(actions[-1][name])}" for name in CONTROLS)),
     )
     return "\n".join([*lines, *(f"  {name:<14}{text}" for name, text in rows)])
 
@@ -185,11 +184,10 @@ def _reward(axes: Axes, time_s: NDArray[np.float64], components: NDArray[np.floa
 
 def _settings(axes: Axes, task: Task, time_s: NDArray[np.float64], actions: NDArray[np.void]) -> None:
     """A lane for each control that the agent has: where its value lies between the grid's first and last."""
-    everything = task.grid.all()
-    lanes = [name for name, count in zip(CONTROLS, task.grid.nvec, strict=True) if count > 1]
+    lanes = task.grid.granted
     start_s = np.concatenate([np.zeros(min(len(time_s), 1)), time_s])
     for lane, name in enumerate(reversed(lanes)):
-        codes = np.unique(everything[name])
+        codes = task.grid.codes(name)
         share = np.interp(finite(actions[name]), finite(codes), np.linspace(0, 1, len(codes)))
         steps = np.concatenate([share[:1], share])
         axes.fill_between(
@@ -198,7 +196,8 @@ def _settings(axes: Axes, task: Task, time_s: NDArray[np.float64], actions: NDAr
         axes.step(start_s, lane + 0.1 + 0.75 * steps, where="pre", color=BLUE, lw=1.0)
         if len(actions):
             place: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
-            axes.text(1.012, lane + 0.48, _value(name, actions[-1][name]), color=INK, weight="bold", **place)
+            text = SPECS[name].text(actions[-1][name])
+            axes.text(1.012, lane + 0.48, text, color=INK, weight="bold", **place)
     axes.set_yticks(
         [lane + 0.48 for lane in range(len(lanes))], [name.replace("_", " ") for name in reversed(lanes)]
     )
@@ -230,14 +229,6 @@ def _mean(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
 
 def _busy(task: Task, windows: NDArray[np.void]) -> NDArray[np.float64]:
     return np.minimum(windows["busy_s"] / (task.window_s * task.cell.engines), 1.0)
-
-
-def _value(name: str, code: Any) -> str:
-    if name == "quantization_tier":
-        return TIERS[int(code)]
-    if name in ("prefill_decode_split", "priority_routing"):
-        return "on" if code else "off"
-    return "none" if code == np.inf else f"{code:g}"
 
 
 def _ms(seconds: float) -> str:

@@ -57,7 +57,7 @@ class SB3VecEnv(VecEnv):
         return observations  # type: ignore[no-any-return]
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Take the actions of the next window, int[n, 7] or float[n, 7]."""
+        """Take the actions of the next window, int[n, controls] or float[n, controls]."""
         self._actions = actions
 
     def step_wait(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from llmserve_env.controls import SPECS
 from llmserve_env.envs import spaces
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
@@ -36,27 +37,19 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     ## Action Space
 
-    A `MultiDiscrete` of seven, for each control the index of a value of the task's grid (`task.grid.values`,
+    A `MultiDiscrete`, for each control the index of a value of the task's grid (`task.grid.values`,
     ascending). A control that a task does not grant has one value.
 
-    | Num | Control              | Values           | What it sets                                        |
-    |-----|----------------------|------------------|-----------------------------------------------------|
-    | 0   | batch_cap            | 1..512           | running sequences per engine                        |
-    | 1   | kv_budget_fraction   | 0.1..1.0         | share of KV blocks that running requests may hold   |
-    | 2   | speculation_depth    | 0..8             | draft tokens per step                               |
-    | 3   | quantization_tier    | FP16, INT8, INT4 | precision of the weights; a change drains, reloads  |
-    | 4   | prefill_decode_split | False, True      | prefill and decode in pools; a change drains        |
-    | 5   | priority_routing     | False, True      | urgent tenants are admitted first, preempted last   |
-    | 6   | admission_rate       | ..1000, None     | requests/s that are let in; the others are refused  |
+    {controls}
 
-    `step` also takes a record of dtype `actions.ACTION`, whose values may lie between those of the grid.
+    `step` also takes a record of dtype `controls.ACTION`, whose values may lie between those of the grid.
     `action_masks()` tells which values the cell can apply.
 
     ## Observation Space
 
-    A `Box` [0, 1] float32 of `len(observation.FEATURES)`, of the last window: features of the cell, what is
-    set (`set_*`), and of each of the first six tenants (`tenant_*`). A quantity without an upper bound is
-    mapped by x / (x + half). docs/environments.md lists them all.
+    A `Box` [0, 1] float32 with an entry for each of `observation.feature_names(task)`, of the last window:
+    features of the cell, what is set (`set_*`), and of each of the first tenants (`tenant_*`). A quantity
+    without an upper bound is mapped by x / (x + half). docs/environments.md lists them all.
 
     ## Rewards
 
@@ -140,7 +133,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             horizon_s=horizon_s,
         )
         self.render_mode = render_mode
-        self.observation_space = spaces.observation_space()
+        self.observation_space = spaces.observation_space(self.task.groups)
         self.action_space = spaces.action_space(self.task.grid)
         self.batch = EpisodeBatch(self.task, recorded=True)
 
@@ -167,7 +160,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Serve one window.
 
         Args:
-            action: int[7] indices into the grid, or an ACTION record.
+            action: int[controls] indices into the grid, or an ACTION record.
 
         Returns:
             float32[features], reward, terminated, truncated, info.
@@ -227,6 +220,22 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     def _info(self) -> dict[str, Any]:
         return self.batch.info()
+
+
+def _control_table() -> str:
+    """The controls as a table of a docstring."""
+    rows = [("Num", "Control", "Values", "What it sets")]
+    for number, (name, spec) in enumerate(SPECS.items()):
+        rows.append((str(number), name, spec.range_text, spec.title))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+    return "\n    ".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    )
+
+
+LLMServeEnv.__doc__ = (LLMServeEnv.__doc__ or "").replace("{controls}", _control_table())
 
 
 def open_task(task_id: str | Path | Task, **changes: Any) -> Task:

@@ -87,7 +87,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         self.num_envs = num_envs
         self.batch = EpisodeBatch(self.task, num_envs, parallel=self.threads > 1)
         self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = spaces.observation_space()
+        self.single_observation_space = spaces.observation_space(self.task.groups)
         self.single_action_space = spaces.action_space(self.task.grid)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -125,7 +125,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         """Serve one window of every episode.
 
         Args:
-            actions: int[n, 7] indices into the grid, or ACTION[n] records.
+            actions: int[n, controls] indices into the grid, or ACTION[n] records.
 
         Returns:
             float32[n, features], rewards float64[n], terminated bool[n], truncated bool[n], info.

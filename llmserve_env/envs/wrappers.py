@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import BoxActions
+from llmserve_env.controls import BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import LLMServeEnv
 
@@ -24,7 +24,7 @@ class ContinuousActions(
     gym.ActionWrapper["NDArray[np.float32]", "NDArray[np.float32]", "NDArray[np.int64]"],
     gym.utils.RecordConstructorArgs,
 ):
-    """Actions as a `Box` [-1, 1]^7; `actions.BoxActions` says what each entry means.
+    """Actions as a `Box` [-1, 1]; `controls.BoxActions` says what each entry means.
 
     Args:
         env: LLMServe-v0, wrapped or not.
@@ -37,7 +37,7 @@ class ContinuousActions(
         self.action_space = spaces.box_space()
 
     def action(self, action: NDArray[np.float32]) -> Any:
-        """The ACTION record of float32[7]."""
+        """The ACTION record of float32[controls]."""
         return self._box.records(np.asarray(action)[None])[0]
 
 
@@ -58,7 +58,7 @@ class DictActions(
         self.action_space = spaces.action_dict_space(self._grid)
 
     def action(self, action: dict[str, Any]) -> NDArray[np.int64]:
-        """int64[7], indices into the grid."""
+        """int64[controls], indices into the grid."""
         return spaces.from_dict(self._grid, action)
 
 
@@ -75,18 +75,19 @@ class DictObservations(
     def __init__(self, env: Env) -> None:
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.ObservationWrapper.__init__(self, env)
-        self.observation_space = spaces.observation_dict_space(_task(env).grid)
+        self.observation_space = spaces.observation_dict_space(_task(env))
+        self._parts = spaces.parts(_task(env).groups)
         self._mask: NDArray[np.bool_] | None = None
 
     def observation(self, observation: NDArray[np.float32]) -> dict[str, Any]:
         """The parts of float32[features]."""
         if self._mask is None:  # it is the cell's, the same in every window
             self._mask = self.env.get_wrapper_attr("action_masks")()
-        return spaces.to_dict(observation, self._mask)
+        return spaces.to_dict(self._parts, observation, self._mask)
 
 
 class ContinuousVectorActions(gym.vector.VectorActionWrapper):
-    """`ContinuousActions` for the vector environment: a `Box` [-1, 1] float32[n, 7].
+    """`ContinuousActions` for the vector environment: a `Box` [-1, 1] float32[n, controls].
 
     Args:
         env: of `gym.make_vec("LLMServe-v0", ...)`.
@@ -99,7 +100,7 @@ class ContinuousVectorActions(gym.vector.VectorActionWrapper):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
 
     def actions(self, actions: NDArray[np.float32]) -> Any:
-        """ACTION[n] of float32[n, 7]."""
+        """ACTION[n] of float32[n, controls]."""
         return self._box.records(actions)
 
 

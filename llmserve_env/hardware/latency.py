@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmserve_env.controls import SPECS
 from llmserve_env.hardware.profile import TIERS, Latency, Profile, Tier
 
 if sys.version_info >= (3, 11):
@@ -29,11 +30,11 @@ else:
 MAX_TOKENS = 16384
 """Tokens of one iteration, at most."""
 
-MAX_DECODES = 512
+MAX_DECODES = int(SPECS["batch_cap"].high)
 """Decoding sequences of one iteration, at most."""
 
-MAX_SAMPLED = 4608
-"""Tokens that one iteration emits, at most: 512 sequences with a token and 8 drafts each."""
+MAX_SAMPLED = MAX_DECODES * (1 + int(SPECS["speculation_depth"].high))
+"""Tokens that one iteration emits, at most: for each sequence one and its drafts."""
 
 _MAX_CONTEXT = 131072
 
@@ -93,7 +94,7 @@ def iteration_time(  # noqa: PLR0917  (positional, as the kernel takes them)
         arrays: from `compile_latency`.
         tier: index into `profile.TIERS`.
         chunks: (tokens, tokens already in the cache) of each prefill chunk.
-        decode_count: decoding sequences, 0..512.
+        decode_count: decoding sequences, 0..MAX_DECODES.
         kv_sum: sum of their contexts (tokens).
         kv_max: the longest of them (tokens).
         sampled: sequences that emit a token.

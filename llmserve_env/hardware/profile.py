@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,16 +26,20 @@ from pydantic import (
 
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
+from llmserve_env.schema import QuantizationTier
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-TierName = Literal["FP16", "INT8", "INT4"]
-
-TIERS: tuple[TierName, ...] = ("FP16", "INT8", "INT4")
+TIERS: tuple[str, ...] = tuple(tier.value for tier in QuantizationTier)
 """Precision tiers in the order of the first axis of every latency array."""
+
+if TYPE_CHECKING:
+    TierName = str
+else:
+    TierName = Literal[TIERS]
 
 _SHIPPED = Path(__file__).parent / "profiles"
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from llmserve_env.actions import to_action
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.ledger import UNMEASURED
 from llmserve_env.live.sender import Sender

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import to_array
 from llmserve_env.backend import MAX_TENANTS, WINDOW, WindowRecord
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.latency import MAX_TOKENS, compile_latency

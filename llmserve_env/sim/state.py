@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmserve_env.backend import MAX_TENANTS
+from llmserve_env.controls import SPECS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,8 +20,8 @@ PS_PER_S = 1_000_000_000_000
 NEVER_PS = np.iinfo(np.int64).max // 2
 """Later than any time that is simulated (53 days)."""
 
-MAX_RUNNING = 512
-"""Sequences that one engine can run at once (upper end of ServeAction.batch_cap)."""
+MAX_RUNNING = int(SPECS["batch_cap"].high)
+"""Sequences that one engine can run at once."""
 MAX_BLOCKS = 1 << 24
 """KV blocks of one engine: 268 million tokens, a thousand times what one server of today holds."""
 MAX_CLASSES = 4

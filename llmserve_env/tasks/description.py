@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS

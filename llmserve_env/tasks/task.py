@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from llmserve_env.actions import CONTROLS, ActionGrid
+from llmserve_env.controls import CONTROLS, SPECS, ActionGrid
 from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.profile import TIERS, Profile, refusal
-from llmserve_env.schema import ServeAction
+from llmserve_env.schema import EXTRA_GROUPS, ServeAction
 from llmserve_env.workloads import open_workload
 from llmserve_env.workloads.generators.servegen import table_end_s
 from llmserve_env.workloads.overlay import overlaid
@@ -104,14 +113,16 @@ class Task(BaseModel):
         window_s: time between two actions (s).
         horizon_s: length of an episode (s), a whole number of windows.
         start: configuration that the cell starts in, vLLM's defaults.
-        controls: for each control that the agent has, the ascending values of its grid. The last
-            `admission_rate` may be inf, as TOML has no None: everybody is let in.
+        controls: for each control that the agent has, the ascending values of its grid. The last one of
+            a control that may be None may be inf, as TOML has no None.
         workload: a scenario's table, or a workload URI. A generator's URI is opened with the episode's seed;
             in a trace, and in a table of ServeGen's clients, the seed draws where the episode begins, unless
             the URI has a `start`.
         reward: what counts.
         max_in_flight: an episode terminates when more requests are in flight at a window's end (default:
             never).
+        extra_groups: groups of figures and features that it has beyond those of every task
+            (`schema.GROUPS`) and those of its controls.
     """
 
     model_config = _MODEL
@@ -128,15 +139,33 @@ class Task(BaseModel):
     workload: str | dict[str, Any]
     reward: RewardWeights
     max_in_flight: int | None = Field(None, ge=1)
+    extra_groups: tuple[str, ...] = ()
 
     @field_validator("controls")
     @classmethod
     def _without_inf(cls, controls: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """None for an infinite rate: inf is no JSON, and a log holds its task."""
-        if "admission_rate" not in controls:
-            return controls
-        rates = [None if rate == math.inf else rate for rate in controls["admission_rate"]]
-        return {**controls, "admission_rate": rates}
+        """None for inf: inf is no JSON, and a log holds its task."""
+        optional = {name for name, spec in SPECS.items() if spec.optional}
+        return {
+            name: [None if value == math.inf else value for value in values] if name in optional else values
+            for name, values in controls.items()
+        }
+
+    @field_validator("extra_groups")
+    @classmethod
+    def _known(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
+        for group in groups:
+            if group not in EXTRA_GROUPS:
+                raise ValueError(f"expected some of {', '.join(EXTRA_GROUPS) or 'no groups'}, found {group}")
+        return groups
+
+    @model_serializer(mode="wrap")
+    def _without_extras(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there were further groups, where it has none: its logs and hashes stay as they are."""
+        written: dict[str, Any] = write(self)
+        if not self.extra_groups:
+            written.pop("extra_groups", None)
+        return written
 
     @model_validator(mode="after")
     def _fits(self) -> Task:
@@ -158,6 +187,11 @@ class Task(BaseModel):
     def windows(self) -> int:
         """Windows in an episode."""
         return round(self.horizon_s / self.window_s)
+
+    @cached_property
+    def groups(self) -> frozenset[str]:
+        """Groups of figures and features that an agent sees and a log's digests hold."""
+        return self.grid.groups.union(self.extra_groups)
 
     @cached_property
     def grid(self) -> ActionGrid:
@@ -183,12 +217,11 @@ class Task(BaseModel):
         return self.requests(0).tenants
 
     @cached_property
-    def quality(self) -> tuple[float, float, float]:
-        """What each precision FP16, INT8, INT4 earns for quality, 0..1."""
+    def quality(self) -> tuple[float, ...]:
+        """What each precision earns for quality, 0..1, in the order of `profile.TIERS`."""
         floor = self.reward.acceptable_quality
         tiers = [self.profile.tier(name) for name in TIERS]
-        found = [max((tier.quality - floor) / (1 - floor), 0.0) if tier else 0.0 for tier in tiers]
-        return found[0], found[1], found[2]
+        return tuple(max((tier.quality - floor) / (1 - floor), 0.0) if tier else 0.0 for tier in tiers)
 
     def requests(self, seed: int) -> Workload:
         """The workload of the episode with a seed: what arrives before the horizon."""

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import finite
-from llmserve_env.hardware.profile import TIERS
+from llmserve_env.controls import SPECS, finite
 from server.page.ui_trace import PARTS
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 400
 _W, _H = 1000.0, 100.0  # of every SVG's own coordinates
-_SWITCHES = ("prefill_decode_split", "priority_routing")
 
 
 def board(trace: Trace, note: str = "") -> str:
@@ -176,7 +174,7 @@ def _settings(trace: Trace) -> str:
         curves += f'<path class="grid" d="M0 {base:.2f}H{_W:g}"/>'
         if not len(values):
             continue
-        labels += f'<span class="now" style="bottom:{middle:.2f}%">{_setting(name, values[-1])}</span>'
+        labels += f'<span class="now" style="bottom:{middle:.2f}%">{SPECS[name].text(values[-1])}</span>'
         corners = []
         changes = [0, *(np.flatnonzero(np.diff(shares)) + 1).tolist()]
         for index in changes:
@@ -306,11 +304,3 @@ def _ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _setting(name: str, code: float) -> str:
-    if name == "quantization_tier":
-        return TIERS[int(code)]
-    if name in _SWITCHES:
-        return "on" if code else "off"
-    return "none" if code == np.inf else f"{code:g}"

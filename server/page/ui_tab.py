@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from pydantic import ValidationError
 
-from llmserve_env.actions import CONTROLS
 from llmserve_env.agents import lacks_weights
+from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS

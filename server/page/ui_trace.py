@@ -5,9 +5,7 @@ from __future__ import annotations
 from math import nan
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.episode import Episode
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, ServeAction
@@ -47,9 +45,7 @@ class Trace:
         self.windows, self.window_s, self.horizon_s = task.windows, task.window_s, task.horizon_s
         self.engines = task.cell.engines
         self.slo_ms = 1e3 * min(tenant.ttft_slo_s for tenant in task.tenants)
-        codes = task.grid.all()
-        granted = [name for name, count in zip(CONTROLS, task.grid.nvec, strict=True) if count > 1]
-        self.lanes = {name: np.unique(codes[name]).tolist() for name in granted}
+        self.lanes = {name: task.grid.codes(name).tolist() for name in task.grid.granted}
         names = ("time_s", "waiting", "running", "p50_ttft_ms", "p99_ttft_ms", "kv", "busy", "up")
         self.columns: dict[str, list[float]] = {name: [] for name in (*names, *PARTS, *CONTROLS)}
         self.ended = self.in_slo = 0

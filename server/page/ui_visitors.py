@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
+from llmserve_env.controls import to_action
 from server.messages.refusals import Conflict, NotFound
 from server.page.ui_trace import Trace
 

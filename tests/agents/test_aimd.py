@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from llmserve_env.actions import ACTION, to_array
 from llmserve_env.agents import AIMDAgent, AIMDRule, load_agent, play
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import ACTION, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents import AGENTS, ConstantAgent, RandomAgent, load_agent, play
 from llmserve_env.agents.tuned import PATH, tuned_constant, tuned_rule, tuning
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from llmserve_env.actions import ACTION, to_array
 from llmserve_env.agents import AGENTS, Shield, ShieldSettings, load_agent, play, shield_settings
 from llmserve_env.agents.shield import RULES
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import ACTION, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
@@ -128,7 +128,10 @@ def test_rescue_sets_the_safe_action_and_leaves_precision_and_roles():
     for _ in range(2):
         action = played.after(waiting=60)[0]
     safe = SETTINGS.rescue.action
-    assert (action["batch_cap"], action["kv_budget_fraction"]) == (safe.batch_cap, safe.kv_budget_fraction)
+    assert (action["batch_cap"], action["kv_budget_fraction"]) == (
+        safe["batch_cap"],
+        safe["kv_budget_fraction"],
+    )
     assert (action["speculation_depth"], action["priority_routing"]) == (0, 1)
     assert (action["quantization_tier"], action["prefill_decode_split"]) == (1, 1)
 
@@ -253,7 +256,7 @@ def test_agent_is_always_asked_and_every_intervention_is_logged():
 
 
 def test_agent_that_does_the_same_as_the_rule_is_not_overridden():
-    safe = own(**SETTINGS.rescue.action.model_dump())
+    safe = own(**SETTINGS.rescue.action)
     played = Played(safe)
     assert played.rules(*[{"waiting": 60}] * 5) == [""] * 5
     assert played.shield.autonomy_rate[0] == 1.0

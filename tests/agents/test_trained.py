@@ -90,8 +90,13 @@ def rewritten(change):
         (CONFIG, half, "Invalid JSON"),
         (
             CONFIG,
-            rewritten(lambda config: config["features"].pop()),
-            "other observations than this package's",
+            rewritten(lambda config: config["features"].__setitem__(0, "mood")),
+            "no such features: mood",
+        ),
+        (
+            CONFIG,
+            rewritten(lambda config: config["controls"].update(turbo=[1, 2])),
+            "no such controls: turbo",
         ),
         (CONFIG, rewritten(lambda config: config.update(task_id=OTHER.id)), "expected 'static_workload'"),
         (

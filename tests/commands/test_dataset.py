@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from llmserve_env.actions import ACTION, to_array
 from llmserve_env.agents import load_agent, play
 from llmserve_env.cli import main
 from llmserve_env.commands.dataset import OnGrid
+from llmserve_env.controls import ACTION, to_array
 from llmserve_env.observation import FEATURES
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import ServeAction

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmserve_env.actions import ACTION, to_action, to_array
+from llmserve_env.controls import ACTION, to_action, to_array
 from llmserve_env.episode import Episode
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.schema import ServeAction

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve_env.actions import ACTION, CONTROLS, ActionGrid, to_action, to_array
+from llmserve_env.controls import ACTION, CONTROLS, ActionGrid, to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task

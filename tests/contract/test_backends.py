@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.live import EndpointBackend, EndpointSettings

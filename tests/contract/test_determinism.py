@@ -47,7 +47,7 @@ def records(batch, row, actions, seeds):
         together[row] = action
         rewards.append(float(batch.step(together).rewards[row]))
         windows.append(batch.windows[row].copy())
-    return record_digests(windows, len(batch.task.tenants)), rewards, float(batch.scores[row])
+    return record_digests(windows, batch.task), rewards, float(batch.scores[row])
 
 
 @pytest.mark.parametrize("task_id", list_tasks())
@@ -104,7 +104,7 @@ def test_a_restored_batch_goes_on_to_the_same_log(task_id):
         each.step(np.repeat(actions[:1], 2))
         each.restore(snapshot)
         serve(each, actions[half:])
-        assert record_digests(windows, len(task.tenants)) == log.digests
+        assert record_digests(windows, task) == log.digests
         assert each.scores[0] == log.score
 
 
@@ -146,6 +146,6 @@ def test_episodes_that_are_skipped_or_reset_apart_leave_the_same_log():
         if serve:
             windows.append(batch.windows[1].copy())
             played_so_far += 1
-    assert record_digests(windows, len(task.tenants)) == log.digests
+    assert record_digests(windows, task) == log.digests
     assert batch.scores[1] == log.score
     assert batch.steps.tolist()[1:] == [WINDOWS, 3]

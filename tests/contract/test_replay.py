@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.grading import grade
 from llmserve_env.rewards import COMPONENTS

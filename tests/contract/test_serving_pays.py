@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve_env.actions import to_array
 from llmserve_env.agents.tuned import tuned_constant
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import ServeAction

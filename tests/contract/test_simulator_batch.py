@@ -9,7 +9,7 @@ import pytest
 from sim.cells import random_action, random_workload, small
 from sim.invariants import check
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.schema import ServeAction

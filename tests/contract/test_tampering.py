@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.hardware import list_profiles

@@ -3,53 +3,39 @@
 from __future__ import annotations
 
 import inspect
-import re
-from pathlib import Path
 
 import gymnasium as gym
 import pytest
 
 import llmserve_env
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS, SPECS
 from llmserve_env.envs.serve_env import LLMServeEnv
-from llmserve_env.envs.spaces import PARTS
 from llmserve_env.envs.vector_env import LLMServeVectorEnv
-from llmserve_env.observation import FEATURES, TENANT_SLOTS
-from llmserve_env.schema import ServeAction
+from llmserve_env.observation import FEATURES
+from scripts.document_tables import DOCUMENTS, with_tables
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "environments.md").read_text(encoding="utf-8")
+DOCUMENT = (DOCUMENTS / "environments.md").read_text(encoding="utf-8")
 DOCSTRING = inspect.getdoc(LLMServeEnv) or ""
 
 
-def observation_rows() -> list[str]:
-    """The rows of the document's table of features; those of tenants once for all slots."""
-    slot = len(FEATURES[PARTS["tenants"]]) // TENANT_SLOTS
-    first = PARTS["tenants"].start
-    rows = []
-    for number, feature in enumerate(FEATURES[: first + slot]):
-        scaling = f"x / (x + {feature.half:g})" if feature.half else "as it is"
-        place, name, meaning = str(number), feature.name, feature.meaning
-        if number >= first:
-            place, name = f"{number} + {slot} k", name.replace("tenant_0_", "tenant_k_")
-            meaning = meaning.replace("tenant 0: ", "")
-        rows.append(f"| {place} | `{name}` | {meaning} | {scaling} |")
-    return rows
+@pytest.mark.parametrize("path", sorted(DOCUMENTS.rglob("*.md")), ids=lambda path: path.stem)
+def test_the_tables_are_those_of_the_declarations(path):
+    text = path.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run scripts/document_tables.py"
 
 
-def test_every_feature_is_in_the_document():
-    listed = [line for line in DOCUMENT.splitlines() if re.search(r"\| (as it is|x / .*) \|$", line)]
-    assert listed == observation_rows()
+def test_the_environments_have_tables_of_controls_and_features():
+    for name in ("controls", "features"):
+        assert f"<!-- {name}: made by" in DOCUMENT
     assert f"float32[{len(FEATURES)}]" in DOCUMENT
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_every_control_is_in_both(name):
-    schema = ServeAction.model_json_schema()["properties"][name]
     for text in (DOCUMENT, DOCSTRING):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {CONTROLS.index(name)} ")][:1]
         assert name in row
-        if "minimum" in schema:
-            assert f"{schema['minimum']}..{schema['maximum']}" in row
+        assert SPECS[name].range_text in row
 
 
 def test_every_argument_is_in_both():

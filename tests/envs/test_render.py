@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 from llmserve_env.envs.render import draw_episode
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import list_tasks, load_task

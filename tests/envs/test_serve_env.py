@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve_env.actions import ACTION, CONTROLS, to_array
+from llmserve_env.controls import ACTION, CONTROLS, to_array
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError

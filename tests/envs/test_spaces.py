@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from llmserve_env.actions import CONTROLS, ActionGrid, BoxActions
+from llmserve_env.controls import CONTROLS, ActionGrid, BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES, TENANT_SLOTS
@@ -26,6 +26,7 @@ GRID = ActionGrid(
     }
 )
 BOX = BoxActions(GRID)
+TASK = load_task("static_workload")
 BOXES = arrays.arrays(np.float32, (4, 7), elements=st.floats(-1, 1, width=32))
 
 
@@ -107,11 +108,12 @@ def test_a_dictionary_with_other_controls_is_refused(action):
 
 def test_an_observation_in_parts_loses_nothing():
     observation = np.arange(len(FEATURES), dtype=np.float32)
-    mask = np.ones(int(GRID.nvec.sum()), bool)
-    parts = spaces.to_dict(observation / len(FEATURES), mask)
-    assert parts in spaces.observation_dict_space(GRID)
-    parts = spaces.to_dict(observation, mask)
-    assert np.concatenate([parts[name].ravel() for name in spaces.PARTS]).tolist() == observation.tolist()
+    mask = np.ones(int(TASK.grid.nvec.sum()), bool)
+    places = spaces.parts(TASK.groups)
+    parts = spaces.to_dict(places, observation / len(FEATURES), mask)
+    assert parts in spaces.observation_dict_space(TASK)
+    parts = spaces.to_dict(places, observation, mask)
+    assert np.concatenate([parts[name].ravel() for name in places]).tolist() == observation.tolist()
     names = [feature.name for feature in FEATURES]
     assert parts["tenants"][1, 0] == names.index("tenant_1_arrival_rate")
     assert parts["tenants"].shape[0] == TENANT_SLOTS

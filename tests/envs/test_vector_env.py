@@ -12,7 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.envs.vector_env import LLMServeVectorEnv
 from llmserve_env.errors import InputError

@@ -10,8 +10,8 @@ import pytest
 from evaluate.experiments.headroom import Settings, main
 from evaluate.experiments.headroom_report import scores_of
 from evaluate.search import Player, best_constants, candidates, clairvoyant
-from llmserve_env.actions import CONTROLS, to_array
 from llmserve_env.agents import load_agent, play
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.schema import ServeAction
 
 

@@ -10,8 +10,8 @@ import threading
 import numpy as np
 import pytest
 
-from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.live import EndpointBackend, EndpointSettings
 from llmserve_env.schema import ServeAction

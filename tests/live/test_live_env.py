@@ -11,7 +11,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import llmserve_env  # noqa: F401 - registers
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.live import LiveEpisode, sender

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 
 import llmserve_env  # noqa: F401 - registers the ids
-from llmserve_env.actions import CONTROLS, to_array
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.envs.remote_env import LLMServeRemoteEnv
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.errors import InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.episode import Episode, EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmserve_env.actions import to_action, to_array
 from llmserve_env.agents import ConstantAgent, RandomAgent, load_agent, play
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
 from llmserve_env.live.pilot.limits import Limits

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from llmserve_env.actions import CONTROLS
 from llmserve_env.agents import play
 from llmserve_env.agents.policy import (
     CLIP,
@@ -19,6 +18,7 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
+from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
@@ -147,9 +147,10 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path, network):
         (lambda config: config.update(recurrent=True), WEIGHTS, "found None"),
         (lambda config: config.update(frames=2), WEIGHTS, "expected shape"),
         (lambda config: config["controls"].update(batch_cap=[1, 2]), WEIGHTS, "expected shape"),
-        (lambda config: config["features"].reverse(), CONFIG, "their order"),
+        (lambda config: config["features"].__setitem__(0, config["features"][1]), CONFIG, "a name twice"),
         (lambda config: config["features"].append("more"), CONFIG, "more"),
-        (lambda config: config["controls"].pop("batch_cap"), CONFIG, "expected batch_cap"),
+        (lambda config: config["controls"].pop("batch_cap"), WEIGHTS, "expected shape"),
+        (lambda config: config["controls"].update(turbo=[1, 2]), CONFIG, "no such controls: turbo"),
         (lambda config: config.update(format=2), CONFIG, "format"),
         (lambda config: config.update(extra=2), CONFIG, "extra"),
     ],

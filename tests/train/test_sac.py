@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from llmserve_env.actions import CONTROLS, to_array
 from llmserve_env.agents import Shield, play
 from llmserve_env.agents.continuous_policy import (
     ContinuousPolicyAgent,
@@ -18,6 +17,7 @@ from llmserve_env.agents.continuous_policy import (
 )
 from llmserve_env.agents.find import find_agent
 from llmserve_env.agents.policy import CLIP, CONFIG, WEIGHTS, load_policy, save_policy
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import to_array
 from llmserve_env.agents.mpc.forecast import RateForecast
 from llmserve_env.agents.mpc.traffic import PastTraffic
 from llmserve_env.agents.mpc.twin import Twins, wider
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.rewards import Rewards
 
@@ -108,9 +108,8 @@ class MPCAgent:
             self._rewards = Rewards(task.model_copy(update={"window_s": self._step_s}))
         self._task, n = task, len(seeds)
         self._tried = to_array([*self._presets, task.start])
-        ungranted = [name for name, values in task.grid.values.items() if len(values) == 1]
-        for name in ungranted:
-            if (self._tried[name] != self._tried[name][-1]).any():
+        for name in CONTROLS:
+            if name not in task.grid.granted and (self._tried[name] != self._tried[name][-1]).any():
                 raise InputError(f"{task.id} does not grant this control", field=name)
         roots = (np.random.SeedSequence(int(seed), spawn_key=(_PLANS,)) for seed in seeds)
         self._rngs = [np.random.default_rng(root) for root in roots]

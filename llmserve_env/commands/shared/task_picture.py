@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.schema import ServeAction

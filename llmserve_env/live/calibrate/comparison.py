@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.iteration_fit import predicted_s, regimes
 from llmserve_env.hardware.latency import compile_latency

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.observation import Observer
 from llmserve_env.rewards import Rewards
 

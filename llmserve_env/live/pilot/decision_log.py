@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-import llmserve_env
-from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer
 from llmserve_env.recording import record_row
+from llmserve_env.report.version import __version__
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import Task
 
@@ -47,7 +47,7 @@ class Beginning(BaseModel):
     """Number of the file within the run."""
     time_s: float
     """When the run began (Unix time, s)."""
-    package_version: str = llmserve_env.__version__
+    package_version: str = __version__
     """Version of llmserve_env."""
     task: dict[str, Any]
     """The whole task."""

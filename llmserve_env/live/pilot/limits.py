@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 from llmserve_env.schema import ServeAction
 
 if sys.version_info >= (3, 11):

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_action, to_array
-from llmserve_env.agents.granted import granted
 from llmserve_env.agents.shield import Shield
+from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
@@ -106,7 +105,7 @@ class Pilot:
         self._endless = endless
         self._log = log
         self._observer = Observer(task)
-        self._granted = granted(task)
+        self._granted = task.grid.granted
         self._changed: dict[str, int] = {}  # window in which a field last did
         self._thought: _Thought | None = None  # that came too late
         self._pending: Made | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmserve_env.actions import to_array
 from llmserve_env.agents import MPCAgent, load_agent, play
 from llmserve_env.agents.tuned import tuned_constant
 from llmserve_env.backend import WINDOW
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task

@@ -15,9 +15,9 @@ from evaluate.experiments.generalise_report import CONSTANT, Place, advantage_ke
 from evaluate.fit import SEEDS, fit_servegen, fit_trace, mean_load, tokens, write_tenants
 from evaluate.jobs import Setting
 from evaluate.scores import setting_name
-from llmserve_env.actions import to_action
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.tuned import tuned_constant
+from llmserve_env.controls import to_action
 from llmserve_env.errors import InputError
 from llmserve_env.play import play
 from llmserve_env.report.stats import Interval, paired_difference

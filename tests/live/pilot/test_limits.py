@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmserve_env.actions import CONTROLS
+from llmserve_env.controls import CONTROLS
 from llmserve_env.live.pilot.limits import Limits, shipped_limits
 from llmserve_env.schema import QuantizationTier, ServeAction
 from tests.strategies import actions

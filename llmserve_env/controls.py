@@ -1,0 +1,339 @@
+"""Controls, as the fields of ServeAction declare them: as records for the kernel, as indices, as a box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from llmserve_env.errors import InputError
+from llmserve_env.schema import GROUPS, Control, ServeAction
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from pydantic.fields import FieldInfo
+
+_UNSET = 1e6
+"""Stands for None where values are compared: farther from every number than those from each other."""
+
+
+@dataclass(frozen=True)
+class ControlSpec:
+    """A control with all that its field of ServeAction says.
+
+    A code is a value as it stands in an ACTION record: of an enumeration its place in the order of its
+    members, of a switch 0 or 1, inf for None.
+
+    Attributes:
+        name: of the field.
+        type: bool, int, float or an enumeration.
+        optional: whether it may be None.
+        default: value of `ServeAction()`.
+        low: least code.
+        high: greatest code but inf.
+        meaning: docstring of the field, in one line.
+        declared: label, scale and what else the field declares.
+    """
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    low: float
+    high: float
+    meaning: str
+    declared: Control
+
+    @property
+    def title(self) -> str:
+        """Label and unit."""
+        return f"{self.declared.label} ({self.declared.unit})" if self.declared.unit else self.declared.label
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """Values of a switch or an enumeration in the order of their codes; none of a number."""
+        if self.type is bool:
+            return (False, True)
+        return tuple(member.value for member in self.type) if issubclass(self.type, Enum) else ()
+
+    @property
+    def range_text(self) -> str:
+        """The values that it takes."""
+        if self.options:
+            return ", ".join(map(str, self.options))
+        if self.optional:
+            return f"..{self.high:g}, None"
+        return f"{self.low}..{self.high}"
+
+    def code(self, value: Any) -> float:
+        """The code of a value of ServeAction."""
+        if issubclass(self.type, Enum):
+            return self.options.index(value.value)
+        return math.inf if value is None else value + 0
+
+    def value(self, code: float) -> Any:
+        """The value of ServeAction of a code."""
+        if self.options:
+            return self.options[int(code)]
+        return None if self.optional and code == math.inf else code
+
+    def checked(self, value: Any) -> float:
+        """The code of a value that may be none of ServeAction's.
+
+        Raises:
+            InputError: it is none.
+        """
+        try:
+            return self.code(getattr(ServeAction(**{self.name: value}), self.name))
+        except ValueError as error:
+            raise InputError(f"not a value of ServeAction: {value!r}", field=self.name) from error
+
+    def text(self, code: float) -> str:
+        """A code as a picture's label has it."""
+        if self.type is bool:
+            return "on" if code else "off"
+        if self.options:
+            return str(self.options[int(code)])
+        return "none" if code == math.inf else f"{code:g}"
+
+    def nearest(self, code: float) -> float:
+        """The code, or the end of the range that it lies beyond."""
+        return min(max(code, self.low), self.high)
+
+
+def _spec(name: str, field: FieldInfo) -> ControlSpec:
+    (declared,) = (each for each in field.metadata if isinstance(each, Control))
+    types = [each for each in (get_args(field.annotation) or (field.annotation,)) if each is not type(None)]
+    assert len(types) == 1
+    kind, low, high = types[0], 0.0, 1.0
+    if issubclass(kind, Enum):
+        high = len(kind) - 1
+    elif kind is not bool:
+        bounds = {
+            key: getattr(each, key)
+            for each in field.metadata
+            for key in ("ge", "gt", "le")
+            if hasattr(each, key)
+        }
+        low = bounds["ge"] if "ge" in bounds else np.nextafter(float(bounds["gt"]), math.inf)
+        high = bounds["le"]
+    number = float if kind is float else int
+    return ControlSpec(
+        name,
+        kind,
+        type(None) in get_args(field.annotation),
+        field.default,
+        number(low),
+        number(high),
+        " ".join((field.description or "").split()),
+        declared,
+    )
+
+
+SPECS: dict[str, ControlSpec] = {name: _spec(name, field) for name, field in ServeAction.model_fields.items()}
+"""All controls by name, in the order of ServeAction."""
+
+CONTROLS: tuple[str, ...] = tuple(SPECS)
+"""Names of the controls, in the order of every array of actions."""
+
+ACTION = np.dtype([(name, np.float64 if spec.type is float else np.int64) for name, spec in SPECS.items()])
+"""One ServeAction as a record of codes."""
+
+
+def to_array(actions: Sequence[ServeAction]) -> NDArray[np.void]:
+    """ACTION[n] of n actions."""
+    array = np.empty(len(actions), ACTION)
+    for row, action in zip(array, actions, strict=True):
+        for name, spec in SPECS.items():
+            row[name] = spec.code(getattr(action, name))
+    return array
+
+
+def to_action(row: NDArray[np.void]) -> ServeAction:
+    """The ServeAction of one ACTION record."""
+    return ServeAction(**to_values(row))
+
+
+def to_values(row: NDArray[np.void]) -> dict[str, Any]:
+    """Values by name of one ACTION record."""
+    return {name: spec.value(row[name].item()) for name, spec in SPECS.items()}
+
+
+def check_records(records: NDArray[np.void]) -> NDArray[np.void]:
+    """ACTION records, if every code is one.
+
+    Raises:
+        InputError: names the control with a code out of its range.
+    """
+    for name, spec in SPECS.items():
+        codes = records[name]
+        inside = (codes >= spec.low) & (codes <= spec.high)
+        if spec.optional:
+            inside |= codes == np.inf
+        if not inside.all():
+            raise InputError(f"expected {spec.low}..{spec.high}, found {codes.tolist()}", field=name)
+    return records
+
+
+class ActionGrid:
+    """The values from which an agent chooses, control by control.
+
+    Args:
+        values: for each control, ascending values as a ServeAction takes them, None last; a control with
+            one value is not the agent's to set.
+
+    Attributes:
+        values: as given, in the order of CONTROLS.
+        nvec: int64[controls], number of values of each control.
+
+    Raises:
+        InputError: a control is missing or unknown, or a value is out of its range.
+    """
+
+    def __init__(self, values: Mapping[str, Sequence[Any]]) -> None:
+        for name in (*values, *CONTROLS):
+            if name not in SPECS or not values.get(name):
+                raise InputError(f"expected values for each of {', '.join(CONTROLS)}", field=name)
+        self.values = {name: tuple(values[name]) for name in CONTROLS}
+        self._codes = {
+            name: np.array([spec.checked(value) for value in self.values[name]], ACTION[name])
+            for name, spec in SPECS.items()
+        }
+        for name, codes in self._codes.items():
+            if (codes[1:] <= codes[:-1]).any():
+                raise InputError(f"expected ascending values, found {list(values[name])}", field=name)
+        self.nvec = np.array([len(codes) for codes in self._codes.values()], np.int64)
+        # The codes' bits, a row a control: a record is one gather, as every field of ACTION has 8 bytes.
+        self._bits = np.zeros((len(CONTROLS), int(self.nvec.max())), np.int64)
+        for row, codes in zip(self._bits, self._codes.values(), strict=True):
+            row[: len(codes)] = codes.view(np.int64)
+        self._rows = np.arange(len(CONTROLS))
+
+    @property
+    def size(self) -> int:
+        """Number of combinations."""
+        return math.prod(self.nvec.tolist())
+
+    @property
+    def granted(self) -> tuple[str, ...]:
+        """The controls that are the agent's to set."""
+        return tuple(name for name, values in self.values.items() if len(values) > 1)
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """Groups of every task and those of the controls that are the agent's."""
+        return frozenset({*GROUPS, *(SPECS[name].declared.group for name in self.granted)})
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """The least and the greatest finite code of a control; inf twice where only None is granted.
+
+        Numbers between them are as good as those of the grid.
+        """
+        codes = self._codes[name].astype(float)
+        numbers = codes[np.isfinite(codes)]
+        return (float(numbers[0]), float(numbers[-1])) if len(numbers) else (math.inf, math.inf)
+
+    def codes(self, name: str) -> NDArray[Any]:
+        """The codes of a control's values, ascending."""
+        return self._codes[name].copy()
+
+    def actions(self, indices: NDArray[np.int64]) -> NDArray[np.void]:
+        """ACTION[n] of int64[n, controls] indices."""
+        bits = np.ascontiguousarray(self._bits[self._rows, np.asarray(indices)])
+        actions: NDArray[np.void] = bits.view(ACTION)[:, 0]
+        return actions
+
+    def indices(self, actions: NDArray[np.void]) -> NDArray[np.int64]:
+        """int64[n, controls], for each of ACTION[n] the nearest grid point (the lower of two as near)."""
+        columns = [
+            np.abs(finite(actions[name])[:, None] - finite(codes)).argmin(axis=1)
+            for name, codes in self._codes.items()
+        ]
+        return np.stack(columns, axis=1).astype(np.int64)
+
+    def at(self, places: NDArray[np.int64] | Sequence[int]) -> NDArray[np.void]:
+        """ACTION[n], combinations by their places among all; the last control changes fastest."""
+        return self.actions(np.stack(np.unravel_index(np.asarray(places), self.nvec.tolist()), axis=1))
+
+    def all(self) -> NDArray[np.void]:
+        """ACTION[size], every combination; of a large grid draw some with `at` instead."""
+        return self.at(np.arange(self.size))
+
+
+class BoxActions:
+    """Actions as a box [-1, 1] float32[controls], one entry for each control.
+
+    -1 is a control's first value in the grid, 1 its last, and what lies outside is clipped. Between them a
+    number lies by its scale, logarithmic or linear; every whole number on the scale "whole", every value of
+    the grid on the scale "choice" or of a control that may be None has an equal part of [-1, 1] (of two
+    values the second begins at 0).
+
+    A control that the grid leaves at one value is not the agent's: its entry is ignored.
+
+    Args:
+        grid: first and last value of each control.
+    """
+
+    def __init__(self, grid: ActionGrid) -> None:
+        self._columns = [
+            (name, "choice" if spec.optional else spec.declared.scale, grid.codes(name))
+            for name, spec in SPECS.items()
+        ]
+
+    def records(self, box: Any) -> NDArray[np.void]:
+        """ACTION[n] of float[n, controls].
+
+        Raises:
+            InputError: of another shape, or an entry is not a number.
+        """
+        box = np.asarray(box, np.float64)
+        if box.ndim != 2 or box.shape[1] != len(CONTROLS) or np.isnan(box).any():
+            raise InputError(
+                f"expected {len(CONTROLS)} numbers in [-1, 1], found {box.tolist()}", field="action"
+            )
+        shares = (np.clip(box, -1.0, 1.0) + 1.0) / 2.0
+        actions = np.empty(len(box), ACTION)
+        for (name, scale, codes), share in zip(self._columns, shares.T, strict=True):
+            low, high = codes[0], codes[-1]
+            if scale == "choice":
+                actions[name] = codes[_part(share, len(codes))]
+            elif scale == "whole":
+                actions[name] = low + _part(share, int(high - low) + 1)
+            else:
+                number = low * (high / low) ** share if scale == "log" else low + share * (high - low)
+                whole = np.issubdtype(codes.dtype, np.integer)
+                actions[name] = np.rint(number) if whole else np.minimum(number, high)
+        return actions
+
+    def box(self, actions: NDArray[np.void]) -> NDArray[np.float32]:
+        """float32[n, controls] of ACTION[n]: for each value the middle of the part that means it."""
+        box = np.zeros((len(actions), len(CONTROLS)), np.float32)
+        for column, (name, scale, codes) in enumerate(self._columns):
+            values, low, high = actions[name].astype(np.float64), codes[0], codes[-1]
+            if low == high:
+                continue
+            if scale == "log":
+                share = np.log(values / low) / np.log(high / low)
+            elif scale == "linear":
+                share = (values - low) / (high - low)
+            elif scale == "whole":
+                share = (values - low + 0.5) / (high - low + 1)
+            else:
+                share = (np.searchsorted(codes, values) + 0.5) / len(codes)
+            box[:, column] = np.clip(2.0 * share - 1.0, -1.0, 1.0)
+        return box
+
+
+def finite(codes: NDArray[Any]) -> NDArray[Any]:
+    """Codes with a number for inf."""
+    clipped: NDArray[Any] = np.minimum(codes, _UNSET)
+    return clipped
+
+
+def _part(share: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """int64[n], in which of `count` equal parts of [0, 1] each share lies."""
+    return np.minimum((share * count).astype(np.int64), count - 1)

@@ -1,0 +1,23 @@
+"""What an agent sees of a window: as a vector of named features, and in the words of the schema."""
+
+from __future__ import annotations
+
+from llmserve_env.observation.description import describe
+from llmserve_env.observation.features import (
+    FEATURES,
+    TENANT_SLOTS,
+    Feature,
+    feature_names,
+    features,
+)
+from llmserve_env.observation.observer import Observer
+
+__all__ = [
+    "FEATURES",
+    "TENANT_SLOTS",
+    "Feature",
+    "Observer",
+    "describe",
+    "feature_names",
+    "features",
+]

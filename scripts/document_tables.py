@@ -1,0 +1,75 @@
+"""Write the tables of controls, window figures and features into the documents, from their declarations.
+
+A table stands between `<!-- NAME: made by scripts/document_tables.py -->` and `<!-- end of NAME -->`.
+
+    python scripts/document_tables.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmserve_env.backend import FIGURES, figure_meanings
+from llmserve_env.controls import SPECS
+from llmserve_env.observation import FEATURES, TENANT_SLOTS
+
+DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
+
+_TABLE = re.compile(
+    r"(<!-- (\w+): made by scripts/document_tables\.py -->\n).*?(<!-- end of \2 -->)", re.DOTALL
+)
+
+
+def controls() -> list[str]:
+    """The controls, in the order of an action's entries."""
+    rows = ["| number | control | values | what it sets |", "|---|---|---|---|"]
+    for number, (name, spec) in enumerate(SPECS.items()):
+        rows.append(f"| {number} | `{name}` | {spec.range_text} | {spec.meaning} |")
+    return rows
+
+
+def features() -> list[str]:
+    """The features, those of tenants once for all slots."""
+    tenants = [number for number, feature in enumerate(FEATURES) if feature.slot is not None]
+    slot = len(tenants) // TENANT_SLOTS
+    rows = ["| number | feature | group | meaning | scaling |", "|---|---|---|---|---|"]
+    for number, feature in enumerate(FEATURES[: tenants[0] + slot]):
+        scaling = f"x / (x + {feature.half:g})" if feature.half else "as it is"
+        place, name, meaning = str(number), feature.name, feature.meaning
+        if feature.slot is not None:
+            place, name = f"{number} + {slot} k", name.replace("tenant_0_", "tenant_k_")
+            meaning = meaning.replace("tenant 0: ", "")
+        rows.append(f"| {place} | `{name}` | {feature.group} | {meaning} | {scaling} |")
+    return [f"float32[{len(FEATURES)}]:", "", *rows]
+
+
+def figures() -> list[str]:
+    """The window figures, in the order of their record."""
+    rows = ["| figure | group | kind | unit | of each | meaning |", "|---|---|---|---|---|---|"]
+    meanings = figure_meanings()
+    for name, figure in FIGURES.items():
+        axes = ", ".join(figure.axes) or "–"
+        rows.append(
+            f"| `{name}` | {figure.group} | {figure.kind} | {figure.unit} | {axes} | {meanings[name]} |"
+        )
+    return rows
+
+
+_MAKERS = {"controls": controls, "features": features, "figures": figures}
+
+
+def with_tables(text: str) -> str:
+    """A document with its tables made anew."""
+    return _TABLE.sub(
+        lambda found: f"{found[1]}\n" + "\n".join(_MAKERS[found[2]]()) + f"\n\n{found[3]}", text
+    )
+
+
+if __name__ == "__main__":
+    for path in sorted(DOCUMENTS.rglob("*.md")):
+        before = path.read_text(encoding="utf-8")
+        after = with_tables(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(path.relative_to(DOCUMENTS.parent))

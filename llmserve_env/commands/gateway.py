@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llmserve_env.schema import QuantizationTier, ServeAction
+from llmserve_env.commands.shared.controls import options
+from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
     import socket
@@ -26,24 +27,11 @@ if TYPE_CHECKING:
     from llmserve_env.tasks import Task
 
 
-@dataclass(frozen=True)
-class Safe:
-    """The configuration when the agent cannot be relied on; what is not given is as at the start."""
-
-    batch_cap: int | None = None
-    """Running sequences per engine."""
-    kv_budget_fraction: float | None = None
-    """Share of an engine's KV blocks that running requests may hold."""
-    speculation_depth: int | None = None
-    """Draft tokens per step."""
-    quantization_tier: QuantizationTier | None = None
-    """Precision of the weights."""
-    prefill_decode_split: bool | None = None
-    """Prefill and decode in pools of their own."""
-    priority_routing: bool | None = None
-    """Requests of more urgent tenants first."""
-    admission_rate: float | None = None
-    """Requests per second that are let in."""
+if TYPE_CHECKING:
+    Safe = Any
+else:
+    Safe = options("Safe")
+    Safe.__doc__ = "The configuration when the agent cannot be relied on; the rest is as at the start."
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ def gateway(
     upstream: Annotated[list[str], tyro.conf.UseAppendAction],
     action: Annotated[ServeAction, tyro.conf.arg(name="")] = ServeAction(),  # noqa: B008 - immutable
     steering: Annotated[Steering, tyro.conf.arg(name="")] = Steering(),
-    safe: Safe = Safe(),
+    safe: Safe = Safe(),  # noqa: B008 - immutable
     *,
     host: str = "127.0.0.1",
     port: int = 8200,
@@ -111,14 +99,14 @@ def gateway(
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
             cannot be used.
     """
-    from llmserve_env.errors import InputError
+    from llmserve_env.errors import InputError, missing_package
 
     try:
         import aiohttp  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
+        raise missing_package(error) from error
     import logging
 
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment

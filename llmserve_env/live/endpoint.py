@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmserve_env.controls import to_action
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.live.gateway.ledger import UNMEASURED
 from llmserve_env.live.sender import Sender
 from llmserve_env.live.traffic import bounded
@@ -76,10 +76,10 @@ class EndpointBackend:
         start: ServeAction = ServeAction(),  # noqa: B008 - immutable
     ) -> None:
         try:
-            import httpx  # noqa: F401 - refused here, not in the thread
+            import aiohttp  # noqa: F401 - refused here, not in the thread
             import prometheus_client  # noqa: F401
         except ImportError as error:
-            raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
+            raise missing_package(error) from error
         self.settings = settings
         self._window_s = window_s
         self._engines = engines

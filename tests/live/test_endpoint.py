@@ -13,7 +13,7 @@ import pytest
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
-from llmserve_env.live import EndpointBackend, EndpointSettings
+from llmserve_env.live import EndpointBackend, EndpointSettings, sender
 from llmserve_env.schema import ServeAction
 from llmserve_env.workloads.workload import Tenant, Workload
 
@@ -223,7 +223,8 @@ ERROR = json.dumps({"error": {"message": "queue is full", "code": 503}})
         ([piece("", "stop"), "[DONE]"], "empty answer"),
         ([piece("a"), "{"], "stream without JSON"),
         (["[1]"], "stream without JSON"),
-        (['{"choices": [1]}'], "unexpected AttributeError"),
+        (['{"choices": [1]}'], "stream broken off"),
+        (['{"choices": 1, "usage": [1]}', "[DONE]"], "empty answer"),
     ],
 )
 def test_errors_in_the_stream_are_failures(live, lines, reason):
@@ -233,6 +234,17 @@ def test_errors_in_the_stream_are_failures(live, lines, reason):
         assert here.told()["failures"] == {reason: 1}
     assert (total(records, "completed"), total(records, "failed")) == (0, 1)
     assert sum(record.tenant_failed[0] for record in records) == 1
+
+
+def test_what_nobody_foresaw_is_a_failure_too(live, monkeypatch):
+    async def fail(*_):
+        raise AttributeError("nobody foresaw this")
+
+    monkeypatch.setattr(sender, "stream_completion", fail)
+    with serving(CompletionEndpoint()) as url:
+        here = live(url, requests(0.0))
+        assert total(served_out(here), "failed") == 1
+        assert here.told()["failures"] == {"unexpected AttributeError": 1}
 
 
 def test_refusals_lost_connections_and_time_limits_are_failures(live):

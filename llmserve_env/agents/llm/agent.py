@@ -18,7 +18,7 @@ import numpy as np
 from llmserve_env.agents.llm.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
 from llmserve_env.agents.llm.settings import LLM, LLMSettings
 from llmserve_env.controls import to_array
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.net.urls import without_credentials
 from llmserve_env.observation import describe
 from llmserve_env.rewards import Rewards
@@ -126,7 +126,7 @@ class LLMAgent:
         try:
             import openai
         except ImportError as error:
-            raise InputError("the openai package is missing: install llmserve-env[server]") from error
+            raise missing_package(error) from error
         self.name = name or LLM + settings.model
         self.settings = settings
         self.usage = LLMUsage()

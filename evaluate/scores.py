@@ -15,7 +15,7 @@ import llmserve_env
 from evaluate.jobs import Setting
 from evaluate.llm import Asked, describe_llm
 from llmserve_env.agents.find import policy_folder
-from llmserve_env.agents.llm_settings import LLM
+from llmserve_env.agents.llm import LLM
 from llmserve_env.agents.policy import CONFIG, WEIGHTS
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from llmserve_env.errors import InputError
-from llmserve_env.schema import GROUPS, Control, ServeAction
+from llmserve_env.schema import GROUPS, Control, ServeAction, bounds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +52,12 @@ class ControlSpec:
     def title(self) -> str:
         """Label and unit."""
         return f"{self.declared.label} ({self.declared.unit})" if self.declared.unit else self.declared.label
+
+    @property
+    def label_in_text(self) -> str:
+        """Label within a sentence."""
+        label = self.declared.label
+        return label if label[:2].isupper() else label[0].lower() + label[1:]
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -113,14 +119,9 @@ def _spec(name: str, field: FieldInfo) -> ControlSpec:
     if issubclass(kind, Enum):
         high = len(kind) - 1
     elif kind is not bool:
-        bounds = {
-            key: getattr(each, key)
-            for each in field.metadata
-            for key in ("ge", "gt", "le")
-            if hasattr(each, key)
-        }
-        low = bounds["ge"] if "ge" in bounds else np.nextafter(float(bounds["gt"]), math.inf)
-        high = bounds["le"]
+        limits = bounds(name)
+        low = limits["ge"] if "ge" in limits else np.nextafter(float(limits["gt"]), math.inf)
+        high = limits["le"]
     number = float if kind is float else int
     return ControlSpec(
         name,

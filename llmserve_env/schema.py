@@ -33,6 +33,7 @@ class Control:
         limits_capacity: whether a lower value serves fewer requests at a time.
         of_cell: whether a number is of the whole cell rather than of each engine.
         half: value per engine that an observation shows as 0.5 (default: the range is shown from 0 to 1).
+        unset: what None is called in a form.
         short: its name in the observation after `set_` (default: the field's).
         flag: its name on the command line of `llmserve simulate` (default: the field's).
         group: a task sees it where it has this group.
@@ -45,6 +46,7 @@ class Control:
     limits_capacity: bool = False
     of_cell: bool = False
     half: float | None = None
+    unset: str = "none"
     short: str = ""
     flag: str = ""
     group: str = "controls"
@@ -94,11 +96,25 @@ class ServeAction(BaseModel):
     admission_rate: Annotated[
         float | None,
         Field(gt=0, le=1000),
-        Control("Admission rate", "log", "requests/s", limits_capacity=True, of_cell=True, half=4.0),
+        Control(
+            "Admission rate",
+            "log",
+            "requests/s",
+            limits_capacity=True,
+            of_cell=True,
+            half=4.0,
+            unset="everybody",
+        ),
     ] = None
     """Requests per second of the whole cell that are let into the queue; the others are refused at once.
     None lets all in.
     """
+
+
+def bounds(control: str) -> dict[str, Any]:
+    """The range of a control that is a number, as the arguments of pydantic's `Field`."""
+    found = ServeAction.model_fields[control].metadata
+    return {key: getattr(each, key) for each in found for key in ("ge", "gt", "le") if hasattr(each, key)}
 
 
 class TenantObservation(BaseModel):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmserve_env.agents.llm_settings import LLMSettings
+from llmserve_env.agents.llm import LLMSettings
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import EVALUATION_SEEDS
 from server.baseline_http import HttpSession

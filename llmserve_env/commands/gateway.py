@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llmserve_env.schema import QuantizationTier, ServeAction
+from llmserve_env.commands.shared.controls import options
+from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
     import socket
@@ -26,24 +27,11 @@ if TYPE_CHECKING:
     from llmserve_env.tasks import Task
 
 
-@dataclass(frozen=True)
-class Safe:
-    """The configuration when the agent cannot be relied on; what is not given is as at the start."""
-
-    batch_cap: int | None = None
-    """Running sequences per engine."""
-    kv_budget_fraction: float | None = None
-    """Share of an engine's KV blocks that running requests may hold."""
-    speculation_depth: int | None = None
-    """Draft tokens per step."""
-    quantization_tier: QuantizationTier | None = None
-    """Precision of the weights."""
-    prefill_decode_split: bool | None = None
-    """Prefill and decode in pools of their own."""
-    priority_routing: bool | None = None
-    """Requests of more urgent tenants first."""
-    admission_rate: float | None = None
-    """Requests per second that are let in."""
+if TYPE_CHECKING:
+    Safe = Any
+else:
+    Safe = options("Safe")
+    Safe.__doc__ = "The configuration when the agent cannot be relied on; the rest is as at the start."
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ def gateway(
     upstream: Annotated[list[str], tyro.conf.UseAppendAction],
     action: Annotated[ServeAction, tyro.conf.arg(name="")] = ServeAction(),  # noqa: B008 - immutable
     steering: Annotated[Steering, tyro.conf.arg(name="")] = Steering(),
-    safe: Safe = Safe(),
+    safe: Safe = Safe(),  # noqa: B008 - immutable
     *,
     host: str = "127.0.0.1",
     port: int = 8200,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from llmserve_env.commands.shared.controls import flag, options
+from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,22 +16,22 @@ if TYPE_CHECKING:
     from llmserve_env.schema import ServeAction
 
 
+if TYPE_CHECKING:
+    Settings = Any
+else:
+    Settings = options("Settings", flags=True, unset=frozenset({"batch_cap"}))
+
+
 def simulate(
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008 - immutable
     *,
     trace: str,
     profile: str,
     out: Path,
-    max_num_seqs: int | None = None,
     max_num_batched_tokens: int | None = None,
     kv_tokens: int | None = None,
     tp: int | None = None,
     engines: int = 1,
-    speculation_depth: int = 0,
-    quantization_tier: Literal["FP16", "INT8", "INT4"] = "FP16",
-    kv_budget_fraction: float = 1.0,
-    split: bool = False,
-    priority_routing: bool = False,
-    admission_rate: float | None = None,
     prefix_cache: bool = True,
     skip_bad_rows: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -40,20 +42,14 @@ def simulate(
     summary.
 
     Args:
+        settings: the configuration; running sequences are the profile's when left out.
         trace: a trace file, or a URI such as "gamma://?rate=8" or "trace://FILE?limit=1000".
         profile: hardware and model: a shipped profile, or the path of a .toml file.
         out: the CSV file to write.
-        max_num_seqs: running sequences per engine, up to 512; the profile's when left out.
         max_num_batched_tokens: token budget of an iteration; the profile's when left out.
         kv_tokens: KV cache of one engine in tokens, full blocks count; the profile's when left out.
         tp: GPUs of one engine, to make sure that the profile has them.
         engines: like engines that share the requests.
-        speculation_depth: draft tokens per step, 0 to 8.
-        quantization_tier: precision of the weights.
-        kv_budget_fraction: share of the KV cache that running requests may hold, 0.1 to 1.
-        split: prefill and decode on engines of their own; needs two or more.
-        priority_routing: more urgent tenants first.
-        admission_rate: requests per second that are let in, up to 1000; the others are refused.
         prefix_cache: whether blocks of finished or preempted requests can be found again.
         skip_bad_rows: skip and count rows of the trace that cannot be read, rather than refuse it.
         json_file: also write the summary there, as JSON.
@@ -72,16 +68,11 @@ def simulate(
     budget = (
         hardware.engine.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
     )
-    action = _action(
-        batch_cap=hardware.engine.max_num_seqs if max_num_seqs is None else max_num_seqs,
-        kv_budget_fraction=kv_budget_fraction,
-        speculation_depth=speculation_depth,
-        quantization_tier=quantization_tier,
-        prefill_decode_split=split,
-        priority_routing=priority_routing,
-        admission_rate=admission_rate,
-    )
-    blocks = kv_blocks(hardware, quantization_tier)
+    values = {name: getattr(settings, flag(name)) for name in CONTROLS}
+    if values["batch_cap"] is None:
+        values["batch_cap"] = hardware.engine.max_num_seqs
+    action = _action(**values)
+    blocks = kv_blocks(hardware, action.quantization_tier.value)
     if kv_tokens is not None:
         blocks = kv_tokens // hardware.engine.block_tokens
         if blocks < 1:
@@ -133,7 +124,6 @@ def _check_tp(profile: Profile, tp: int | None) -> None:
 def _action(**values: object) -> ServeAction:
     from pydantic import ValidationError
 
-    from llmserve_env.commands.shared.serving import FLAGS
     from llmserve_env.errors import as_input_error
     from llmserve_env.schema import ServeAction
 
@@ -141,4 +131,4 @@ def _action(**values: object) -> ServeAction:
         return ServeAction.model_validate(values)
     except ValidationError as error:
         refused = as_input_error(error)
-        raise InputError(refused.reason, field=FLAGS.get(str(refused.field), refused.field)) from error
+        raise InputError(refused.reason, field=flag(str(refused.field))) from error

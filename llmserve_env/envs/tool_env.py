@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from enum import Enum
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
+from llmserve_env.controls import SPECS, ControlSpec
 from llmserve_env.envs.serve_env import check_seed, draw_seed
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
@@ -125,38 +129,20 @@ class ServeToolEnv:
         except InputError as error:
             return _refused(error)
 
-    def set_serving_config(  # noqa: PLR0917 - a model names every argument
-        self,
-        batch_cap: int,
-        kv_budget_fraction: float,
-        speculation_depth: int,
-        quantization_tier: Literal["FP16", "INT8", "INT4"],
-        prefill_decode_split: bool,
-        priority_routing: bool,
-        admission_rate: float | None = None,
-        windows: int = 1,
-    ) -> str:
+    def set_serving_config(self, *args: Any, **named: Any) -> str:  # noqa: D417 - see `_config_doc`
         """Set the configuration of the service and serve with it for one window of time or several.
 
         Args:
-            batch_cap: Running sequences per engine, 1 to 512. Lowering it drains, it never preempts.
-            kv_budget_fraction: Share of the KV cache that running requests may hold, 0.1 to 1.0; the rest
-                keeps cached prefixes.
-            speculation_depth: Draft tokens per step, 0 (no speculation) to 8.
-            quantization_tier: Precision of the weights. A change takes engines out of service while they
-                load.
-            prefill_decode_split: Whether prefill and decode run on engines of their own. A change restarts
-                engines.
-            priority_routing: Whether requests of more urgent tenants go first.
-            admission_rate: Requests per second that are let into the queue, up to 1000; the others are
-                refused at once. Leave it out to let everybody in.
-            windows: For how many windows to serve with it, 1 to 1000; it stops at the end of the episode.
+            {controls}
+            windows: For how many windows to serve with it, 1 to {most_windows}; it stops at the end of the
+                episode.
 
         Returns:
             JSON of the last window's observation, the mean reward of the windows, the score so far, and the
             settings that had no effect with the reason.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
+        arguments = _CONFIG.bind(self, *args, **named).arguments
+        del arguments["self"]
         try:
             call = _Call.model_validate(arguments)
             if self.done:
@@ -232,16 +218,68 @@ def _refused(error: InputError) -> str:
 def _fault(fault: Any) -> str:
     """What is wrong with an argument of `set_serving_config`, and what is expected of it."""
     name = str(fault["loc"][0])
-    schema = _Call.model_json_schema()
-    about = schema["properties"][name]
-    if "minimum" in about:
-        kind = "a whole number" if about["type"] == "integer" else "a number"
-        expected = f"{kind} from {about['minimum']} to {about['maximum']}"
-    elif about.get("type") == "boolean":
-        expected = "true or false"
-    else:
-        expected = f"one of {', '.join(schema['$defs']['QuantizationTier']['enum'])}"
+    expected = _range(SPECS[name]) if name in SPECS else f"a whole number from 1 to {_MOST_WINDOWS}"
     return f"{name}: expected {expected}, found {fault['input']!r}"
+
+
+def _range(spec: ControlSpec) -> str:
+    """The values of a control in words."""
+    if spec.type is bool:
+        return "true or false"
+    if spec.options:
+        return f"one of {', '.join(spec.options)}"
+    number = "a whole number" if spec.type is int else "a number"
+    return (
+        f"{number} up to {spec.high:g}, or none"
+        if spec.optional
+        else f"{number} from {spec.low} to {spec.high}"
+    )
+
+
+def _config_signature() -> Signature:
+    """The arguments of `set_serving_config`: each control, and for how many windows."""
+    parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
+    for name, spec in SPECS.items():
+        kind: Any = Literal[spec.options] if issubclass(spec.type, Enum) else spec.type
+        parameters.append(
+            Parameter(
+                name,
+                Parameter.POSITIONAL_OR_KEYWORD,
+                default=None if spec.optional else Parameter.empty,
+                annotation=kind | None if spec.optional else kind,
+            )
+        )
+    windows = Parameter("windows", Parameter.POSITIONAL_OR_KEYWORD, default=1, annotation=int)
+    # What must be given comes first.
+    parameters.sort(key=lambda each: each.default is not Parameter.empty)
+    return Signature([*parameters, windows], return_annotation=str)
+
+
+def _config_doc(doc: str) -> str:
+    """Its docstring, which tells a model what each argument sets."""
+    lines = []
+    for name, spec in SPECS.items():
+        text = (
+            f"{name}: {spec.meaning} Expects {_range(spec)}{'; none if left out' if spec.optional else ''}."
+        )
+        lines += textwrap.wrap(text, 90, subsequent_indent="    ")
+    controls = "\n            ".join(lines)
+    return doc.replace("{controls}", controls).replace("{most_windows}", str(_MOST_WINDOWS))
+
+
+_CONFIG = _config_signature()
+
+
+def _declare(method: Any) -> None:
+    """Give `set_serving_config` the arguments and the docstring that follow from the controls."""
+    method.__signature__ = _CONFIG
+    method.__annotations__ = {
+        name: parameter.annotation for name, parameter in _CONFIG.parameters.items() if name != "self"
+    } | {"return": str}
+    method.__doc__ = _config_doc(method.__doc__ or "")
+
+
+_declare(ServeToolEnv.set_serving_config)
 
 
 def _text(value: Any) -> str:

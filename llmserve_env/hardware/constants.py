@@ -12,13 +12,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
 
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import Record, Source, TierName
+from llmserve_env.schema import bounds
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-MAX_DEPTH = 8
+MAX_DEPTH: int = bounds("speculation_depth")["le"]
 """Draft tokens of one verification step, at most."""
 
 _FILE = Path(__file__).parent / "data" / "constants.toml"
@@ -50,7 +51,7 @@ class Speculation(Sourced):
     """How many tokens a class of requests gains by speculation, and what drafting costs.
 
     Attributes:
-        tokens_per_step: [9], mean tokens that a verification step emits with 0..8 draft tokens.
+        tokens_per_step: [MAX_DEPTH + 1], mean tokens that a step emits with 0..MAX_DEPTH draft tokens.
         draft_layers: decoder layers that run for each draft token.
         draft_head: whether an LM head runs for each draft token.
     """

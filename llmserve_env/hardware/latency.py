@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve_env.controls import SPECS
 from llmserve_env.hardware.profile import TIERS, Latency, Profile, Tier
+from llmserve_env.schema import bounds
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,10 +30,10 @@ else:
 MAX_TOKENS = 16384
 """Tokens of one iteration, at most."""
 
-MAX_DECODES = int(SPECS["batch_cap"].high)
+MAX_DECODES: int = bounds("batch_cap")["le"]
 """Decoding sequences of one iteration, at most."""
 
-MAX_SAMPLED = MAX_DECODES * (1 + int(SPECS["speculation_depth"].high))
+MAX_SAMPLED: int = MAX_DECODES * (1 + bounds("speculation_depth")["le"])
 """Tokens that one iteration emits, at most: for each sequence one and its drafts."""
 
 _MAX_CONTEXT = 131072

@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
+from llmserve_env.hardware.latency import MAX_DECODES
 from llmserve_env.hardware.profile import FitError, Latency, Model, RegimeError
 from llmserve_env.hardware.tiers import linear_parameters
 
 Array = NDArray[np.float64]
 
-_LONGEST_DECODE = 512
+_LONGEST_DECODE = MAX_DECODES
 """Decodes in a batch, at most: attention is carried on to there in proportion."""
 
 _CURVED_FROM = 2048

@@ -318,9 +318,7 @@ _TENANT = (
 def _settings(spec: ControlSpec) -> list[Feature]:
     """The features that tell what is set: of an enumeration one for each member but the first."""
     declared = spec.declared
-    label = (
-        declared.label if declared.label.startswith("KV") else declared.label[0].lower() + declared.label[1:]
-    )
+    label = spec.label_in_text
     rows: list[tuple[str, str, int | None]]
     if spec.options and spec.type is not bool:
         rows = [

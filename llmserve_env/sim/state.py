@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmserve_env.backend import MAX_TENANTS
-from llmserve_env.controls import SPECS
+from llmserve_env.schema import bounds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +20,7 @@ PS_PER_S = 1_000_000_000_000
 NEVER_PS = np.iinfo(np.int64).max // 2
 """Later than any time that is simulated (53 days)."""
 
-MAX_RUNNING = int(SPECS["batch_cap"].high)
+MAX_RUNNING: int = bounds("batch_cap")["le"]
 """Sequences that one engine can run at once."""
 MAX_BLOCKS = 1 << 24
 """KV blocks of one engine: 268 million tokens, a thousand times what one server of today holds."""

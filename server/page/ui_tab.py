@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable
+from enum import Enum
 from html import escape
+from math import floor, log10
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from pydantic import ValidationError
 
 from llmserve_env.agents import lacks_weights
-from llmserve_env.controls import CONTROLS
+from llmserve_env.controls import CONTROLS, SPECS, ControlSpec
 from llmserve_env.errors import InputError
-from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction
+from llmserve_env.schema import EpisodeLog, ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS
 from llmserve_env.tasks.catalog import TaskInfo, catalog
 from server.baseline_suites import PLAYERS
@@ -36,27 +38,8 @@ _PACES: dict[str, float | None] = {
     "full speed": None,
 }
 _FIRST_AGENT = "reactive"
-_EVERYBODY = "everybody"
-"""Stands for an admission rate of None in the form: a list has no value of nothing."""
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Of every event: the plots do not fade while they follow."""
-_LABELS = {
-    "batch_cap": "Batch cap (sequences per engine)",
-    "kv_budget_fraction": "KV budget (share of KV blocks)",
-    "speculation_depth": "Speculation depth (draft tokens)",
-    "quantization_tier": "Precision of the weights",
-    "prefill_decode_split": "Split prefill and decode",
-    "priority_routing": "Priority routing",
-    "admission_rate": "Admission rate (requests/s let in)",
-}
-_MEANINGS = {
-    "quantization_tier": "A change drains engines and loads other weights.",
-    "prefill_decode_split": "In pools of their own; a change drains and restarts engines.",
-    "priority_routing": "Urgent tenants are admitted first and preempted last.",
-}
-_CHOSEN = ("quantization_tier", "admission_rate")
-_STEPS = {"batch_cap": 1, "kv_budget_fraction": 0.05, "speculation_depth": 1}
-
 _PICK_LOG = """(_) => new Promise((resolve) => {
   const input = document.createElement('input');
   input.type = 'file'; input.accept = '.json,application/json';
@@ -184,13 +167,7 @@ class PlayTab:
             gr.HTML("<h2>Configuration</h2>", elem_classes="ls-flush")
             controls = []
             for name in CONTROLS:
-                settings = _control(info, name)
-                kind: Any = gr.Checkbox
-                if name in _CHOSEN:
-                    kind = gr.Dropdown
-                elif name in _STEPS:
-                    kind = gr.Slider
-                controls.append(kind(**settings, elem_id=name))
+                controls.append(_form(name)(**_control(info, name), elem_id=name))
             stretch = gr.Slider(
                 2, 100, 10, step=1, label="Stretch (windows)", info="Played one after the other like this."
             )
@@ -293,7 +270,7 @@ class PlayTab:
         """What the form says; controls that the task does not grant stay as the cell starts."""
         info = self._tasks[task_id]
         asked = {
-            name: None if value == _EVERYBODY else value
+            name: None if SPECS[name].optional and value == SPECS[name].declared.unset else value
             for name, value in zip(CONTROLS, settings, strict=True)
             if name in info.controls
         }
@@ -342,35 +319,49 @@ def _horizon(info: TaskInfo) -> dict[str, Any]:
     }
 
 
+def _form(name: str) -> Any:
+    """The kind of input that a control has."""
+    spec = SPECS[name]
+    if spec.type is bool:
+        return gr.Checkbox
+    return gr.Dropdown if spec.options or spec.optional else gr.Slider
+
+
 def _control(info: TaskInfo, name: str) -> dict[str, Any]:
     """How a control is shown for a task."""
-    values, start = info.controls.get(name), getattr(info.start, name)
-    if isinstance(start, QuantizationTier):
+    spec, values, start = SPECS[name], info.controls.get(name), getattr(info.start, name)
+    if isinstance(start, Enum):
         start = start.value
-    shown: dict[str, Any] = {"label": _LABELS[name], "value": start, "interactive": values is not None}
+    shown: dict[str, Any] = {"label": spec.title, "value": start, "interactive": values is not None}
     if values is None:
         stays = {True: "on", False: "off"}.get(start, start) if isinstance(start, bool) else start
-        stays = "everybody" if start is None else stays
+        stays = spec.declared.unset if start is None else stays
         shown["info"] = f"Not granted by this task: stays {stays}."
     else:  # never empty: an update to nothing would leave the text of the task before
-        shown["info"] = _MEANINGS.get(name) or f"Agents choose from {', '.join(map(str, values))}."
-    if name == "quantization_tier":
-        shown["choices"] = values or [start]
-    elif name == "admission_rate":
-        rates = values or [start]
+        shown["info"] = spec.meaning if spec.options else f"Agents choose from {', '.join(map(str, values))}."
+    if spec.optional:
+        # A list has no value of nothing.
+        unset = spec.declared.unset
         shown["choices"] = [
-            ("everybody" if rate is None else f"{rate:g}", rate or _EVERYBODY) for rate in rates
+            (unset, unset) if value is None else (f"{value:g}", value) for value in values or [start]
         ]
-        shown["value"] = start or _EVERYBODY
-    elif name in _STEPS:
-        field = ServeAction.model_json_schema()["properties"][name]
-        whole = (field["minimum"], field["maximum"])
-        low, high = (values[0], values[-1]) if values else whole
-        shown |= {"minimum": low, "maximum": high, "step": _STEPS[name]}
+        shown["value"] = unset if start is None else start
+    elif _form(name) is gr.Dropdown:
+        shown["choices"] = values or [start]
+    elif _form(name) is gr.Slider:
+        low, high = (values[0], values[-1]) if values else (spec.low, spec.high)
+        shown |= {"minimum": low, "maximum": high, "step": 1 if spec.type is int else _step(spec)}
     lost = info.unavailable.get(name)
     if lost:
         shown["info"] = f"{shown['info']} No effect on this cell: {', '.join(map(str, lost))}."
     return shown
+
+
+def _step(spec: ControlSpec) -> float:
+    """A round step of a slider, of which the range has twenty or so."""
+    rough = (spec.high - spec.low) / 16
+    unit = 10.0 ** floor(log10(rough))
+    return max(unit * factor for factor in (1, 2, 5) if unit * factor <= rough)
 
 
 def _first_seed(kind: str) -> str:

@@ -57,7 +57,7 @@ def test_set_serving_config_has_the_controls_of_the_schema():
     assert [name for name in arguments if name not in ("self", "windows")] == list(DEFAULTS)
     assert arguments["quantization_tier"]["enum"] == ["FP16", "INT8", "INT4"]
     assert arguments["windows"]["default"] == 1
-    assert ServeToolEnv.set_serving_config.__annotations__["batch_cap"] == "int"
+    assert ServeToolEnv.set_serving_config.__annotations__["batch_cap"] is int
 
 
 def test_the_ranges_that_are_described_are_those_of_the_schema():

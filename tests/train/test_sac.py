@@ -227,7 +227,7 @@ def test_bad_files_are_refused(tmp_path):
         (WEIGHTS, whole[WEIGHTS][:1000], "damaged"),
         (WEIGHTS, None, "cannot be read"),
         (CONFIG, json.dumps({**config, "hidden": 17}).encode(), "expected shape"),
-        (CONFIG, json.dumps({**config, "features": config["features"][1:]}).encode(), "observations"),
+        (CONFIG, json.dumps({**config, "features": ["mood", *config["features"][1:]]}).encode(), "mood"),
         (CONFIG, json.dumps({**config, "more": 1}).encode(), "more"),
     ):
         (tmp_path / name).unlink()

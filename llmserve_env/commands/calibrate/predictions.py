@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from llmserve_env.errors import InputError
+from llmserve_env.schema import bounds
 
 if TYPE_CHECKING:
     from llmserve_env.hardware.gpus import GpuFacts
     from llmserve_env.hardware.profile import Engine, Latency, Link
 
 _LARGE_BYTES = 70 * 2**30
-_MOST_SEQUENCES = 512
+_MOST_SEQUENCES: int = bounds("batch_cap")["le"]
 _RESERVED_ALONE = 3275000000
 _RESERVED_SHARED = 5197000000
 _RESERVED_SMALL = 1237000000

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmserve_env.commands.shared.controls import flag
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 
@@ -38,13 +39,6 @@ COLUMNS = (
     "status",
 )
 """Of the file that `write_requests` writes."""
-
-FLAGS = {
-    "batch_cap": "max_num_seqs",
-    "quantization_tier": "quantization_tier",
-    "prefill_decode_split": "split",
-}
-"""What the commands call an action's fields, where a field can be refused."""
 
 _ROWS_A_CHUNK = 50_000
 _GROWTH = 1.05  # of the windows after the last arrival: a long queue drains in few of them
@@ -131,7 +125,7 @@ def serve(workload: Workload, cell: Cell, *, windows: int = 200, name: str = "se
             record = simulator.serve(cell.action, window_s)
             records.append(record)
             for field, reason in record.not_applied.items():
-                raise InputError(reason, field=FLAGS[field])
+                raise InputError(reason, field=flag(field))
             arrived += record.arrived
             ended = record.completed + record.failed + record.cancelled
             over += ended

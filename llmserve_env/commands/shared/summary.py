@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmserve_env.commands.shared.report import STATISTICS, number, percent, statistics
+from llmserve_env.controls import SPECS
 
 if TYPE_CHECKING:
     from llmserve_env.commands.shared.serving import Served
@@ -34,12 +35,7 @@ def summarise(served: Served) -> dict[str, Any]:
             "max_num_seqs": action.batch_cap,
             "max_num_batched_tokens": cell.max_num_batched_tokens,
             "kv_tokens": cell.kv_blocks * cell.profile.engine.block_tokens,
-            "kv_budget_fraction": action.kv_budget_fraction,
-            "quantization_tier": action.quantization_tier.value,
-            "speculation_depth": action.speculation_depth,
-            "prefill_decode_split": action.prefill_decode_split,
-            "priority_routing": action.priority_routing,
-            "admission_rate": action.admission_rate,
+            **action.model_dump(mode="json", exclude={"batch_cap"}),
             "prefix_cache": cell.prefix_cache,
         },
         "requests": {
@@ -144,18 +140,23 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+_IN_ROWS = ("batch_cap", "quantization_tier")
+"""Controls that rows of their own tell."""
+
+
 def _extras(cell: dict[str, Any]) -> str:
     """The settings that are not as they come."""
-    fraction, depth = cell["kv_budget_fraction"], cell["speculation_depth"]
-    words = {
-        f"{fraction:.0%} of the KV cache for running requests": fraction < 1,
-        f"speculation depth {depth}": depth > 0,
-        "prefill and decode split": cell["prefill_decode_split"],
-        "priority routing": cell["priority_routing"],
-        f"{cell['admission_rate']} requests/s let in": cell["admission_rate"] is not None,
-        "no prefix cache": not cell["prefix_cache"],
-    }
-    return ", ".join(text for text, said in words.items() if said)
+    words = []
+    for name, spec in SPECS.items():
+        if (
+            name in ("batch_cap", "quantization_tier") or cell[name] == spec.default
+        ):  # the rows above say these
+            continue
+        number = "" if spec.options else f" {cell[name]:g} ({spec.declared.unit})"
+        words.append(f"{spec.label_in_text}{number}")
+    if not cell["prefix_cache"]:
+        words.append("no prefix cache")
+    return ", ".join(words)
 
 
 def _latencies(found: dict[str, float | None], factor: float, digits: int, unit: str) -> str:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from llmserve_env.controls import SPECS
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.report.version import __version__
 from llmserve_env.schema import QuantizationTier
@@ -180,7 +181,7 @@ class GatewayMetrics(Collector):
             "let in.",
             ["field"],
             [
-                ((name,), _BITS[value] if isinstance(value, QuantizationTier) else value)
+                ((name,), _BITS[value] if isinstance(value, QuantizationTier) else SPECS[name].code(value))
                 for name, value in action
                 if value is not None
             ],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmserve_env.backend import WindowRecord
+from llmserve_env.controls import SPECS
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.constants import constants
 from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
     from llmserve_env.live.servers.upstreams import Upstream
 
 _TIERS = list(QuantizationTier)
+_APPLIED = (
+    "batch_cap",
+    "kv_budget_fraction",
+    "speculation_depth",
+    "quantization_tier",
+    "priority_routing",
+    "admission_rate",
+)
+"""Controls that the gateway has a way to apply, wherever its upstreams allow it."""
 _PASS_OVER_S = 1.0
 
 
@@ -333,6 +343,11 @@ class Gateway:
         """Upstreams that an action's requests go to, and the fields that there are none for."""
         pool = self.upstreams
         found = {"prefill_decode_split": "an upstream has the roles that it was started with"}
+        for name, spec in SPECS.items():
+            others = name not in _APPLIED and name not in found
+            if others and not all(name in each.in_engine for each in pool):
+                if getattr(action, name) != spec.default:
+                    found[name] = "no way known to tell an upstream"
         for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
             value = getattr(action, name)
             same = tuple(each for each in pool if name in each.in_engine or getattr(each, given) == value)

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
-from llmserve_env.controls import CONTROLS
+from llmserve_env.controls import CONTROLS, SPECS
 from llmserve_env.schema import ServeAction
 
 if sys.version_info >= (3, 11):
@@ -22,7 +22,7 @@ else:
 PATH = Path(__file__).parents[1] / "data" / "limits.toml"
 
 _MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-_HIGHEST_RATE = 1000.0  # the schema's
+_HIGHEST_RATE = SPECS["admission_rate"].high
 
 
 class Factor(BaseModel):
@@ -52,18 +52,29 @@ class Pause(BaseModel):
     """From one change to the next."""
 
 
-class ChangeLimits(BaseModel):
+_KINDS: dict[str, type[BaseModel]] = {"log": Factor, "linear": Step, "whole": Step, "choice": Pause}
+"""The limit of a control, by its scale."""
+
+
+class ChangeLimits(RootModel[dict[str, Factor | Step | Pause]]):
     """By control; a control without one changes freely. Those of the package are in data/limits.toml."""
 
-    model_config = _MODEL
+    model_config = ConfigDict(frozen=True)
 
-    batch_cap: Factor | None = None
-    kv_budget_fraction: Step | None = None
-    speculation_depth: Step | None = None
-    quantization_tier: Pause | None = None
-    prefill_decode_split: Pause | None = None
-    priority_routing: Pause | None = None
-    admission_rate: Factor | None = None
+    root: dict[str, Factor | Step | Pause] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_controls(cls, limits: Any) -> Any:
+        """Each limit as the kind that its control has."""
+        if not isinstance(limits, dict):
+            return limits
+        for name in limits:
+            if name not in SPECS:
+                raise ValueError(f"{name}: expected some of {', '.join(SPECS)}")
+        return {
+            name: _KINDS[SPECS[name].declared.scale].model_validate(limit) for name, limit in limits.items()
+        }
 
     def held(
         self, wanted: ServeAction, in_force: ServeAction, age: Mapping[str, int], asked_rate: float
@@ -83,7 +94,7 @@ class ChangeLimits(BaseModel):
         values: dict[str, Any] = {}
         held: dict[str, str] = {}
         for name in CONTROLS:
-            limit, old, new = getattr(self, name), getattr(in_force, name), getattr(wanted, name)
+            limit, old, new = self.root.get(name), getattr(in_force, name), getattr(wanted, name)
             if limit is None or new == old:
                 continue
             if isinstance(limit, Pause):
@@ -93,7 +104,10 @@ class ChangeLimits(BaseModel):
                     held[name] = f"{_said(new)} held back: changed {since} window{'s' * (since != 1)} ago"
                 continue
             if name == "admission_rate":
+                assert isinstance(limit, Factor)
                 kept = _rate(new, old, limit.most_factor, asked_rate)
+            elif old is None or new is None:
+                continue
             else:
                 low, high = (
                     (old / limit.most_factor, old * limit.most_factor)

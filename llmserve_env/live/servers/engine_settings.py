@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
-from llmserve_env.schema import ServeAction
+from llmserve_env.schema import ServeAction, bounds
 
 SETTINGS_FILE = "settings.json"
 
@@ -31,13 +31,13 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    batch_cap: int | None = Field(None, ge=1, le=512)
+    batch_cap: int | None = Field(None, **bounds("batch_cap"))
     """No admission while as many sequences run; lowering it drains, running ones go on."""
-    kv_budget_fraction: float | None = Field(None, ge=0.1, le=1.0)
+    kv_budget_fraction: float | None = Field(None, **bounds("kv_budget_fraction"))
     """No admission that would take the share of KV blocks held by running requests above it. Running ones
     may outgrow it; one that runs alone may hold all.
     """
-    speculation_depth: int | None = Field(None, ge=0, le=8)
+    speculation_depth: int | None = Field(None, **bounds("speculation_depth"))
     """Draft tokens a step, at most."""
 
     @classmethod

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from llmserve_env.errors import InputError
 from llmserve_env.net.urls import server_url, without_credentials
-from llmserve_env.schema import QuantizationTier
+from llmserve_env.schema import QuantizationTier, bounds
 
-MAX_DEPTH = 8
+MAX_DEPTH: int = bounds("speculation_depth")["le"]
 MAX_ENGINES = 1024
 _OPTIONS = ("tier", "speculation", "engines", "control", "key")
-OPTIONS = "URL[,tier=FP16|INT8|INT4][,speculation=DEPTH][,engines=COUNT][,control=FOLDER][,key=APIKEY]"
+_TIERS = "|".join(tier.value for tier in QuantizationTier)
+OPTIONS = f"URL[,tier={_TIERS}][,speculation=DEPTH][,engines=COUNT][,control=FOLDER][,key=APIKEY]"
 """How a server is written."""
 
 
@@ -67,7 +68,7 @@ def parse_upstream(text: str) -> Upstream:
     tier, depth = given.get("tier"), given.get("speculation")
     engines = given.get("engines", "1")
     if tier is not None and tier not in QuantizationTier.__members__:
-        raise InputError(f"expected tier={'|'.join(QuantizationTier.__members__)}", field="upstream")
+        raise InputError(f"expected tier={_TIERS}", field="upstream")
     if depth is not None and not (depth.isdecimal() and int(depth) <= MAX_DEPTH):
         raise InputError(f"expected speculation=0..{MAX_DEPTH}", field="upstream")
     if not (engines.isdecimal() and 1 <= int(engines) <= MAX_ENGINES):

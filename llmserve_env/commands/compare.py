@@ -36,15 +36,15 @@ def compare(
     engine on the same requests at the times at which they were sent. A key is taken from OPENAI_API_KEY.
 
     Args:
-        url: of the server, with or without /v1.
+        url: URL of the server, with or without /v1.
         profile: a profile that `llmserve calibrate live` wrote for it, or the name of a shipped one.
         trace: a trace file, or a URI such as "poisson://?rate=8&duration=60&lengths=fixed:128,32".
         iteration_log: the file that the server's output goes to, where it was started with
             --enable-logging-iteration-details: also compares the time of each iteration.
-        model: its name at the server (default: the first that it lists).
-        seed: of the prompts.
-        json_file: also write the figures there, as JSON.
-        picture: draw the distributions to this file (png, svg or pdf).
+        model: name of the model at the server (default: the first that it lists).
+        seed: random seed of the prompts.
+        json_file: file for the figures, as JSON.
+        picture: picture of the distributions (png, svg or pdf).
 
     Raises:
         InputError: the server, the trace, the log or a file cannot be used.

@@ -51,8 +51,8 @@ def simulate(
         tp: GPUs of one engine, to make sure that the profile has them.
         engines: like engines that share the requests.
         prefix_cache: whether blocks of finished or preempted requests can be found again.
-        skip_bad_rows: skip and count rows of the trace that cannot be read, rather than refuse it.
-        json_file: also write the summary there, as JSON.
+        skip_bad_rows: whether rows of the trace that cannot be read are skipped and counted, not refused.
+        json_file: file for the summary, as JSON.
     """
     from llmserve_env.commands.shared.report import check_folders, write_json
     from llmserve_env.commands.shared.serving import Cell, serve, write_requests

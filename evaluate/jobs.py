@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evaluate.llm import play_llm
 from llmserve_env.agents.find import find_agent
-from llmserve_env.agents.llm_settings import LLM
+from llmserve_env.agents.llm import LLM
 from llmserve_env.errors import InputError
 from llmserve_env.play import Played, play
 from llmserve_env.tasks import Task, load_task

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmserve_env.agents.llm import LLMAgent
-from llmserve_env.agents.llm_settings import llm_settings
-from llmserve_env.agents.prompt import answer_schema, prompt
+from llmserve_env.agents.llm import LLMAgent, llm_settings
+from llmserve_env.agents.llm.prompt import answer_schema, prompt
 from llmserve_env.episode import Episode, EpisodeBatch
 from llmserve_env.play import Played, play_batch
 from llmserve_env.tasks import Task

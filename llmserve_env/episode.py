@@ -15,7 +15,7 @@ import numpy as np
 
 from llmserve_env.controls import to_action, to_array, to_values
 from llmserve_env.errors import InputError
-from llmserve_env.observation import Observer, describe
+from llmserve_env.observation import FEATURES, Observer, describe
 from llmserve_env.recording import Recording
 from llmserve_env.rewards import COMPONENTS, Rewards
 from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
@@ -93,6 +93,7 @@ class EpisodeBatch:
         totals: float64[n, components], parts of the score so far.
         requests: int64[n, 4], requests so far: arrived, completed, within the SLO, failed.
         over: bool[n], episodes that have ended.
+        observed: float32[n, features], what the agents see now.
         recordings: n of them, empty unless `recorded`.
     """
 
@@ -123,6 +124,7 @@ class EpisodeBatch:
         self.totals = np.zeros((num_episodes, len(COMPONENTS)))
         self.requests = np.zeros((num_episodes, 4), np.int64)
         self.over = np.ones(num_episodes, bool)
+        self.observed = np.zeros((num_episodes, len(FEATURES)), np.float32)
         self.recordings = [Recording() for _ in range(num_episodes)]
         self._all = np.ones(num_episodes, bool)
         self._demand = np.zeros(num_episodes)
@@ -183,7 +185,8 @@ class EpisodeBatch:
         self.over[chosen] = False
         for array in (self.components, self.costs, self.totals, self.requests):
             array[chosen] = 0
-        return self.observations()
+        self.observed = self._observe()
+        return self.observed
 
     def step(self, actions: NDArray[np.void], which: NDArray[np.bool_] | None = None) -> StepResult:
         """Serve one window of each episode.
@@ -218,14 +221,10 @@ class EpisodeBatch:
         self.over |= ended
         if self.recorded:
             self._record(windows, served, rewards, terminated)
-        result = StepResult(self.observations(), rewards, terminated, truncated)
+        self.observed = self._observe()
         if ended.any() and self.over.all():
             backend.close()
-        return result
-
-    def observations(self) -> NDArray[np.float32]:
-        """float32[n, features], what the agents see now."""
-        return self._observer.of(self.backend.windows, self.actions, self.steps)
+        return StepResult(self.observed, rewards, terminated, truncated)
 
     def info(self, index: int = 0) -> dict[str, Any]:
         """What there is to know of an episode beside its observation, ready for JSON.
@@ -290,6 +289,9 @@ class EpisodeBatch:
         """
         if self._backend is not None:
             self._backend.close()
+
+    def _observe(self) -> NDArray[np.float32]:
+        return self._observer.of(self.backend.windows, self.actions, self.steps)
 
     def _record(
         self,

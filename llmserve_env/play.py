@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -31,6 +31,11 @@ class Episodes(Protocol):
     @property
     def windows(self) -> NDArray[np.void]:
         """WINDOW[n], records of the last window."""
+        ...
+
+    @property
+    def observed(self) -> NDArray[np.float32]:
+        """float32[n, features], what the agents see now."""
         ...
 
     def reset(self, seeds: Sequence[int]) -> NDArray[np.float32]:
@@ -115,12 +120,25 @@ def play_batch(agent: Agent, batch: B, seeds: Sequence[int], watch: Watch | None
         seeds: of the episodes.
         watch: see `Watch`.
     """
-    observations = batch.reset(seeds)
-    agent.reset(batch.task, seeds)
-    while not batch.over.all():
-        actions = agent.act(observations, batch.windows)
+    batch.reset(seeds)
+    for actions in turns(agent, batch, seeds):
         result = batch.step(actions, ~batch.over if batch.over.any() else None)
-        observations = result.observations
         if watch is not None:
             watch(batch, result)
     return batch
+
+
+def turns(agent: Agent, batch: Episodes, seeds: Sequence[int]) -> Iterator[NDArray[np.void]]:
+    """What an agent sets, window by window, until all episodes are over: whoever takes it serves it.
+
+    Args:
+        agent: decides.
+        batch: episodes that have begun, and may be under way.
+        seeds: of the episodes.
+
+    Yields:
+        ACTION[n], to be served before the next is taken.
+    """
+    agent.reset(batch.task, seeds)
+    while not batch.over.all():
+        yield agent.act(batch.observed, batch.windows)

@@ -12,7 +12,7 @@ from llmserve_env.controls import to_action, to_array
 from llmserve_env.episode import Episode, StepResult
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
-from llmserve_env.observation import Observer
+from llmserve_env.observation import FEATURES, Observer
 from llmserve_env.recording import record_row
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
@@ -227,6 +227,7 @@ class RemoteBatch:
         actions: ACTION[1], in force.
         steps: int64[1], windows served.
         over: bool[1], whether the episode has ended.
+        observed: float32[1, features], what the agent sees now.
     """
 
     num_episodes = 1
@@ -240,6 +241,7 @@ class RemoteBatch:
         self.actions = to_array([task.start])
         self.steps = np.zeros(1, np.int64)
         self.over = np.ones(1, bool)
+        self.observed = np.zeros((1, len(FEATURES)), np.float32)
 
     def reset(self, seeds: Sequence[int]) -> NDArray[np.float32]:
         """Begin the episode; float32[1, features]."""
@@ -286,7 +288,8 @@ class RemoteBatch:
             raise InputError(f"expected a record of the window: {error!r}", field="metadata") from error
         self.steps = np.array([observation.step_index])
         self.over = np.array([observation.done])
-        return self._observer.of(self.windows, self.actions, self.steps)
+        self.observed = self._observer.of(self.windows, self.actions, self.steps)
+        return self.observed
 
 
 def _told_horizon_s(task: Task) -> float | None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import llmserve_env
 from llmserve_env.agents import AGENTS, Agent, lacks_weights, load_agent
-from llmserve_env.agents.llm import LLMAgent
-from llmserve_env.agents.llm_settings import LLMSettings
+from llmserve_env.agents.llm import LLMAgent, LLMSettings
 from llmserve_env.episode import EpisodeBatch, StepResult
 from llmserve_env.play import play_batch
 from llmserve_env.rewards import COMPONENTS

@@ -176,7 +176,7 @@ class Session:
         observation.metadata["session_id"] = self.id
         if self.begun is not None and self.begun.features:
             assert self._episode is not None
-            vector = self._episode.batch.observations()[0]
+            vector = self._episode.batch.observed[0]
             observation.metadata["features"] = np.asarray(vector, float).tolist()
         if self.begun is not None and self.begun.records:
             assert self._episode is not None

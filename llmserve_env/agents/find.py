@@ -11,8 +11,7 @@ from llmserve_env.agents.continuous_policy import (
     is_continuous,
     load_continuous_policy,
 )
-from llmserve_env.agents.llm import LLMAgent
-from llmserve_env.agents.llm_settings import LLM, llm_settings
+from llmserve_env.agents.llm import LLM, LLMAgent, llm_settings
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy
 from llmserve_env.agents.trained import trained_folder
 

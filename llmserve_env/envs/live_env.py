@@ -135,7 +135,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         super().reset(seed=check_seed(seed))
         check_options(options)
         self.episode.reset(draw_seed(self.np_random) if seed is None else seed)
-        return self.episode.batch.observations()[0], self._info()
+        return self.episode.batch.observed[0], self._info()
 
     def step(
         self, action: NDArray[np.int64] | NDArray[np.void]

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from llmserve_env.agents import load_agent
 from llmserve_env.controls import to_action
+from llmserve_env.play import turns
 from server.messages.refusals import Conflict, NotFound
 from server.page.ui_trace import Trace
 
 if TYPE_CHECKING:
-    from llmserve_env.agents import Agent
+    import numpy as np
+    from numpy.typing import NDArray
+
     from llmserve_env.schema import GradeResult, ServeAction
     from server.messages.requests import ResetRequest
     from server.service import Service
@@ -44,7 +47,7 @@ class Visitor:
         self.trace: Trace | None = None
         self.playing = False
         self._service = service
-        self._agent: Agent | None = None  # which may play on where it was stopped
+        self._turns: Iterator[NDArray[np.void]] | None = None  # which may go on where they were stopped
         self._agent_name = ""
         self._chosen: ResetRequest | None = None
         self._stopped = False
@@ -66,7 +69,7 @@ class Visitor:
         assert self.session.task is not None
         assert state.seed is not None
         self.trace = Trace(self.session.task, state.seed, live=self._service.live)
-        self._chosen, self._agent = chosen, None
+        self._chosen, self._turns = chosen, None
         return self.trace
 
     async def play(self, action: ServeAction, windows: int) -> AsyncIterator[Trace]:
@@ -76,7 +79,7 @@ class Visitor:
             Conflict: the episode is over, or is being played on.
         """
         at_once = 1 if self._service.live else _AT_ONCE
-        self._agent = None
+        self._turns = None
         with self._busy() as trace:
             yield trace
             shown = time.monotonic()
@@ -105,15 +108,13 @@ class Visitor:
             InputError: the agent was not tuned to the task, or not trained on it.
         """
         with self._busy() as trace:
-            agent = self._ready_agent(name)
+            going = self._ready_turns(name)
+            self._turns = None  # whoever fails does not play on
             yield trace
             began = shown = time.monotonic()
             played = 0
             while not trace.done and not self._stopped:
-                batch = self.session.batch
-                if batch is None or self._service.live:
-                    raise Conflict("real engines show no agent what it has to see")
-                action = to_action(agent.act(batch.observations(), batch.windows)[0])
+                action = to_action(next(going)[0])
                 trace.add((await self._service.step(self.session, [action]))[0])
                 played += 1
                 if time.monotonic() - shown > _FRAME_S:
@@ -121,6 +122,7 @@ class Visitor:
                     shown = time.monotonic()
                 due_s = began + played / windows_per_s if windows_per_s else 0.0
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            self._turns = going
         yield trace
 
     def stop(self) -> None:
@@ -153,15 +155,15 @@ class Visitor:
         finally:
             self.playing = False
 
-    def _ready_agent(self, name: str) -> Agent:
-        task, seed = self.session.task, self.session.state.seed
-        assert task is not None
-        assert seed is not None
-        if self._agent is None or self._agent_name != name:
-            agent = load_agent(name, task)
-            agent.reset(task, [seed])
-            self._agent, self._agent_name = agent, name
-        return self._agent
+    def _ready_turns(self, name: str) -> Iterator[NDArray[np.void]]:
+        """What the agent sets, from where it was stopped if it is the one that played last."""
+        if self._turns is None or self._agent_name != name:
+            batch, seed = self.session.batch, self.session.state.seed
+            assert batch is not None
+            assert seed is not None
+            self._turns = turns(load_agent(name, batch.task), batch, [seed])
+            self._agent_name = name
+        return self._turns
 
 
 class Visitors:

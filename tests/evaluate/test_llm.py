@@ -17,7 +17,7 @@ from evaluate.scores import read_scores
 from llmserve_env import tasks
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.find import find_agent
-from llmserve_env.agents.llm_settings import llm_settings
+from llmserve_env.agents.llm import llm_settings
 from llmserve_env.errors import InputError
 from llmserve_env.play import play
 from llmserve_env.schema import ServeAction

@@ -13,9 +13,8 @@ import pytest
 from live.endpoint_server import ChatEndpoint, Reply, chat, closed_url, serving
 
 from llmserve_env.agents import AGENTS, load_agent, play
-from llmserve_env.agents.llm import LLMAgent
-from llmserve_env.agents.llm_settings import LLMSettings
-from llmserve_env.agents.prompt import Unusable, answer_schema, parse, prompt
+from llmserve_env.agents.llm import LLMAgent, LLMSettings
+from llmserve_env.agents.llm.prompt import Unusable, answer_schema, parse, prompt
 from llmserve_env.controls import to_action
 from llmserve_env.episode import Episode, EpisodeBatch
 from llmserve_env.errors import InputError

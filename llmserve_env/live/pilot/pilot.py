@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llmserve_env.agents.shield import Shield
+from llmserve_env.agents.shield import Shield, ShieldFilter, shield_settings
 from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
+from llmserve_env.live.pilot.change_limits import ChangeLimits, shipped_limits
 from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
-from llmserve_env.live.pilot.limits import Limits, shipped_limits
 from llmserve_env.observation import Observer, feature_names
 from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
@@ -80,7 +80,7 @@ class Pilot:
         *,
         safe: ServeAction | None = None,
         shield: bool = True,
-        limits: Limits | None = None,
+        limits: ChangeLimits | None = None,
         decide_limit_s: float = 1.0,
         dry_run: bool = False,
         endless: bool = False,
@@ -111,10 +111,8 @@ class Pilot:
         self._pending: Made | None = None
         self._fallen: str | None = None  # rule of the last decision, where it was a fallback
         agent.reset(task, [seed])
-        self._said = _Said(agent.name)
-        self._shield = Shield(self._said, log_limit=1) if shield else None
-        if self._shield is not None:
-            self._shield.reset(task, [seed])
+        self._shield = ShieldFilter(task, shield_settings()) if shield else None
+        self._shield_state = None if self._shield is None else self._shield.begin(1)
         self._beginning: Beginning | None = Beginning(
             time_s=time.time(),
             task=task.model_dump(mode="json"),
@@ -159,7 +157,7 @@ class Pilot:
         rule = reason = None
         decided = self.safe if proposed is None else proposed
         if seen is not None and self._shield is not None:
-            shielded = self._shielded(decided, seen.reshape(1, -1), row)
+            shielded = self._shielded(decided, row)
             if shielded is not None and cause is None:
                 decided, rule, reason = shielded
                 by = "shield"
@@ -251,21 +249,14 @@ class Pilot:
         said = to_action(answer[0])
         return self.start.model_copy(update={name: getattr(said, name) for name in self._granted})
 
-    def _shielded(
-        self, proposed: ServeAction, seen: NDArray[np.float32], row: NDArray[np.void]
-    ) -> tuple[ServeAction, str, str] | None:
+    def _shielded(self, proposed: ServeAction, row: NDArray[np.void]) -> tuple[ServeAction, str, str] | None:
         """What the shield sets in place of it, rule and reason; None where it leaves it."""
-        shield = self._shield
-        assert shield is not None
-        shield.log[0].clear()
-        if shield.in_force is not None:
-            shield.in_force = to_array([self.in_force])
-        self._said.answer = to_array([proposed])
-        action = shield.act(seen, row)
-        if not shield.log[0]:
-            return None
-        entry = shield.log[0][-1]
-        return to_action(action[0]), entry["rule"], entry["reason"]
+        assert self._shield is not None
+        assert self._shield_state is not None
+        found = self._shield.filter(self._shield_state, to_array([proposed]), to_array([self.in_force]), row)
+        self._shield_state = found.state
+        rule, reason = found.rules[0], found.reasons[0]
+        return None if rule is None or reason is None else (to_action(found.actions[0]), rule, reason)
 
     def _made(
         self,
@@ -350,21 +341,6 @@ class _Thought:
             self.error = error
         finally:
             self.done.set()
-
-
-class _Said:
-    """An agent that says what it was told: the shield's."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.answer: NDArray[np.void] = to_array([])
-
-    def reset(self, task: Task, seeds: Sequence[int]) -> None:
-        """Nothing is remembered."""
-
-    def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
-        """What it was told."""
-        return self.answer
 
 
 def _line(error: BaseException) -> str:

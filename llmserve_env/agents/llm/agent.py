@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.agents.llm_settings import LLM, LLMSettings
-from llmserve_env.agents.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
+from llmserve_env.agents.llm.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
+from llmserve_env.agents.llm.settings import LLM, LLMSettings
 from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError, missing_package
 from llmserve_env.net.urls import without_credentials

@@ -233,15 +233,15 @@ class EpisodeBatch:
             index: of the episode.
 
         Returns:
-            `seed`, `reward_components`, `cost`, `score`, the `action` in force, what of it was `not_applied`
+            `reward_components`, `cost`, `score`, `seed`, the `action` in force, what of it was `not_applied`
             with the reason, and the backend's notes.
         """
         action = self.actions[index]
         return {
-            "seed": int(self.seeds[index]),
             "reward_components": dict(zip(COMPONENTS, self.components[index].tolist(), strict=True)),
             "cost": float(self.costs[index]),
             "score": float(self.scores[index]),
+            "seed": int(self.seeds[index]),
             "action": to_values(action),
             "not_applied": self.backend.ignored(index, action) if self.steps[index] else {},
             **self.backend.notes(),

@@ -2,7 +2,7 @@
 
     python examples/cleanrl_style.py --steps 200000
 
-The seven controls are seven categorical heads. Episodes are truncated at their horizon, not terminated: the
+Each control is a categorical head. Episodes are truncated at their horizon, not terminated: the
 value of the observation after it (`final_obs`) belongs to the return. `train/ppo.py` is the trainer to use.
 """
 
@@ -25,12 +25,12 @@ class Arguments:
     """What to learn, and for how long.
 
     Attributes:
-        task_id: of a task.
+        task_id: id of a task.
         steps: windows to learn from.
         envs: episodes side by side.
         rollout: windows of each between two updates.
         gamma: discount of a window.
-        seed: of the network and the first episodes.
+        seed: random seed of the network and the first episodes.
     """
 
     task_id: str = "bursty_workload"

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import aiohttp
 
+from llmserve_env.live.gateway.callers import Caller, Callers
 from llmserve_env.live.gateway.deployment import Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
-from llmserve_env.live.gateway.tenants import Caller, Tenants
 from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.servers.upstreams import Upstream
 from tests.live.endpoint_server import Running
@@ -37,7 +37,7 @@ LONG = 1900
 async def standing(server, action=None, *, url=None, control=True, limits=None, **bounds):
     """A gateway before the server, with a client of it; `deployment` steers and watches both."""
     async with AsyncExitStack() as stack:
-        tenants = Tenants(CALLERS)
+        tenants = Callers(CALLERS)
         upstream = Upstream(url or server.url, control=server.control if control else None)
         gateway = Gateway([upstream], tenants.all, **bounds)
         telemetry = Telemetry([server.url], interval_s=0.1, timeout_s=1.0, stale_after_s=3.0)

@@ -11,8 +11,8 @@ from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
+from llmserve_env.live.pilot.change_limits import ChangeLimits
 from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
-from llmserve_env.live.pilot.limits import Limits
 from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
@@ -176,7 +176,7 @@ def log(tmp_path):
     START = TASK.start
     path, drawn = tmp_path / "decisions.jsonl", np.random.default_rng(0)
     safe = START.model_copy(update={"batch_cap": 64})
-    pilot = Pilot(Rule(), TASK, START, safe=safe, shield=False, limits=Limits(), log=DecisionLog(path))
+    pilot = Pilot(Rule(), TASK, START, safe=safe, shield=False, limits=ChangeLimits(), log=DecisionLog(path))
     row = np.zeros((), WINDOW)
     for k in range(300):
         pilot.decide(row)

@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.callers import Caller, Callers
 from llmserve_env.live.gateway.gateway import Gateway, Refused
 from llmserve_env.live.gateway.proxy import Proxy
-from llmserve_env.live.gateway.tenants import Caller, Tenants
 from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.schema import QuantizationTier, ServeAction
 
@@ -54,7 +54,7 @@ async def standing(*endpoints, callers=THREE[2:], action=None, limits=None, upst
         upstreams = [
             Upstream(url, **given) for url, given in zip(urls, upstream or [{}] * len(urls), strict=True)
         ]
-        tenants = Tenants(callers)
+        tenants = Callers(callers)
         gateway = Gateway(upstreams, tenants.all, action or ServeAction(), **bounds)
         proxy = Proxy(gateway, tenants, **(limits or {}))
         stack.push_async_callback(proxy.close)
@@ -284,7 +284,7 @@ def test_the_bucket_holds_a_second_of_its_rate():
 def test_priorities_share_the_bucket():
     async def main():
         action = ServeAction(admission_rate=6.0, priority_routing=True)
-        tenants = Tenants(THREE).all
+        tenants = Callers(THREE).all
         gateway = Gateway([Upstream("http://up")], tenants, action, clock=Clock())
         let_in = [sum(enter(gateway, tenant) is True for _ in range(9)) for tenant in (0, 2, 1)]
         assert let_in == [2, 2, 2]  # the least urgent a third of six, the next up to two thirds, then all

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from llmserve_env.errors import InputError
+from llmserve_env.schema import QuantizationTier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,7 @@ class Endpoint:
 
     model: str | None = None
     """Name of the model (default: the first that the first server lists)."""
-    precision: Literal["FP16", "INT8", "INT4"] | None = None
+    precision: QuantizationTier | None = None
     """Precision of the weights behind servers that state none; without it nothing is earned for quality."""
     max_requests_per_step: int = 100
     """Requests that arrive in a window; further ones are left out of the episode."""

@@ -18,13 +18,14 @@ from pydantic_core import from_json, to_json
 from websockets.asyncio.client import ClientConnection, connect
 
 from llmserve_env import list_tasks
+from llmserve_env.controls import SPECS
 
 try:
     from uvloop import run as _run_loop
 except ImportError:  # not on Windows
     from asyncio import run as _run_loop
 
-_TIERS = ("FP16", "INT8", "INT4")
+_TIERS = SPECS["quantization_tier"].options
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -54,15 +55,20 @@ def random_actions(seed: int, count: int) -> list[dict[str, Any]]:
             tier, split = draw.choice(_TIERS), draw.random() < 0.3
         found.append(
             {
-                "batch_cap": draw.randint(1, 512),
-                "kv_budget_fraction": round(draw.uniform(0.1, 1.0), 3),
-                "speculation_depth": draw.randint(0, 8),
+                "batch_cap": draw.randint(*_range("batch_cap")),
+                "kv_budget_fraction": round(draw.uniform(*_range("kv_budget_fraction")), 3),
+                "speculation_depth": draw.randint(*_range("speculation_depth")),
                 "quantization_tier": tier,
                 "prefill_decode_split": split,
                 "priority_routing": draw.random() < 0.5,
             }
         )
     return found
+
+
+def _range(control: str) -> tuple[Any, Any]:
+    """Least and greatest value of a number."""
+    return SPECS[control].low, SPECS[control].high
 
 
 def message(kind: str, data: dict[str, Any] | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.controls import ACTION, CONTROLS
+from llmserve_env.controls import ACTION, CONTROLS, SPECS
 from llmserve_env.episode import EpisodeBatch
 
 if TYPE_CHECKING:
@@ -75,9 +75,12 @@ def candidates(task: Task, at_least: int, seed: int) -> NDArray[np.void]:
         return grid.actions(rng.integers(grid.nvec, size=(MOST_POINTS, len(CONTROLS))))
     extra = max(at_least - grid.size, 0)
     drawn = grid.actions(rng.integers(grid.nvec, size=(extra, len(CONTROLS))))
-    low, high = np.log(grid.ends("batch_cap"))
-    drawn["batch_cap"] = np.rint(np.exp(rng.uniform(low, high, extra)))
-    drawn["kv_budget_fraction"] = np.round(rng.uniform(*grid.ends("kv_budget_fraction"), extra), 2)
+    for name, spec in SPECS.items():
+        if spec.declared.scale == "log" and spec.type is int:
+            low, high = np.log(grid.ends(name))
+            drawn[name] = np.rint(np.exp(rng.uniform(low, high, extra)))
+        elif spec.declared.scale == "linear" and spec.type is float:
+            drawn[name] = np.round(rng.uniform(*grid.ends(name), extra), 2)
     return np.concatenate([grid.all(), drawn])
 
 

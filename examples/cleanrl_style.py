@@ -2,7 +2,7 @@
 
     python examples/cleanrl_style.py --steps 200000
 
-The seven controls are seven categorical heads. Episodes are truncated at their horizon, not terminated: the
+Each control is a categorical head. Episodes are truncated at their horizon, not terminated: the
 value of the observation after it (`final_obs`) belongs to the return. `train/ppo.py` is the trainer to use.
 """
 

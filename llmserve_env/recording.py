@@ -12,7 +12,7 @@ from llmserve_env.backend import FIGURES, WINDOW, window_field
 from llmserve_env.controls import ACTION, to_action
 from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
-from llmserve_env.schema import EpisodeLog
+from llmserve_env.schema import EXTRA_GROUPS, EpisodeLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,13 +62,15 @@ def record_values(window: NDArray[np.void], tenants: int) -> dict[str, Any]:
 
 
 def record_row(values: dict[str, Any]) -> NDArray[np.void]:
-    """The WINDOW record of what `record_values` made.
+    """The WINDOW record of what `record_values` made, with zeros for extra groups that it did not have yet.
 
     Raises:
         ValueError, KeyError, TypeError: it is none.
     """
     row: NDArray[np.void] = np.zeros((), WINDOW)
     for name in WINDOW.names or ():
+        if name not in values and FIGURES[name].group in EXTRA_GROUPS:
+            continue
         value = values[name]
         if isinstance(value, list):
             found = np.array(value)

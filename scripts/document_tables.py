@@ -23,9 +23,10 @@ _TABLE = re.compile(
 
 def controls() -> list[str]:
     """The controls, in the order of an action's entries."""
-    rows = ["| number | control | values | what it sets |", "|---|---|---|---|"]
+    rows = ["| number | control | values | unit | scale | what it sets |", "|---|---|---|---|---|---|"]
     for number, (name, spec) in enumerate(SPECS.items()):
-        rows.append(f"| {number} | `{name}` | {spec.range_text} | {spec.meaning} |")
+        unit, scale = spec.declared.unit or "–", spec.declared.scale
+        rows.append(f"| {number} | `{name}` | {spec.range_text} | {unit} | {scale} | {spec.meaning} |")
     return rows
 
 

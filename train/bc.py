@@ -273,7 +273,7 @@ class Cloner:
         self.config = PolicyConfig(
             package_version=llmserve_env.__version__,
             task_id=self.task.id,
-            features=feature_names(self.task),
+            features=self.stretches[0].beginning.features if self.stretches else feature_names(self.task),
             controls={name: list(values) for name, values in self.task.grid.values.items()},
             frames=self.args.frames,
             hidden=self.args.hidden,

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmserve_env.agents.policy import CLIP, CONFIG, Reader, Setter, check_grid, checked, read_policy
+from llmserve_env.agents.policy import CLIP, CONFIG, Setter, check_grid, checked, read_policy
 from llmserve_env.controls import BoxActions
 from llmserve_env.errors import InputError
-from llmserve_env.observation import feature_names
+from llmserve_env.observation import Reader, feature_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

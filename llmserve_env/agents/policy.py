@@ -17,7 +17,7 @@ from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
 from llmserve_env.objectives import OBJECTIVES, Objectives
-from llmserve_env.observation import FEATURES, feature_names
+from llmserve_env.observation import FEATURES, Reader, feature_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -226,30 +226,6 @@ class PolicyAgent:
         self._current = self.policy.choose(logits)
         self._indices[:, self._set.columns] = self._current
         return self._set.kept(self._task.grid.actions(self._indices))
-
-
-class Reader:
-    """Picks the features that a policy reads out of observations.
-
-    Args:
-        features: names that it reads, in order.
-        names: of the observation's entries, in order.
-
-    Raises:
-        InputError: the observation lacks a feature; names it.
-    """
-
-    def __init__(self, features: Sequence[str], names: Sequence[str]) -> None:
-        missing = [name for name in features if name not in names]
-        if missing:
-            raise InputError(
-                f"the policy reads what this task does not show: {', '.join(missing[:5])}", field="features"
-            )
-        self._columns = None if list(features) == list(names) else [names.index(name) for name in features]
-
-    def of(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32[n, features read] of float32[n, features]."""
-        return observations if self._columns is None else np.take(observations, self._columns, axis=1)
 
 
 class Setter:

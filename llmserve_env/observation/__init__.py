@@ -10,13 +10,14 @@ from llmserve_env.observation.features import (
     feature_names,
     features,
 )
-from llmserve_env.observation.observer import Observer
+from llmserve_env.observation.observer import Observer, Reader
 
 __all__ = [
     "FEATURES",
     "TENANT_SLOTS",
     "Feature",
     "Observer",
+    "Reader",
     "describe",
     "feature_names",
     "features",

@@ -10,6 +10,7 @@ from numba import njit
 
 from llmserve_env.backend import FIGURES, WINDOW
 from llmserve_env.controls import ACTION
+from llmserve_env.errors import InputError
 from llmserve_env.observation.features import TENANT_SLOTS, Feature, features
 
 if TYPE_CHECKING:
@@ -84,6 +85,28 @@ class Observer:
         words = windows.view(np.int64), actions.view(np.int64)
         _fill(*words, steps / self._windows, *self._table, observations)
         return observations
+
+
+class Reader:
+    """Picks features by name out of observations.
+
+    Args:
+        wanted: names of the features, in order.
+        names: of the observation's entries, in order.
+
+    Raises:
+        InputError: the observation lacks a feature; names it.
+    """
+
+    def __init__(self, wanted: Sequence[str], names: Sequence[str]) -> None:
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise InputError(f"this task does not show {', '.join(missing[:5])}", field="features")
+        self._columns = None if list(wanted) == list(names) else [names.index(name) for name in wanted]
+
+    def of(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32[n, wanted] of float32[n, features]."""
+        return observations if self._columns is None else np.take(observations, self._columns, axis=1)
 
 
 def _places(feature: Feature, names: Sequence[str], tenants: int) -> list[int]:

@@ -344,10 +344,9 @@ class Gateway:
         pool = self.upstreams
         found = {"prefill_decode_split": "an upstream has the roles that it was started with"}
         for name, spec in SPECS.items():
-            others = name not in _APPLIED and name not in found
-            if others and not all(name in each.in_engine for each in pool):
-                if getattr(action, name) != spec.default:
-                    found[name] = "no way known to tell an upstream"
+            known = name in _APPLIED or name in found or all(name in each.in_engine for each in pool)
+            if not known and getattr(action, name) != spec.default:
+                found[name] = "no way known to tell an upstream"
         for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
             value = getattr(action, name)
             same = tuple(each for each in pool if name in each.in_engine or getattr(each, given) == value)

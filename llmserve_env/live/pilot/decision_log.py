@@ -20,10 +20,10 @@ from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.live.pilot.decisions import Decision
-from llmserve_env.observation import FEATURES, Observer
+from llmserve_env.observation import FEATURES, Observer, Reader, feature_names, features
 from llmserve_env.recording import record_row
 from llmserve_env.report.version import __version__
-from llmserve_env.schema import ServeAction
+from llmserve_env.schema import GROUPS, ServeAction
 from llmserve_env.tasks import Task
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Beginning(BaseModel):
     """Time that the agent has for a decision (s)."""
     reward: str
     """What the rewards are."""
-    features: list[str] = [feature.name for feature in FEATURES]
+    features: list[str] = [feature.name for feature in features(GROUPS)]
     """Names of an observation's entries, in order."""
     capabilities: dict[str, str] = {}
     """How each field of an action is applied."""
@@ -260,6 +260,8 @@ def one_task(stretches: Sequence[Stretch]) -> Task:
     tasks = [{**each.beginning.task, "start": None} for each in stretches]
     if any(each != tasks[0] for each in tasks):
         raise InputError("expected logs of one task, found several", field="decisions")
+    if any(each.beginning.features != stretches[0].beginning.features for each in stretches):
+        raise InputError("expected logs of the same features, found others", field="decisions")
     return logged_task(stretches[0].beginning)
 
 
@@ -292,7 +294,7 @@ def observed(
 
 def _stretches(beginning: Beginning, made: dict[int, Made], results: dict[int, Result]) -> list[Stretch]:
     task = logged_task(beginning)
-    observer = Observer(task)
+    observer, reader = Observer(task), Reader(beginning.features, feature_names(task))
     found: list[Stretch] = []
     part: list[tuple[Made, Result]] = []
 
@@ -324,7 +326,7 @@ def _stretches(beginning: Beginning, made: dict[int, Made], results: dict[int, R
         if following is None:  # the run's end, or a hole
             row, action = record_row(result.record), line.decision.applied
             after = observed(observer, task, row, action, step=window + 1, endless=beginning.endless)
-            end(after.tolist())
+            end(reader.of(after[None])[0].tolist())
         elif following.observation is None or window + 1 not in results:
             end(following.observation)
     return found
@@ -353,9 +355,13 @@ def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
             ) from error
         if last is None and not isinstance(line, Beginning):
             raise InputError("expected a decision log, whose first line begins a run", file=str(path), line=1)
-        if isinstance(line, Beginning) and line.features != [feature.name for feature in FEATURES]:
-            raise InputError(
-                "logged with other observations than this package's", file=str(path), line=number
-            )
+        if isinstance(line, Beginning):
+            unknown = sorted(set(line.features) - {feature.name for feature in FEATURES})
+            if unknown:
+                raise InputError(
+                    f"this package knows no such features: {', '.join(unknown[:5])}",
+                    file=str(path),
+                    line=number,
+                )
         last = line
         yield line

@@ -17,7 +17,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.change_limits import ChangeLimits, shipped_limits
 from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
-from llmserve_env.observation import Observer
+from llmserve_env.observation import Observer, feature_names
 from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
 
@@ -125,6 +125,7 @@ class Pilot:
             limits=self._limits.model_dump(mode="json", exclude_none=True),
             decide_limit_s=decide_limit_s,
             reward=reward,
+            features=feature_names(task),
         )
         self._run = self._beginning.run
 

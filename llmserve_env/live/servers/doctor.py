@@ -47,7 +47,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Control:
+class Ways:
     """How a field of an action can be applied to the servers while they serve.
 
     Attributes:
@@ -131,7 +131,7 @@ def diagnose(
     return found
 
 
-def controls(found: Sequence[Diagnosis]) -> list[Control]:
+def controls(found: Sequence[Diagnosis]) -> list[Ways]:
     """How each field of an action can be applied to these servers while they serve."""
     speculates = all(each.scrape is not None and "drafted_tokens" in each.scrape.names for each in found)
     tells_kv = all(each.scrape is not None and "kv_occupancy" in each.scrape.names for each in found)
@@ -140,44 +140,45 @@ def controls(found: Sequence[Diagnosis]) -> list[Control]:
     no_class = "" if tried else f"the scheduler class takes vLLM {', '.join(SCHEDULER_VERSIONS)} only"
     one_pool = "" if several else "needs a server for each pool, one is given"
     known = {
-        "batch_cap": Control(
+        "batch_cap": Ways(
             "batch_cap",
             "--max-num-seqs at start",
             "yes, for each server",
             "yes, not above the start's",
             no_class,
         ),
-        "kv_budget_fraction": Control(
+        "kv_budget_fraction": Ways(
             "kv_budget_fraction",
             "no",
             "yes, by the KV gauge",
             "yes, gates admissions",
             "" if tells_kv else "the gateway needs the KV gauge, which is missing",
         ),
-        "speculation_depth": Control(
+        "speculation_depth": Ways(
             "speculation_depth",
             "--speculative-config at start",
             "a pool for each depth",
             "0 to the start's",
             no_class if speculates else "no server speculates: start with --speculative-config",
         ),
-        "quantization_tier": Control(
+        "quantization_tier": Ways(
             "quantization_tier", "weights at start", "a pool for each precision", "no", one_pool
         ),
-        "prefill_decode_split": Control(
+        "prefill_decode_split": Ways(
             "prefill_decode_split", "KV connector at start", "no", "no", "no way while servers serve"
         ),
-        "priority_routing": Control(
+        "priority_routing": Ways(
             "priority_routing",
             "--scheduling-policy priority at start",
             "yes, its own queue",
             "no",
             "",
         ),
-        "admission_rate": Control("admission_rate", "--max-num-queued-reqs at start", "yes", "no", ""),
+        "admission_rate": Ways("admission_rate", "--max-num-queued-reqs at start", "yes", "no", ""),
     }
-    unknown = Control("", "no", "no", "no", "no way known")
-    return [known.get(name, unknown) for name in ServeAction.model_fields]
+    return [
+        known.get(name, Ways(name, "no", "no", "no", "no way known")) for name in ServeAction.model_fields
+    ]
 
 
 def _look(client: httpx.Client, found: Diagnosis, model: str | None) -> None:

@@ -128,7 +128,10 @@ def test_a_second_writer_is_refused(tmp_path):
     [
         (lambda lines: lines[1:], "1: expected a decision log, whose first line begins a run"),
         (lambda lines: [lines[0], "nonsense", *lines[1:]], "2: expected a line of a decision log"),
-        (lambda lines: [lines[0].replace('"progress"', '"other"')], "1: logged with other observations"),
+        (
+            lambda lines: [lines[0].replace('"progress"', '"other"')],
+            "1: this package knows no such features",
+        ),
         (
             lambda lines: [lines[0], lines[1].replace('"batch_cap":8', '"batch_cap":0', 1)],
             "2: expected a line",

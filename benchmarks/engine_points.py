@@ -29,7 +29,7 @@ from llmserve_env.files import write_atomic
 from llmserve_env.hardware.latency import LatencyArrays, compile_latency, iteration_time
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS, Profile, TierName, load_profile
-from llmserve_env.provenance import made_by
+from llmserve_env.report.provenance import made_by
 
 SILICON = {
     ("meta-llama/Llama-3.1-8B-Instruct", "h100_sxm", "trtllm", "", "1"): ("h100-llama-3.1-8b", "FP16"),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from benchmarks._server_process import Service
 from llmserve_env.files import write_atomic
-from llmserve_env.provenance import made_by
+from llmserve_env.report.provenance import made_by
 
 _STAMP = re.compile(rb'"text": "([0-9.]+) ')
 

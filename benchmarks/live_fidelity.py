@@ -19,17 +19,17 @@ from typing import Any
 
 import tyro
 
-from llmserve_env.commands._report import table
-from llmserve_env.commands._serving import announce_compilation
-from llmserve_env.commands.calibrate_live import print_fit
+from llmserve_env.commands.calibrate.live import print_fit
+from llmserve_env.commands.shared.report import table
+from llmserve_env.commands.shared.serving import announce_compilation
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.model_config import read_model
 from llmserve_env.hardware.profile import save_profile
-from llmserve_env.live.calibration import find_limits, fit_profile, measure, ordinary_tokens, report
-from llmserve_env.live.comparison import compare, simulate
-from llmserve_env.live.load import Target
-from llmserve_env.provenance import made_by
+from llmserve_env.live.calibrate.calibration import find_limits, fit_profile, measure, ordinary_tokens, report
+from llmserve_env.live.calibrate.comparison import compare, simulate
+from llmserve_env.live.calibrate.load import Target
+from llmserve_env.report.provenance import made_by
 from llmserve_env.workloads import open_workload
 
 if sys.version_info >= (3, 11):

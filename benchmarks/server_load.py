@@ -30,7 +30,7 @@ from benchmarks import _server_abuse, _server_client
 from benchmarks._server_process import Service, started
 from llmserve_env import Episode, grade, list_tasks, load_task
 from llmserve_env.files import write_atomic
-from llmserve_env.provenance import made_by
+from llmserve_env.report.provenance import made_by
 from llmserve_env.schema import ServeAction
 
 Part = Literal["one", "many", "sessions", "soak", "expiry", "killed", "abuse"]

@@ -28,7 +28,7 @@ from llmserve_env.agents.play import play
 from llmserve_env.agents.tuned import tuned_constant
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
-from llmserve_env.provenance import made_by
+from llmserve_env.report.provenance import made_by
 from llmserve_env.tasks import TRAINING_SEEDS, Task
 
 

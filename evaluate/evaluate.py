@@ -25,7 +25,7 @@ from evaluate.scores import Scores, begin_scores, profile_name, scores_path
 from llmserve_env.agents import lacks_weights
 from llmserve_env.agents.find import SHIELDED, find_agent
 from llmserve_env.errors import InputError
-from llmserve_env.stats import interval
+from llmserve_env.report.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks
 
 PART = 10

@@ -15,10 +15,10 @@ import numpy as np
 from llmserve_env.agents.llm import LLMPolicy, LLMSettings
 from llmserve_env.agents.play import Played
 from llmserve_env.agents.prompt import answer_schema, prompt
-from llmserve_env.catalog import task_info
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import Task
+from llmserve_env.tasks.catalog import task_info
 
 LLM = "llm:"
 

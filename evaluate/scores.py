@@ -20,7 +20,7 @@ from llmserve_env.agents.policy import CONFIG, WEIGHTS
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
-from llmserve_env.provenance import made_by
+from llmserve_env.report.provenance import made_by
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.tasks import Task
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmserve_env.client import LLMServeEnv
+    from llmserve_env.envs.tool_env import ServeToolEnv
     from llmserve_env.episode import Episode
     from llmserve_env.errors import InputError
     from llmserve_env.grading import grade
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from llmserve_env.schema import ServeAction
     from llmserve_env.sim.simulator import Simulator
     from llmserve_env.tasks import list_tasks, load_task
-    from llmserve_env.tool_env import ServeToolEnv
     from llmserve_env.workloads import open_workload
     from llmserve_env.workloads.workload import Tenant, Workload
 
@@ -52,7 +52,7 @@ _HOMES = {
     "InputError": "llmserve_env.errors",
     "LLMServeEnv": "llmserve_env.client",
     "ServeAction": "llmserve_env.schema",
-    "ServeToolEnv": "llmserve_env.tool_env",
+    "ServeToolEnv": "llmserve_env.envs.tool_env",
     "Simulator": "llmserve_env.sim.simulator",
     "Tenant": "llmserve_env.workloads.workload",
     "Workload": "llmserve_env.workloads.workload",

@@ -2,8 +2,8 @@
 
 Each command is a function in a module of its own: `llmserve simulate` calls
 `llmserve_env.commands.simulate.simulate`, `llmserve calibrate kernels` calls
-`llmserve_env.commands.calibrate.kernels`. tyro turns the function's signature and docstring into flags and
-help. Only the module of the chosen command is imported.
+`llmserve_env.commands.calibrate.kernels.kernels`. tyro turns the function's signature and docstring into
+flags and help. Only the module of the chosen command is imported.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _call(name: str, args: list[str]) -> int:
     import tyro
 
     words = name.split()
-    module = import_module(f"llmserve_env.commands.{words[0]}")
+    module = import_module(".".join(["llmserve_env.commands", *words]))
     command: Callable[..., int | None] = getattr(module, words[-1])
     return tyro.cli(command, prog=f"llmserve {name}", args=args) or 0
 

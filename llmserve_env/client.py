@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from llmserve_env.catalog import TaskInfo
 from llmserve_env.errors import InputError
 from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation, ServeState
+from llmserve_env.tasks.catalog import TaskInfo
 
 try:
     from openenv.core.client_types import StepResult

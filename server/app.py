@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from llmserve_env.errors import InputError
-from llmserve_env.sockets import listen
+from llmserve_env.net.sockets import listen
 from server.settings import Settings
 
 # What takes seconds to import is imported where it is used: the guard's process imports this module, too.
@@ -42,12 +42,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     from fastapi import WebSocket
     from openenv.core.env_server.http_server import create_fastapi_app
 
-    from server import errors, http, ws
     from server.environment import ServeEnvironment
-    from server.limits import BodyLimit
-    from server.mcp import mount_mcp
-    from server.models import ServiceAction, ServiceObservation, ServiceState
+    from server.messages import errors
+    from server.messages.models import ServiceAction, ServiceObservation, ServiceState
     from server.service import Service
+    from server.wire import http, ws
+    from server.wire.limits import BodyLimit
+    from server.wire.mcp import mount_mcp
 
     settings = settings or Settings()
     service = Service(settings)
@@ -55,7 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     types = (ServiceAction, ServiceObservation, _NAME)
     options: dict[str, Any] = {"max_concurrent_envs": settings.max_sessions, "state_cls": ServiceState}
     if settings.web:
-        from server.ui import create_page_app
+        from server.page.ui import create_page_app
 
         app: FastAPI = create_page_app(service, factory, *types, **options)
     else:

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
 from llmserve_env.backend import WINDOW
-from llmserve_env.catalog import TaskInfo, task_info
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
+from llmserve_env.net.urls import without_credentials
 from llmserve_env.schema import GradeResult, ServeAction, ServeObservation
 from llmserve_env.tasks import load_task
-from llmserve_env.urls import without_credentials
+from llmserve_env.tasks.catalog import TaskInfo, task_info
 
 if TYPE_CHECKING:
     import httpx

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
-from llmserve_env.stats import interval
+from llmserve_env.report.stats import interval
 
 _KEY = ("task_id", "agent", "seed")
 

@@ -11,9 +11,9 @@ from openenv.core.env_server.types import EnvironmentMetadata
 
 import llmserve_env
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, list_tasks
-from server.models import ServiceAction, ServiceObservation, ServiceState
-from server.refusals import Conflict, NotFound
-from server.requests import ResetRequest
+from server.messages.models import ServiceAction, ServiceObservation, ServiceState
+from server.messages.refusals import Conflict, NotFound
+from server.messages.requests import ResetRequest
 
 if TYPE_CHECKING:
     from llmserve_env.schema import ServeObservation

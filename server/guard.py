@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from llmserve_env.errors import InputError
-from server.refusals import AtCapacity, Unavailable
+from server.messages.refusals import AtCapacity, Unavailable
 
 if TYPE_CHECKING:
     from server.settings import Settings

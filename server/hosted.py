@@ -9,16 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmserve_env.actions import to_array
-from llmserve_env.catalog import catalog
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, Task, list_tasks, load_task
+from llmserve_env.tasks.catalog import catalog
 from llmserve_env.tasks.self_contained import refuse_files
-from server.refusals import NotFound
-from server.requests import ResetRequest
+from server.messages.refusals import NotFound
+from server.messages.requests import ResetRequest
 
 DEFAULT_TASK = "static_workload"
 

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 import llmserve_env
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
-from server.refusals import Unavailable
-from server.requests import ResetRequest
+from server.messages.refusals import Unavailable
+from server.messages.requests import ResetRequest
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".jsonl"

@@ -23,8 +23,8 @@ from llmserve_env.tasks import TRAINING_SEEDS, list_tasks
 from server.guard import Guard
 from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
 from server.journal import Journal
-from server.refusals import Refusal
-from server.requests import ResetRequest
+from server.messages.refusals import Refusal
+from server.messages.requests import ResetRequest
 from server.sessions import PlayedEpisode, Session, Sessions
 
 if TYPE_CHECKING:

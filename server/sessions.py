@@ -12,9 +12,9 @@ import numpy as np
 
 from llmserve_env.episode import Episode
 from llmserve_env.grading import grade
-from server.models import ServiceState
-from server.refusals import AtCapacity, Conflict, NotFound
-from server.requests import ResetRequest
+from server.messages.models import ServiceState
+from server.messages.refusals import AtCapacity, Conflict, NotFound
+from server.messages.requests import ResetRequest
 
 if TYPE_CHECKING:
     from llmserve_env.episode import EpisodeBatch

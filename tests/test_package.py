@@ -246,7 +246,7 @@ def test_unknown_command_of_a_group(capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_with_hyphenated_flags(name, capsys):
-    module = ROOT / "llmserve_env" / "commands" / f"{name.split(' ', maxsplit=1)[0]}.py"
+    module = ROOT.joinpath("llmserve_env", "commands", *name.split()).with_suffix(".py")
     assert module.is_file()
     with pytest.raises(SystemExit) as stop:
         cli.main([*name.split(), "--help"])

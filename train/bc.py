@@ -55,9 +55,9 @@ from llmserve_env.agents.policy import (
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
-from llmserve_env.live.decision_log import Stretch, one_task, read_decisions
+from llmserve_env.live.pilot.decision_log import Stretch, one_task, read_decisions
 from llmserve_env.observation import FEATURES
-from llmserve_env.provenance import made_on
+from llmserve_env.report.provenance import made_on
 from llmserve_env.tasks import Task, load_task
 from train.network import Network
 from train.ppo import VALIDATION, note_run

@@ -6,7 +6,8 @@ Each episode of LLMServeMO-v0 has a preference, weights of the objectives drawn 
 which the policy finds at the end of its observation. The critic foretells every objective by itself; what the
 policy learns by is the sum of their advantages times the weights (Abels et al., 2019, condition a network so;
 weighted sums of a vector critic are those of Felten et al., 2024). How to play: `PolicyAgent(policy,
-preference=...)`; without a preference it plays for the task's own weights. `evaluate.pareto` shows the front.
+preference=...)`; without a preference it plays for the task's own weights.
+`evaluate.experiments.pareto` shows the front.
 
 Everything else is `train.ppo`, its arguments, log and --resume, too, but that `validation` is the mean, over
 `PREFERENCES` and validation seeds, of the weighted objectives.

@@ -48,7 +48,7 @@ from llmserve_env.agents.policy import (
 from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import FEATURES
-from llmserve_env.provenance import made_on
+from llmserve_env.report.provenance import made_on
 from llmserve_env.tasks import TRAINING_SEEDS
 from train.network import Network, log_prob, sample
 

@@ -1,7 +1,7 @@
 """Ship trained policies: finished runs of `train.ppo` and `train.bc` go to weights/TASK/NAME, with cards.
 
     python -m train.release --runs out/bursty/bc out/bursty/ppo-1 out/bursty/ppo-2 out/bursty/ppo-3
-    python -m evaluate.showdown --out evaluate/results/showdown
+    python -m evaluate.experiments.showdown --out evaluate/results/showdown
     python -m train.release                   # all cards once more, with these results
 
 NAME is bc for a clone and ppo-SEED for PPO. A policy that another was made from (`--init`, a teacher) is
@@ -24,15 +24,15 @@ from typing import Any
 
 import tyro
 
+from evaluate.experiments.showdown_report import clairvoyant_gap
 from evaluate.jobs import Setting
 from evaluate.scores import Scores, policy_digest, read_scores, scores_path
-from evaluate.showdown_report import clairvoyant_gap
 from llmserve_env.agents.policy import WEIGHTS, Policy, PolicyAgent, PolicyConfig, load_policy, save_policy
 from llmserve_env.agents.trained import SHIPPED
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
-from llmserve_env.provenance import made_on
-from llmserve_env.stats import gap_share, interval, paired_difference
+from llmserve_env.report.provenance import made_on
+from llmserve_env.report.stats import gap_share, interval, paired_difference
 from llmserve_env.tasks import EVALUATION_SEEDS, list_tasks, load_task
 from train import bc, ppo
 
@@ -52,7 +52,7 @@ class Arguments:
     runs: tuple[Path, ...] = ()
     """Folders of finished runs."""
     results: Path = Path("evaluate/results/showdown")
-    """Folder that `evaluate.showdown` wrote."""
+    """Folder that `evaluate.experiments.showdown` wrote."""
     commit: str | None = None
     """That the runs were trained with (default: as they say themselves). A run that does not say on what
     machine is taken to have been made on this one."""
@@ -158,7 +158,7 @@ def measured(results: Path, weights: Path, task_id: str, names: Sequence[str]) -
         if name in names and scores.policy != policy_digest(weights / task_id / name):
             raise InputError(
                 f"was played with other weights than {weights / task_id / name}: remove it and run "
-                "evaluate.showdown again",
+                "evaluate.experiments.showdown again",
                 file=str(path),
                 field="policy",
             )
@@ -227,7 +227,8 @@ play(load_agent("{name}", task), task, range(8)).scores  # of llmserve_env.agent
   ({grid}),
   and versions of the package with other features in the observation: it is refused there.
 - Other traffic, hardware or load than it was trained on: it plays there, and what it scores has to be
-  measured (`python -m evaluate.showdown --agents best-constant {name} --tasks {task_id} --loads 0.5 1 2`).
+  measured (`python -m evaluate.experiments.showdown --agents best-constant {name} --tasks {task_id} \
+--loads 0.5 1 2`).
 - Real engines: it has seen the simulator alone, and nothing keeps it from a configuration that harms;
   `shielded:{name}` is the same policy with [rules that may overrule it](../../../docs/agents.md#shield).
 """
@@ -330,7 +331,7 @@ seed, and the share of the gap between the best constant (0) and the clairvoyant
 
 
 def _showdown(task_id: str, agents: Sequence[str], seeds: Sequence[int]) -> str:
-    parts = ["python", "-m", "evaluate.showdown", "--agents", *agents, "--tasks", task_id]
+    parts = ["python", "-m", "evaluate.experiments.showdown", "--agents", *agents, "--tasks", task_id]
     parts += ["--episodes", str(seeds[-1] - seeds[0] + 1)]
     if seeds[0] != EVALUATION_SEEDS.start:
         parts += ["--first-seed", str(seeds[0])]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmserve_env.agents.agent import Agent
 from llmserve_env.agents.aimd import AIMDAgent, AIMDRule
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.mpc import MPCAgent
+from llmserve_env.agents.mpc.mpc import MPCAgent
 from llmserve_env.agents.play import Played, play
 from llmserve_env.agents.random import RandomAgent
 from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule

@@ -22,13 +22,13 @@ import numpy as np
 
 from llmserve_env.agents.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
 from llmserve_env.errors import InputError
+from llmserve_env.net.urls import without_credentials
 from llmserve_env.schema import ServeAction, ServeObservation
-from llmserve_env.urls import without_credentials
 
 if TYPE_CHECKING:
     import openai
 
-    from llmserve_env.catalog import TaskInfo
+    from llmserve_env.tasks.catalog import TaskInfo
 
 
 _OPENAI = "https://api.openai.com/v1"

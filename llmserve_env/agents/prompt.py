@@ -9,7 +9,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction, ServeObservation
 
 if TYPE_CHECKING:
-    from llmserve_env.catalog import TaskInfo
+    from llmserve_env.tasks.catalog import TaskInfo
 
 NO_ANSWER = ("connection", "timeout", "rate_limited", "server_error", "rejected", "malformed")
 """Reasons of the endpoint's: no connection, no answer in time, 429, 5xx, another 4xx, no chat completion."""

@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from llmserve_env import load_profile, load_task, open_workload
-from llmserve_env.commands._report import check_folders, write_json
+from llmserve_env.commands.shared.report import check_folders, write_json
 from llmserve_env.errors import InputError
-from llmserve_env.provenance import made_by
+from llmserve_env.report.provenance import made_by
 
 _GENERATED = "mmpp://?preset=azure-conv&requests=20000"
 _SIZES = (10_000, 1_000_000, 10_000_000)

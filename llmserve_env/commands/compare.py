@@ -11,8 +11,8 @@ import tyro
 
 if TYPE_CHECKING:
     from llmserve_env.hardware.profile import Profile
-    from llmserve_env.live.calibration import Limits
-    from llmserve_env.live.comparison import Comparison
+    from llmserve_env.live.calibrate.calibration import Limits
+    from llmserve_env.live.calibrate.comparison import Comparison
 
 UNITS = {"ttft": ("TTFT", "ms", 1e3, 1), "itl": ("ITL", "ms", 1e3, 2), "e2e": ("E2E", "ms", 1e3, 0)}
 """How latencies are called and shown: name, unit, factor, digits."""
@@ -49,14 +49,14 @@ def compare(
     Raises:
         InputError: the server, the trace, the log or a file cannot be used.
     """
-    from llmserve_env.commands._report import check_folders, write_json
-    from llmserve_env.commands._serving import announce_compilation
-    from llmserve_env.figures import check_suffix
+    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.serving import announce_compilation
     from llmserve_env.hardware import load_profile
-    from llmserve_env.live import comparison
-    from llmserve_env.live.calibration import find_limits, ordinary_tokens
-    from llmserve_env.live.load import Target
-    from llmserve_env.provenance import made_by
+    from llmserve_env.live.calibrate import comparison
+    from llmserve_env.live.calibrate.calibration import find_limits, ordinary_tokens
+    from llmserve_env.live.calibrate.load import Target
+    from llmserve_env.report.figures import check_suffix
+    from llmserve_env.report.provenance import made_by
     from llmserve_env.workloads import open_workload
 
     check_folders(json_file, picture)
@@ -105,7 +105,7 @@ def differences(profile: Profile, limits: Limits) -> list[str]:
 
 def print_comparison(found: Comparison) -> None:
     """Print a comparison's figures."""
-    from llmserve_env.commands._report import number, table
+    from llmserve_env.commands.shared.report import number, table
 
     report = found.report
 
@@ -140,7 +140,7 @@ def print_comparison(found: Comparison) -> None:
 def _draw(found: Comparison, path: Path) -> None:
     import numpy as np
 
-    from llmserve_env.figures import INK, ORANGE, picture_file
+    from llmserve_env.report.figures import INK, ORANGE, picture_file
 
     looks: tuple[tuple[str, Any, str, Any], ...] = (
         ("measured", found.measured, INK, "-"),

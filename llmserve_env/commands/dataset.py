@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llmserve_env.agents import Agent
     from llmserve_env.episode import EpisodeBatch, StepResult
-    from llmserve_env.live.decision_log import Stretch
+    from llmserve_env.live.pilot.decision_log import Stretch
     from llmserve_env.tasks import Task
 
 _PART = 32
@@ -115,7 +115,7 @@ def _of_logs(files: Sequence[Path], name: str | None, out: Path | None) -> None:
     """Of what decision logs have."""
     import sys
 
-    from llmserve_env.live.decision_log import one_task, read_decisions
+    from llmserve_env.live.pilot.decision_log import one_task, read_decisions
 
     stretches = read_decisions(files, lambda text: print(text, file=sys.stderr))
     if not stretches:
@@ -315,7 +315,7 @@ def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[st
 
     from llmserve_env import __version__
     from llmserve_env.observation import FEATURES
-    from llmserve_env.provenance import made_by
+    from llmserve_env.report.provenance import made_by
     from llmserve_env.rewards import COMPONENTS
 
     return {

@@ -41,10 +41,10 @@ def demo(
     from tqdm import tqdm
 
     from llmserve_env.agents import lacks_weights, load_agent
-    from llmserve_env.commands._report import table, write_json
-    from llmserve_env.commands._serving import announce_compilation
-    from llmserve_env.provenance import made_by
-    from llmserve_env.stats import interval
+    from llmserve_env.commands.shared.report import table, write_json
+    from llmserve_env.commands.shared.serving import announce_compilation
+    from llmserve_env.report.provenance import made_by
+    from llmserve_env.report.stats import interval
     from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 
     if seeds < 2:
@@ -92,8 +92,8 @@ def _result(agent: Agent, task: Task, seeds: range) -> dict[str, Any]:
     from dataclasses import asdict
 
     from llmserve_env.agents import play
+    from llmserve_env.report.stats import interval
     from llmserve_env.rewards import COMPONENTS
-    from llmserve_env.stats import interval
 
     played = play(agent, task, seeds, parallel=True)
     return {

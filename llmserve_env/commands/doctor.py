@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from llmserve_env.live.doctor import Diagnosis
+    from llmserve_env.live.servers.doctor import Diagnosis
 
 STATUS = {"missing": 1, "unreachable": 2}
 """Exit status by the worst that was found."""
@@ -38,9 +38,9 @@ def doctor(
     Raises:
         InputError: a URL or the file cannot be used.
     """
-    from llmserve_env.commands._report import check_folders, table, write_json
+    from llmserve_env.commands.shared.report import check_folders, table, write_json
     from llmserve_env.errors import InputError
-    from llmserve_env.live.doctor import TOKENS, controls, diagnose
+    from llmserve_env.live.servers.doctor import TOKENS, controls, diagnose
 
     if not url:
         raise InputError("expected one or more", field="--url")
@@ -74,7 +74,7 @@ def doctor(
 
 
 def _print(found: Diagnosis) -> None:
-    from llmserve_env.commands._report import table
+    from llmserve_env.commands.shared.report import table
 
     rows = []
     for check in found.checks:

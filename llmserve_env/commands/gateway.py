@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import uvicorn
 
     from llmserve_env.backend import WindowRecord
-    from llmserve_env.live.decisions import Decision
-    from llmserve_env.live.deployment import Deployment
-    from llmserve_env.live.pilot import Pilot
-    from llmserve_env.live.steering import Told
-    from llmserve_env.live.upstreams import Upstream
+    from llmserve_env.live.gateway.deployment import Deployment
+    from llmserve_env.live.gateway.steering import Told
+    from llmserve_env.live.pilot.decisions import Decision
+    from llmserve_env.live.pilot.pilot import Pilot
+    from llmserve_env.live.servers.upstreams import Upstream
     from llmserve_env.tasks import Task
 
 
@@ -121,14 +121,14 @@ def gateway(
         raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
     import logging
 
-    from llmserve_env.live.deployment import SCRAPE_S, STALE_S, Deployment
-    from llmserve_env.live.gateway import Gateway
-    from llmserve_env.live.history import History
-    from llmserve_env.live.proxy import Proxy
-    from llmserve_env.live.telemetry import Telemetry
-    from llmserve_env.live.tenants import Tenants, load_tenants, task_tenants
-    from llmserve_env.live.upstreams import parse_upstream
-    from llmserve_env.sockets import listen
+    from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
+    from llmserve_env.live.gateway.gateway import Gateway
+    from llmserve_env.live.gateway.history import History
+    from llmserve_env.live.gateway.proxy import Proxy
+    from llmserve_env.live.gateway.tenants import Tenants, load_tenants, task_tenants
+    from llmserve_env.live.servers.telemetry import Telemetry
+    from llmserve_env.live.servers.upstreams import parse_upstream
+    from llmserve_env.net.sockets import listen
 
     upstreams = [parse_upstream(each) for each in upstream]
     task = _task(steering, action, window_s, upstreams)
@@ -196,8 +196,8 @@ async def _windows(
     """Steer until cancelled; the settings that were found return."""
     import asyncio
 
-    from llmserve_env.live.deployment import SCRAPE_S
-    from llmserve_env.live.steering import steer
+    from llmserve_env.live.gateway.deployment import SCRAPE_S
+    from llmserve_env.live.gateway.steering import steer
 
     async with deployment:
         deployment.apply(action)
@@ -286,9 +286,9 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
     from llmserve_env.agents.find import find_agent
     from llmserve_env.errors import InputError
     from llmserve_env.hardware.profile import refusal
-    from llmserve_env.live.decision_log import DecisionLog
-    from llmserve_env.live.pilot import Pilot
-    from llmserve_env.live.steering import RunningReward, warm_up
+    from llmserve_env.live.gateway.steering import RunningReward, warm_up
+    from llmserve_env.live.pilot.decision_log import DecisionLog
+    from llmserve_env.live.pilot.pilot import Pilot
 
     assert steering.agent is not None
     limit_s = task.window_s / 2 if steering.decide_limit_s is None else steering.decide_limit_s

@@ -75,7 +75,7 @@ def _ms(seconds: float) -> float:
 
 
 def _print_table(figures: list[dict[str, Any]]) -> None:
-    from llmserve_env.commands._report import table
+    from llmserve_env.commands.shared.report import table
 
     header = ["profile", "GPU", "tp", "tiers", "KV tokens", *(f"decode {n}" for n in _BATCHES), "prefill"]
     rows = [

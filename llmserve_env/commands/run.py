@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmserve_env.agents import Agent
-    from llmserve_env.live.decisions import Decision
-    from llmserve_env.live.pilot import Pilot
+    from llmserve_env.live.pilot.decisions import Decision
+    from llmserve_env.live.pilot.pilot import Pilot
     from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
     from llmserve_env.tasks import Task
 
@@ -96,11 +96,11 @@ def run(
     import signal
 
     from llmserve_env.agents.find import find_agent
-    from llmserve_env.commands._report import check_folders
     from llmserve_env.commands.grade import tell
+    from llmserve_env.commands.shared.report import check_folders
     from llmserve_env.errors import InputError
     from llmserve_env.grading import grade, write_log
-    from llmserve_env.live.steering import warm_up
+    from llmserve_env.live.gateway.steering import warm_up
     from llmserve_env.tasks import load_task
 
     check_folders(log, piloting.decisions)
@@ -252,7 +252,7 @@ def _play(world: _World, agent: Agent, piloting: Piloting, seed: int) -> None:
 
     capabilities = world.capabilities()
     if capabilities:
-        from llmserve_env.commands._report import table
+        from llmserve_env.commands.shared.report import table
 
         print(table(["field", "how it is applied"], list(map(list, capabilities.items())), left=2) + "\n")
     pilot = _pilot(world, agent, piloting, seed, capabilities)
@@ -287,8 +287,8 @@ def _pilot(
         if piloting != Piloting(piloting.pilot):
             raise InputError("expected always with what is said of a pilot", field="--pilot")
         return None
-    from llmserve_env.live.decision_log import DecisionLog
-    from llmserve_env.live.pilot import Pilot
+    from llmserve_env.live.pilot.decision_log import DecisionLog
+    from llmserve_env.live.pilot.pilot import Pilot
 
     limit_s = piloting.decide_limit_s
     return Pilot(

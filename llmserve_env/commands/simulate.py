@@ -58,9 +58,9 @@ def simulate(
         skip_bad_rows: skip and count rows of the trace that cannot be read, rather than refuse it.
         json_file: also write the summary there, as JSON.
     """
-    from llmserve_env.commands._report import check_folders, write_json
-    from llmserve_env.commands._serving import Cell, serve, write_requests
-    from llmserve_env.commands._summary import rows, summarise
+    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.serving import Cell, serve, write_requests
+    from llmserve_env.commands.shared.summary import rows, summarise
     from llmserve_env.hardware import load_profile
     from llmserve_env.hardware.memory import kv_blocks
     from llmserve_env.workloads import open_reported
@@ -133,7 +133,7 @@ def _check_tp(profile: Profile, tp: int | None) -> None:
 def _action(**values: object) -> ServeAction:
     from pydantic import ValidationError
 
-    from llmserve_env.commands._serving import FLAGS
+    from llmserve_env.commands.shared.serving import FLAGS
     from llmserve_env.hardware.profile import refusal
     from llmserve_env.schema import ServeAction
 

@@ -31,9 +31,9 @@ def tasks(
     Raises:
         InputError: the task cannot be used, or the picture cannot be written.
     """
-    from llmserve_env.commands._report import check_folders
+    from llmserve_env.commands.shared.report import check_folders
     from llmserve_env.errors import InputError
-    from llmserve_env.figures import check_suffix
+    from llmserve_env.report.figures import check_suffix
     from llmserve_env.tasks import list_tasks, load_task
     from llmserve_env.tasks.description import describe_task, overview
 
@@ -51,13 +51,13 @@ def tasks(
     tables = describe_task(task)
     print("\n\n".join([_text(task.description, markdown), *(form(table) for table in tables)]))
     if picture is not None:
-        from llmserve_env.commands._task_picture import draw_task
+        from llmserve_env.commands.shared.task_picture import draw_task
 
         draw_task(task, picture)
 
 
 def _plain(table: Table, *, titled: bool = True) -> str:
-    from llmserve_env.commands._report import table as aligned
+    from llmserve_env.commands.shared.report import table as aligned
 
     lines = aligned(table.header, table.rows, left=table.left).splitlines()
     if not any(table.header):

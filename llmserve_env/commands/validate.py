@@ -11,8 +11,8 @@ import tyro
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
-    from llmserve_env.commands._measured import Latencies, Measured
-    from llmserve_env.commands._serving import Cell
+    from llmserve_env.commands.shared.measured import Latencies, Measured
+    from llmserve_env.commands.shared.serving import Cell
     from llmserve_env.hardware import Profile
 
 MEAN_LIMIT_PERCENT, LARGEST_LIMIT_PERCENT = 3.0, 8.0
@@ -39,12 +39,12 @@ def validate(
         json_file: also write the figures there, as JSON.
         picture: draw the distributions to this file (png, svg or pdf).
     """
-    from llmserve_env.commands._measured import Latencies, read_run
-    from llmserve_env.commands._report import check_folders, write_json
-    from llmserve_env.commands._serving import serve
-    from llmserve_env.figures import check_suffix
+    from llmserve_env.commands.shared.measured import Latencies, read_run
+    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.serving import serve
     from llmserve_env.hardware import load_profile
-    from llmserve_env.provenance import made_by
+    from llmserve_env.report.figures import check_suffix
+    from llmserve_env.report.provenance import made_by
 
     check_folders(json_file, picture)
     if picture is not None:
@@ -71,15 +71,15 @@ def validate(
     if json_file is not None:
         write_json(json_file, {"made_by": made_by(), **report})
     if picture is not None:
-        from llmserve_env.commands._picture import draw_validation
+        from llmserve_env.commands.shared.picture import draw_validation
 
         draw_validation(measured.latencies, simulated, _title(report), picture)
 
 
 def _cell(path: Path, profile: Profile) -> tuple[Cell, list[str]]:
     """The engine that meta.json describes, the profile's where it is silent, and how the two differ."""
-    from llmserve_env.commands._measured import Meta
-    from llmserve_env.commands._serving import Cell
+    from llmserve_env.commands.shared.measured import Meta
+    from llmserve_env.commands.shared.serving import Cell
     from llmserve_env.hardware.memory import kv_blocks
     from llmserve_env.schema import ServeAction
     from llmserve_env.sim.state import BLOCK_TOKENS, MAX_RUNNING
@@ -126,7 +126,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
 
 def _compare(measured: Measured, simulated: Latencies, preemptions: int) -> dict[str, Any]:
     """Each latency figure measured and simulated, and the mean and largest absolute error (%)."""
-    from llmserve_env.commands._report import statistics
+    from llmserve_env.commands.shared.report import statistics
 
     figures = {
         name: {
@@ -166,7 +166,7 @@ def _error(simulated: float | None, measured: float | None) -> float | None:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from llmserve_env.commands._report import number, table
+    from llmserve_env.commands.shared.report import number, table
 
     def row(label: str, figure: dict[str, float | None], factor: float, digits: int) -> list[str]:
         values = [figure["measured_s"], figure["simulated_s"]]

@@ -17,8 +17,8 @@ from llmserve_env.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from llmserve_env.catalog import TaskInfo
     from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
+    from llmserve_env.tasks.catalog import TaskInfo
 
 _INFO = ("reward_components", "cost", "score", "seed", "action", "not_applied")
 

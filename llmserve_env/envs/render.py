@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.actions import CONTROLS, finite
-from llmserve_env.figures import BLUE, GREY, INK, ORANGE, new_figure, picture_file
 from llmserve_env.hardware.profile import TIERS
+from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, new_figure, picture_file
 from llmserve_env.rewards import COMPONENTS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
 from llmserve_env.live.endpoint import EndpointBackend
-from llmserve_env.live.ledger import UNMEASURED
+from llmserve_env.live.gateway.ledger import UNMEASURED
 from llmserve_env.observation import Observer, describe
 from llmserve_env.recording import record_digests
 from llmserve_env.rewards import COMPONENTS, Rewards

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.errors import InputError
-from llmserve_env.live.deployment import SCRAPE_S, STALE_S, Deployment
-from llmserve_env.live.gateway import Gateway, Passage, Refused
-from llmserve_env.live.metrics import Scrape, read_metrics
-from llmserve_env.live.stream import RequestFailed, stream_completion
-from llmserve_env.live.telemetry import Telemetry
+from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
+from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
+from llmserve_env.live.gateway.stream import RequestFailed, stream_completion
+from llmserve_env.live.servers.metrics import Scrape, read_metrics
+from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.traffic import Prompts
 
 if TYPE_CHECKING:
     import httpx
 
     from llmserve_env.backend import WindowRecord
+    from llmserve_env.live.servers.upstreams import Upstream
     from llmserve_env.live.settings import EndpointSettings
-    from llmserve_env.live.upstreams import Upstream
     from llmserve_env.schema import ServeAction
     from llmserve_env.workloads.workload import Workload
 

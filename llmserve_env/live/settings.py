@@ -8,9 +8,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llmserve_env.errors import InputError
-from llmserve_env.live.upstreams import Upstream, parse_upstream
+from llmserve_env.live.servers.upstreams import Upstream, parse_upstream
+from llmserve_env.net.urls import without_credentials
 from llmserve_env.schema import QuantizationTier
-from llmserve_env.urls import without_credentials
 
 _ASK_S = 10.0
 

@@ -18,7 +18,7 @@ from typing import Any
 import vllm
 
 from llmserve_env.errors import InputError
-from llmserve_env.live.engine_settings import (
+from llmserve_env.live.servers.engine_settings import (
     SCHEDULER_VERSIONS,
     SETTINGS_FILE,
     AppliedSettings,

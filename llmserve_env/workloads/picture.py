@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmserve_env.figures import BLUE, INK, ORANGE, picture_file
+from llmserve_env.report.figures import BLUE, INK, ORANGE, picture_file
 from llmserve_env.workloads.description import Description
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from llmserve_env.agents import AGENTS, load_agent, play
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
-from server import plots
-from server.refusals import AtCapacity, Conflict, NotFound
-from server.requests import ResetRequest
+from server.messages.refusals import AtCapacity, Conflict, NotFound
+from server.messages.requests import ResetRequest
+from server.page import plots
+from server.page.ui_trace import replay
+from server.page.ui_visitors import Visitor, Visitors
 from server.service import Service
 from server.settings import Settings
-from server.ui_trace import replay
-from server.ui_visitors import Visitor, Visitors
 
 _SHORT = ResetRequest(task_id="adversarial_multitenant", seed=3, horizon_s=100.0)
 
@@ -173,7 +173,7 @@ def test_what_all_visitors_would_share_is_not_served(page_url: str, path: str) -
 
 
 def test_agents_are_offered_for_the_tasks_that_they_play(ship: Callable[..., None]) -> None:
-    from server.ui_tab import PlayTab
+    from server.page.ui_tab import PlayTab
 
     ship("bursty_workload")
 

@@ -16,7 +16,7 @@ from llmserve_env.observation import FEATURES
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
-from tests.live.test_decision_log import steer
+from tests.live.pilot.test_decision_log import steer
 
 TASK = "bursty_workload"
 

@@ -9,8 +9,8 @@ import pytest
 
 from llmserve_env.agents import load_agent, play
 from llmserve_env.cli import main
+from llmserve_env.report.stats import interval
 from llmserve_env.rewards import COMPONENTS
-from llmserve_env.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 
 

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from llmserve_env.cli import main
-from llmserve_env.live.decision_log import read_decisions
-from llmserve_env.live.engine_settings import EngineSettings, read_settings, write_settings
+from llmserve_env.live.pilot.decision_log import read_decisions
+from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings, write_settings
 from llmserve_env.schema import ServeAction
 from tests.live.control_folder import FolderEngine
 from tests.live.endpoint_server import Running, ScriptedEndpoint, event, piece

@@ -11,8 +11,8 @@ import pytest
 from llmserve_env.agents import load_agent, play
 from llmserve_env.cli import main
 from llmserve_env.grading import grade, read_log
-from llmserve_env.live.decision_log import read_decisions
-from llmserve_env.live.engine_settings import EngineSettings, read_settings, write_settings
+from llmserve_env.live.pilot.decision_log import read_decisions
+from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings, write_settings
 from llmserve_env.tasks import load_task
 from tests.live.control_folder import FolderEngine
 from tests.live.endpoint_server import CompletionEndpoint, closed_url, serving

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmserve_env.cli import main
-from llmserve_env.commands import _serving
+from llmserve_env.commands.shared import serving
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.schema import ServeAction
@@ -40,7 +40,7 @@ def table(path):
 def cell(profile=PROFILE, blocks=None, **action):
     hardware = load_profile(profile)
     blocks = kv_blocks(hardware) if blocks is None else blocks
-    return _serving.Cell(hardware, ServeAction(**action), hardware.engine.max_num_batched_tokens, blocks)
+    return serving.Cell(hardware, ServeAction(**action), hardware.engine.max_num_batched_tokens, blocks)
 
 
 # The file
@@ -240,7 +240,7 @@ def test_windows_change_nothing(served):
         engines.profile, workload, action=engines.action, kv_blocks=engines.kv_blocks
     ).serve_out()
     for windows in (1, 37, 200):
-        windowed = _serving.serve(workload, engines, windows=windows)
+        windowed = serving.serve(workload, engines, windows=windows)
         for name in ("arrival_s", "ttft_s", "tpot_s", "e2e_s", "preemptions", "status"):
             np.testing.assert_array_equal(getattr(windowed.outcomes, name), getattr(once, name))
         over = once.status == "completed"
@@ -308,10 +308,10 @@ def test_an_interrupt_leaves_no_file(tmp_path):
         def __str__(self):
             raise KeyboardInterrupt
 
-    served = _serving.serve(open_workload("poisson://?requests=3"), cell())
+    served = serving.serve(open_workload("poisson://?requests=3"), cell())
     workload = replace(served.workload, request_ids=("0", "1", Interrupts()))
     with pytest.raises(KeyboardInterrupt):
-        _serving.write_requests(tmp_path / "out.csv", replace(served, workload=workload))
+        serving.write_requests(tmp_path / "out.csv", replace(served, workload=workload))
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ from llmserve_env.agents import Shield, load_agent, play
 from llmserve_env.agents.policy import Policy, PolicyAgent, PolicyConfig, save_policy, shapes
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES
-from llmserve_env.stats import interval
+from llmserve_env.report.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 
 STATIC = Setting(task="static_workload")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from live.endpoint_server import ChatEndpoint, Reply, chat, serving
 
-import evaluate.showdown_report as report
+import evaluate.experiments.showdown_report as report
 from evaluate.evaluate import agent_labels, measure
+from evaluate.experiments.showdown import Arguments, main
 from evaluate.jobs import Setting
 from evaluate.llm import llm_settings, play_llm
 from evaluate.scores import read_scores
-from evaluate.showdown import Arguments, main
 from llmserve_env import tasks
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.play import play

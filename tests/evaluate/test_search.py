@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from evaluate.headroom import Settings, main
-from evaluate.headroom_report import scores_of
+from evaluate.experiments.headroom import Settings, main
+from evaluate.experiments.headroom_report import scores_of
 from evaluate.search import Player, best_constants, candidates, clairvoyant
 from llmserve_env.actions import CONTROLS, to_array
 from llmserve_env.agents import load_agent, play

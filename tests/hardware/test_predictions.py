@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmserve_env.commands.calibrate import predictions
+from llmserve_env.commands.calibrate.predictions import predictions
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.predictions import (
     Decode,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmserve_env.errors import InputError
-from llmserve_env.live.engine_settings import (
+from llmserve_env.live.servers.engine_settings import (
     AppliedSettings,
     EngineSettings,
     EngineStatus,

@@ -15,8 +15,8 @@ from llmserve_env.actions import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.live import LiveEpisode, sender
-from llmserve_env.live.engine_settings import EngineSettings, read_settings, write_settings
-from llmserve_env.live.ledger import UNMEASURED
+from llmserve_env.live.gateway.ledger import UNMEASURED
+from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings, write_settings
 from llmserve_env.live.settings import open_endpoint
 from llmserve_env.schema import QuantizationTier, ServeAction
 

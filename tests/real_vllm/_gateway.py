@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import aiohttp
 
-from llmserve_env.live.deployment import Deployment
-from llmserve_env.live.gateway import Gateway
-from llmserve_env.live.proxy import Proxy
-from llmserve_env.live.telemetry import Telemetry
-from llmserve_env.live.tenants import Caller, Tenants
-from llmserve_env.live.upstreams import Upstream
+from llmserve_env.live.gateway.deployment import Deployment
+from llmserve_env.live.gateway.gateway import Gateway
+from llmserve_env.live.gateway.proxy import Proxy
+from llmserve_env.live.gateway.tenants import Caller, Tenants
+from llmserve_env.live.servers.telemetry import Telemetry
+from llmserve_env.live.servers.upstreams import Upstream
 from tests.live.endpoint_server import Running
 
 from .conftest import ROOT, STEP_S, completion, prompt, wait_for

@@ -26,7 +26,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from llmserve_env.live.engine_settings import EngineSettings, read_statuses, write_settings
+from llmserve_env.live.servers.engine_settings import EngineSettings, read_statuses, write_settings
 
 if TYPE_CHECKING:
     from llmserve_env.live.vllm_scheduler import LiveScheduler

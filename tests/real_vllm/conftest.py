@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llmserve_env.live.engine_settings import (
+from llmserve_env.live.servers.engine_settings import (
     EngineSettings,
     EngineStatus,
     read_statuses,

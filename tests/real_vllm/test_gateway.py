@@ -17,8 +17,8 @@ import pytest
 
 from llmserve_env import cli
 from llmserve_env.grading import grade, read_log
-from llmserve_env.live.engine_settings import EngineSettings
-from llmserve_env.live.metrics import METRICS
+from llmserve_env.live.servers.engine_settings import EngineSettings
+from llmserve_env.live.servers.metrics import METRICS
 from llmserve_env.schema import ServeAction
 
 from ._gateway import DONE, LONG, ask, failures, gateway_process, held, standing, stream, tokens_of, until

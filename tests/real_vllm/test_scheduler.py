@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from llmserve_env.live.engine_settings import AppliedSettings, EngineSettings
+from llmserve_env.live.servers.engine_settings import AppliedSettings, EngineSettings
 
 from .conftest import BLOCK_TOKENS, ROOT, START_S, STEP_S, completion, prompt, wait_for
 

@@ -14,8 +14,8 @@ from contextlib import AsyncExitStack
 
 import aiohttp
 
-from llmserve_env.live.engine_settings import EngineSettings, read_settings
-from llmserve_env.live.telemetry import Telemetry
+from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings
+from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.schema import ServeAction
 
 from ._gateway import (

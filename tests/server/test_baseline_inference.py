@@ -15,12 +15,12 @@ from live.endpoint_server import ChatEndpoint, Reply, chat, closed_url, serving
 from llmserve_env.agents import AGENTS, load_agent, play
 from llmserve_env.agents.llm import LLMPolicy, LLMSettings
 from llmserve_env.agents.prompt import Unusable, answer_schema, parse, prompt
-from llmserve_env.catalog import task_info
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
+from llmserve_env.tasks.catalog import task_info
 from server.baseline_inference import deterministic_suite, main, openai_suite
 from server.baseline_player import OverHttp
 

@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from llmserve_env import Episode, grade, list_tasks, load_task
-from llmserve_env.catalog import catalog
 from llmserve_env.client import (
     CapacityError,
     ConflictError,
@@ -19,10 +18,11 @@ from llmserve_env.client import (
     RemotePlayer,
     ServiceError,
 )
+from llmserve_env.envs.tool_env import ServeToolEnv
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES
 from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction, ServeObservation
-from llmserve_env.tool_env import ServeToolEnv
+from llmserve_env.tasks.catalog import catalog
 from tests.server.conftest import ends, running
 
 TASK = "adversarial_multitenant"

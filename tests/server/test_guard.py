@@ -11,7 +11,7 @@ import pytest
 from llmserve_env import load_task
 from llmserve_env.errors import InputError
 from server.guard import Guard
-from server.refusals import AtCapacity
+from server.messages.refusals import AtCapacity
 from server.settings import Settings
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 

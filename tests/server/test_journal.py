@@ -14,8 +14,8 @@ from llmserve_env import grade
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from server.journal import Entry, Journal
-from server.refusals import Unavailable
-from server.requests import ResetRequest
+from server.messages.refusals import Unavailable
+from server.messages.requests import ResetRequest
 from server.service import Service
 from server.settings import Settings
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmserve_env.schema import ServeAction
-from server.refusals import AtCapacity, Conflict, NotFound
-from server.requests import ResetRequest
+from server.messages.refusals import AtCapacity, Conflict, NotFound
+from server.messages.requests import ResetRequest
 from server.service import Service, return_memory
 from server.sessions import Sessions
 from server.settings import Settings

@@ -11,9 +11,9 @@ from llmserve_env.agents import ConstantAgent, RandomAgent, load_agent, play
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
-from llmserve_env.live.decision_log import DecisionLog, read_decisions
-from llmserve_env.live.limits import Limits
-from llmserve_env.live.pilot import Pilot
+from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
+from llmserve_env.live.pilot.limits import Limits
+from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 from train import bc

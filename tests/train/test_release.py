@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import tyro
 
+from evaluate.experiments.showdown_report import clairvoyant_scores
 from evaluate.jobs import Setting
 from evaluate.scores import Scores, policy_digest, scores_path
-from evaluate.showdown_report import clairvoyant_scores
 from llmserve_env.agents.policy import CONFIG, WEIGHTS, load_policy, save_policy
 from llmserve_env.errors import InputError
+from llmserve_env.report.stats import interval
 from llmserve_env.rewards import COMPONENTS
-from llmserve_env.stats import interval
 from llmserve_env.tasks import TRAINING_SEEDS
 from train import bc, ppo, release
 

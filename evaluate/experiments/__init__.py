@@ -1,0 +1,1 @@
+"""Experiments: one for each published table, and the report that prints it."""

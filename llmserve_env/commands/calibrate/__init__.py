@@ -1,0 +1,1 @@
+"""Fit a profile: to kernel times, to a predictor's iterations, or to a running server."""

@@ -1,0 +1,1 @@
+"""The simulator fitted to a running server, and held against one."""

@@ -1,0 +1,408 @@
+"""What a gateway decides: who is let in, who waits, who goes where; and what it measures.
+
+It knows nothing of HTTP: `proxy.Proxy` brings it the requests. All of it runs in one event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmserve_env.backend import WindowRecord
+from llmserve_env.errors import InputError
+from llmserve_env.hardware.constants import constants
+from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
+from llmserve_env.schema import QuantizationTier, ServeAction
+from llmserve_env.workloads.workload import Tenant
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmserve_env.live.servers.upstreams import Upstream
+
+_TIERS = list(QuantizationTier)
+_PASS_OVER_S = 1.0
+
+
+class Refused(Exception):
+    """A request is not served.
+
+    Args:
+        status: HTTP status.
+        message: for its client.
+        reason: in a few words, for counting.
+        retry_after_s: when to try again, at the earliest (s; None: no word of it).
+    """
+
+    def __init__(self, status: int, message: str, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(eq=False)
+class Passage(LiveRequest):
+    """A request on its way through the gateway.
+
+    Attributes:
+        upstream: where it is, or is to go; None while it waits.
+        turn: its turn has come when this is done, or it has failed.
+        since_s: when it last got on: joined the queue, went to its upstream, got something from there (s).
+        writing: whether its client is the one to be waited for.
+        cut: how to end it from outside; None while it waits.
+        silent: it was ended because nothing came from the upstream.
+        tries: upstreams that took no connection for it.
+    """
+
+    upstream: Upstream | None = None
+    turn: asyncio.Future[None] | None = None
+    since_s: float = 0.0
+    writing: bool = False
+    cut: Callable[[], object] | None = None
+    silent: bool = False
+    tries: int = 0
+
+
+class Gateway:
+    """Lets requests in, queues them, hands them to upstreams, and keeps account.
+
+    Of an action it applies `batch_cap` (requests at each engine of an upstream), `kv_budget_fraction`
+    (nothing is sent to an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket
+    before the queue), `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM
+    is told), and `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an
+    upstream when an action comes stays there. What the engines of an upstream apply themselves
+    (`Upstream.in_engine`) is left to them, but for the batch cap, which is kept before them, too.
+
+    Args:
+        upstreams: one or more.
+        tenants: who sends requests.
+        action: in force from the start.
+        max_waiting: requests in the queue, at most.
+        queue_timeout_s: a request that waited so long is refused (s).
+        idle_timeout_s: a request is ended when nothing came from its upstream, or its client took nothing,
+            for so long (s).
+        kv_usage: share of an upstream's KV cache that is in use, None where it is not known now: nothing is
+            held back then.
+        clock: of all times here (s).
+
+    Attributes:
+        action: in force.
+        kv_usage: as given.
+        ledger: counts.
+
+    Raises:
+        InputError: no upstream, or a bound that is not positive.
+
+    Example:
+        >>> gateway = Gateway([Upstream("http://127.0.0.1:8101")])
+        >>> not_applied = gateway.apply(ServeAction(batch_cap=8, priority_routing=True))
+        >>> record = gateway.window()  # what happened since the last call
+    """
+
+    def __init__(
+        self,
+        upstreams: Sequence[Upstream],
+        tenants: Sequence[Tenant] = (Tenant(),),
+        action: ServeAction = ServeAction(),  # noqa: B008 - immutable
+        *,
+        max_waiting: int = 1000,
+        queue_timeout_s: float = 60.0,
+        idle_timeout_s: float = 300.0,
+        kv_usage: Callable[[Upstream], float | None] = lambda upstream: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not upstreams:
+            raise InputError("expected one or more", field="upstream")
+        for name, value in (
+            ("max_waiting", max_waiting),
+            ("queue_timeout_s", queue_timeout_s),
+            ("idle_timeout_s", idle_timeout_s),
+        ):
+            if not value > 0:
+                raise InputError(f"expected more than 0, found {value}", field=name)
+        self.upstreams = tuple(upstreams)
+        self.tenants = tuple(tenants)
+        self.ledger = Ledger(self.tenants, sum(each.engines for each in self.upstreams))
+        self._ranks = sorted({tenant.priority for tenant in self.tenants})
+        self._max_waiting = max_waiting
+        self._queue_timeout_s = queue_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self.kv_usage = kv_usage
+        self._clock = clock
+        self._numbers = count()
+        self._queues: dict[int, deque[Passage]] = {priority: deque() for priority in self._ranks}
+        self._at_upstreams: set[Passage] = set()
+        self._bucket_full_s = -math.inf  # when it will be full
+        self._begun_s = self._window_s = clock()
+        self.ledger.open(self._begun_s)
+        self.apply(action)
+
+    def apply(self, action: ServeAction) -> dict[str, str]:
+        """Put an action into force.
+
+        Returns:
+            Fields that cannot be applied now, with the reason.
+        """
+        self.action = action
+        self._pool, self._not_here = self._placed(action)
+        self.dispatch()
+        return self.not_applied
+
+    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that could not be applied now, with the reason."""
+        pool, found = self._placed(action)
+        return found | self._blind(action, pool)
+
+    @property
+    def not_applied(self) -> dict[str, str]:
+        """Fields of the action in force that have no effect now, with the reason."""
+        return self._not_here | self._blind(self.action, self._pool)
+
+    def window(self) -> WindowRecord:
+        """What happened since the last call: latencies as clients saw them, from arrival at the gateway."""
+        window, ttft, gaps = self.close_window()
+        self.open_window()
+        return WindowRecord.of(window, len(self.tenants), ttft, gaps, self.not_applied)
+
+    def close_window(
+        self, start_s: float | None = None, end_s: float | None = None
+    ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
+        """End the window; until `open_window` no time counts as busy.
+
+        Args:
+            start_s: what the record says of its start (s; default: since the gateway began).
+            end_s: of its end, likewise.
+
+        Returns:
+            WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.
+        """
+        now_s = self._clock()
+        waiting = (each for queue in self._queues.values() for each in queue if not each.over)
+        window, ttft, gaps = self.ledger.close(
+            now_s,
+            self._window_s - self._begun_s if start_s is None else start_s,
+            now_s - self._begun_s if end_s is None else end_s,
+            [*waiting, *self._at_upstreams],
+        )
+        self._window_s = now_s
+        self._look(window)
+        return window, ttft, gaps
+
+    def open_window(self) -> None:
+        """Begin a window."""
+        self.ledger.open(self._clock())
+
+    def blank(self) -> NDArray[np.void]:
+        """WINDOW of a gateway that has done nothing."""
+        window = self.ledger.blank()
+        self._look(window)
+        return window
+
+    def _look(self, window: NDArray[np.void]) -> None:
+        """Fill in what the upstreams are now."""
+        up = [each for each in self.upstreams if not self.passed_over(each)]
+        window["engines_up"] = sum(each.engines for each in up)
+        for each in up:
+            if each.tier is not None:
+                window["engines_tier"][_TIERS.index(each.tier)] += each.engines
+        usages = [usage for each in self.upstreams if (usage := self.kv_usage(each)) is not None]
+        window["kv_occupancy"] = np.mean(usages) if usages else 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(not each.over for queue in self._queues.values() for each in queue)
+
+    def passed_over(self, upstream: Upstream) -> bool:
+        """Whether it took no connection a moment ago."""
+        return self._clock() < upstream.passed_over_until_s
+
+    def enter(self, tenant: int, prompt_tokens: int, arrival_s: float | None = None) -> Passage:
+        """A request has arrived.
+
+        Args:
+            tenant: index of who sent it.
+            prompt_tokens: about.
+            arrival_s: when it was due, from which its latencies count (s of the clock; default: now).
+
+        Raises:
+            Refused: 429, at the admission rate or with a full queue.
+        """
+        now_s = self._clock()
+        due_s = now_s if arrival_s is None else arrival_s
+        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, due_s, since_s=now_s)
+        self.ledger.arrived(passage, prompt_tokens)
+        wait_s = self._bucket_wait_s(passage.priority, now_s)
+        if wait_s > 0:
+            self._refuse(passage, "admission rate", "Too many requests: try again later", wait_s)
+        if self.waiting >= self._max_waiting:
+            self._refuse(passage, "queue full", "Too many requests wait here: try again later", 1.0)
+        self._take_token(now_s)
+        passage.turn = asyncio.get_running_loop().create_future()
+        self._queues[passage.priority].append(passage)
+        self.dispatch()
+        return passage
+
+    def dispatch(self) -> None:
+        """Hand waiting requests over while there is room."""
+        while (queue := self._next_queue()) is not None:
+            upstream = self._room()
+            if upstream is None:
+                return
+            passage = queue.popleft()
+            now_s = self._clock()
+            passage.upstream, passage.since_s = upstream, now_s
+            passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
+            upstream.running += 1
+            self._at_upstreams.add(passage)
+            self.ledger.sent(passage, now_s)
+            assert passage.turn is not None
+            passage.turn.set_result(None)
+
+    def priority_of(self, passage: Passage) -> int:
+        """What vLLM is told of its priority."""
+        return passage.priority if self.action.priority_routing else 0
+
+    def unreachable(self, passage: Passage) -> None:
+        """Its upstream takes no connections: it waits again, first of its kind, for another one.
+
+        Raises:
+            Refused: 503, there is none.
+        """
+        now_s = self._clock()
+        assert passage.upstream is not None
+        passage.upstream.passed_over_until_s = now_s + _PASS_OVER_S
+        passage.tries += 1
+        if passage.tries >= len(self._pool) or all(self.passed_over(each) for each in self._pool):
+            raise Refused(503, "No upstream can be reached", "upstream down", _PASS_OVER_S)
+        self._leave(passage)
+        self.ledger.returned(passage, now_s)
+        passage.turn = asyncio.get_running_loop().create_future()
+        passage.cut = None
+        self._queues[passage.priority].appendleft(passage)
+        self.dispatch()
+
+    def got(self, passage: Passage, steps: int = 0) -> None:
+        """Something came from its upstream, with so many pieces of its answer."""
+        now_s = passage.since_s = self._clock()
+        for _ in range(steps):
+            self.ledger.step(passage, now_s)
+
+    def complete(self, passage: Passage, tokens: int | None) -> None:
+        """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
+        if not passage.over:
+            self.ledger.completed(passage, self._clock(), tokens)
+            self._leave(passage)
+            self.dispatch()
+
+    def fail(self, passage: Passage, reason: str, *, given_up: bool = False) -> None:
+        """It will have no complete answer; `given_up`: because its client went away."""
+        if not passage.over:
+            note = self.ledger.given_up if given_up else self.ledger.failed
+            note(passage, self._clock(), reason)
+            self._leave(passage)
+            self.dispatch()
+
+    def tick(self) -> None:
+        """What time brings, to be called a few times a second: time limits, and room in KV caches."""
+        now_s = self._clock()
+        for queue in self._queues.values():
+            for passage in queue:
+                late = now_s - passage.since_s > self._queue_timeout_s
+                if late and not passage.over and passage.turn is not None and not passage.turn.done():
+                    passage.turn.set_exception(
+                        Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
+                    )
+        for passage in tuple(self._at_upstreams):
+            if now_s - passage.since_s > self._idle_timeout_s and passage.cut is not None:
+                passage.silent = not passage.writing
+                passage.cut()
+        self.dispatch()
+
+    def _placed(self, action: ServeAction) -> tuple[tuple[Upstream, ...], dict[str, str]]:
+        """Upstreams that an action's requests go to, and the fields that there are none for."""
+        pool = self.upstreams
+        found = {"prefill_decode_split": "an upstream has the roles that it was started with"}
+        for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
+            value = getattr(action, name)
+            same = tuple(each for each in pool if name in each.in_engine or getattr(each, given) == value)
+            pool = same or pool
+            if not same:
+                said = value.value if isinstance(value, QuantizationTier) else value
+                found[name] = f"no upstream is stated to have {given}={said}"
+        return pool, found
+
+    def _blind(self, action: ServeAction, pool: tuple[Upstream, ...]) -> dict[str, str]:
+        """The KV budget, where it is not known how full the caches are."""
+        gated = (each for each in pool if "kv_budget_fraction" not in each.in_engine)
+        if action.kv_budget_fraction == 1 or all(self.kv_usage(each) is not None for each in gated):
+            return {}
+        return {"kv_budget_fraction": "an upstream's KV cache usage is not known now"}
+
+    def _refuse(self, passage: Passage, reason: str, message: str, wait_s: float) -> None:
+        self.ledger.refused(passage, self._clock(), reason)
+        raise Refused(429, message, reason, wait_s)
+
+    def _bucket_wait_s(self, priority: int, now_s: float) -> float:
+        """Time until the bucket has a token for it (s): 0 for now. The simulator's `_lets_in`."""
+        rate = self.action.admission_rate
+        if rate is None:
+            return 0.0
+        burst_s = constants().admission.burst_s
+        if self.action.priority_routing:
+            burst_s *= 1 - self._ranks.index(priority) / len(self._ranks)
+        full_s = max(self._bucket_full_s, now_s) + 1 / rate
+        wait_s = full_s - now_s - max(burst_s, 1 / rate)
+        return wait_s if wait_s > 1e-9 else 0.0  # sums of 1 / rate are not exact
+
+    def _take_token(self, now_s: float) -> None:
+        if self.action.admission_rate is not None:
+            self._bucket_full_s = max(self._bucket_full_s, now_s) + 1 / self.action.admission_rate
+
+    def _next_queue(self) -> deque[Passage] | None:
+        """The queue whose first request is next."""
+        for queue in self._queues.values():
+            while queue and (queue[0].over or _settled(queue[0])):
+                queue.popleft()
+        waiting = [queue for queue in self._queues.values() if queue]
+        if not waiting:
+            return None
+        if self.action.priority_routing:
+            return waiting[0]
+        return min(waiting, key=lambda queue: queue[0].index)
+
+    def _room(self) -> Upstream | None:
+        """The least loaded upstream of the pool that may take one more."""
+        cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
+        reachable = [each for each in self._pool if not self.passed_over(each)] or self._pool
+        room: Iterable[Upstream] = (each for each in reachable if each.running < cap * each.engines)
+        if budget < 1:
+            room = (
+                each
+                for each in room
+                if "kv_budget_fraction" in each.in_engine or (self.kv_usage(each) or 0.0) < budget
+            )
+        return min(room, key=lambda each: each.running / each.engines, default=None)
+
+    def _leave(self, passage: Passage) -> None:
+        """It is at no upstream any more."""
+        if passage in self._at_upstreams:
+            self._at_upstreams.remove(passage)
+            assert passage.upstream is not None
+            passage.upstream.running -= 1
+        passage.upstream = None
+
+
+def _settled(passage: Passage) -> bool:
+    """Whether it waits no more, having been refused."""
+    return passage.turn is not None and passage.turn.done()

@@ -1,0 +1,257 @@
+"""What a client sees of its requests, gathered window by window into WINDOW records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmserve_env.backend import WINDOW
+from llmserve_env.live.gateway.totals import Outcome, Totals
+from llmserve_env.sim.state import HISTOGRAM_BINS, histogram_edges_s
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from llmserve_env.workloads.workload import Tenant
+
+UNMEASURED = {
+    "kv_cache_occupancy": "only engines know it: 0, and nothing is earned for memory",
+    "gpu_memory_used_gb": "nobody tells it: 0",
+    "prefix_hit_rate": "only engines know it: None",
+    "spec_acceptance_rate": "only engines know it: None",
+    "eviction_events": "nobody tells them: 0",
+    "preemptions": "only engines know them: 0",
+    "retries": "what is sent again is a request like others: 0",
+    "retrying_requests": "what is sent again is a request like others: 0",
+    "engines_up": "those whose servers took the last connections",
+    "engines_by_tier": "what is stated of the servers, else 0",
+    "engines_split": "nobody tells it: 0",
+    "active_requests": "requests at the servers, whether they run them or have them wait",
+    "gpu_busy_share": "share of time with a request at a server: an upper bound",
+    "estimated_cost_per_1k": "at the price of the task's GPUs, whatever serves",
+}
+"""Fields of an observation that are not, or not quite, what they are in the simulator, where clients alone
+measure: what they hold.
+"""
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request on its way. Times are of the event loop's clock (s).
+
+    Attributes:
+        index: in order of arrival.
+        tenant: index of who sent it.
+        priority: lower is more urgent.
+        arrival_s: when it was due.
+        first_s: when its first token came; nan before.
+        last_s: when its last piece came; nan before.
+        steps: pieces that came.
+        at_endpoint: whether it was sent.
+        over: whether it is completed or has failed.
+        tier: index of the precision that serves it; None where nobody says.
+    """
+
+    index: int
+    tenant: int
+    priority: int
+    arrival_s: float
+    first_s: float = float("nan")
+    last_s: float = float("nan")
+    steps: int = 0
+    at_endpoint: bool = False
+    over: bool = False
+    tier: int | None = None
+
+
+class Ledger:
+    """Counts what happens to requests.
+
+    Between two windows time stands still: what happens then counts in the next window, but for busy time.
+
+    Args:
+        tenants: who sends them.
+        engines: that serve.
+
+    Attributes:
+        failures: requests without a complete answer by reason, over all windows.
+        totals: of each tenant, over all windows.
+    """
+
+    def __init__(self, tenants: tuple[Tenant, ...], engines: int) -> None:
+        self._tenants = tenants
+        self._engines = engines
+        self.failures: Counter[str] = Counter()
+        self.totals = tuple(Totals() for _ in tenants)
+        self._running = 0
+        self._marked_s: float | None = None
+        self._busy_s = self._running_s = 0.0
+        self._steps = 0
+        self._ttft_s: list[float] = []
+        self._gaps_s: list[float] = []
+        self._window: Any = self.blank()
+
+    def blank(self) -> NDArray[np.void]:
+        """WINDOW of a cell that has done nothing."""
+        window = np.zeros((), WINDOW)
+        for name in ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "p50_gap_s", "p99_gap_s"):
+            window[name] = np.nan
+        window["engines_up"] = self._engines
+        return window
+
+    def open(self, now_s: float) -> None:
+        """Begin a window."""
+        self._marked_s = now_s
+
+    def arrived(self, request: LiveRequest, prompt_tokens: int) -> None:
+        """A client sent a request."""
+        self._window["arrived"] += 1
+        self._window["arrived_prompt_tokens"] += prompt_tokens
+        self._window["tenant_arrived"][request.tenant] += 1
+        self.totals[request.tenant].arrived += 1
+        self.totals[request.tenant].prompt_tokens += prompt_tokens
+
+    def sent(self, request: LiveRequest, now_s: float) -> None:
+        """It went to the endpoint."""
+        self._mark(now_s)
+        request.at_endpoint = True
+        self._running += 1
+
+    def returned(self, request: LiveRequest, now_s: float) -> None:
+        """It could not be handed over, and waits again."""
+        self._mark(now_s)
+        request.at_endpoint = False
+        self._running -= 1
+
+    def step(self, request: LiveRequest, now_s: float) -> None:
+        """A piece of its answer came."""
+        totals = self.totals[request.tenant]
+        totals.output_tokens += 1
+        if request.steps == 0:
+            request.first_s = now_s
+            ttft_s = now_s - request.arrival_s
+            self._ttft_s.append(ttft_s)
+            self._window["tenant_first_tokens"][request.tenant] += 1
+            self._window["tenant_ttft_s"][request.tenant] += ttft_s
+            totals.ttft_s.add(ttft_s)
+            totals.recent_ttft_s.append(ttft_s)
+        else:
+            gap_s = now_s - request.last_s
+            self._gaps_s.append(gap_s)
+            totals.itl_s.add(gap_s)
+        request.last_s = now_s
+        request.steps += 1
+        self._steps += 1
+
+    def completed(self, request: LiveRequest, now_s: float, tokens: int | None) -> None:
+        """Its answer is complete.
+
+        Args:
+            request: which.
+            now_s: time of the loop's clock (s).
+            tokens: of the answer, as the endpoint counts them; None where it does not.
+        """
+        self._end(request, now_s)
+        tokens = max(tokens or 0, request.steps)
+        tenant = self._tenants[request.tenant]
+        self._window["completed"] += 1
+        self._window["tenant_completed"][request.tenant] += 1
+        self._window["tenant_output_tokens"][request.tenant] += tokens
+        self._window["output_tokens"] += tokens - request.steps
+        tpot_s = (request.last_s - request.first_s) / max(tokens - 1, 1)
+        totals = self.totals[request.tenant]
+        totals.outcomes["completed"] += 1
+        totals.output_tokens += tokens - request.steps
+        totals.e2e_s.add(request.last_s - request.arrival_s)
+        if tokens > 1:
+            totals.tpot_s.add(tpot_s)
+            totals.recent_tpot_s.append(tpot_s)
+        ttft = (request.first_s - request.arrival_s) / tenant.ttft_slo_s
+        tpot = tpot_s / tenant.tpot_slo_s
+        if max(ttft, tpot) <= 1:
+            totals.in_slo += 1
+            self._window["tenant_in_slo"][request.tenant] += 1
+            self._window["tenant_headroom"][request.tenant] += 1 - max(ttft, tpot)
+            if request.tier is not None:
+                self._window["tier_in_slo"][request.tier, request.tenant] += 1
+
+    def failed(self, request: LiveRequest, now_s: float, reason: str, outcome: Outcome = "failed") -> None:
+        """It has no complete answer, and will have none."""
+        self._end(request, now_s)
+        self.totals[request.tenant].outcomes[outcome] += 1
+        self.failures[reason] += 1
+        self._window["failed"] += 1
+        self._window["tenant_failed"][request.tenant] += 1
+
+    def refused(self, request: LiveRequest, now_s: float, reason: str) -> None:
+        """It was not let in."""
+        self._window["refused"] += 1
+        self.failed(request, now_s, reason, "refused")
+
+    def given_up(self, request: LiveRequest, now_s: float, reason: str) -> None:
+        """Its client went away."""
+        self._window["timeouts"] += 1
+        self.failed(request, now_s, reason, "given_up")
+
+    def close(
+        self, now_s: float, start_s: float, end_s: float, in_flight: Iterable[LiveRequest]
+    ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
+        """End the window.
+
+        Args:
+            now_s: time of the loop's clock (s).
+            start_s: start of the window in the episode's time (s).
+            end_s: its end (s).
+            in_flight: requests that have arrived and are not over.
+
+        Returns:
+            Its WINDOW record, and the histograms of times to first token and of gaps as in `WindowRecord`.
+        """
+        self._mark(now_s)
+        self._marked_s = None
+        window, self._window = self._window, self.blank()
+        window["start_s"], window["end_s"] = start_s, end_s
+        window["output_tokens"] += self._steps
+        for request in in_flight:
+            window["in_flight"] += 1
+            window["tenant_in_flight"][request.tenant] += 1
+            window["running"] += request.at_endpoint
+            if not request.at_endpoint:
+                window["waiting"] += 1
+                window["oldest_wait_s"] = max(window["oldest_wait_s"], now_s - request.arrival_s)
+        window["first_tokens"] = len(self._ttft_s)
+        if self._ttft_s:
+            window["mean_ttft_s"] = np.mean(self._ttft_s)
+            window["p50_ttft_s"], window["p99_ttft_s"] = np.percentile(self._ttft_s, (50, 99))
+        if self._gaps_s:
+            window["p50_gap_s"], window["p99_gap_s"] = np.percentile(self._gaps_s, (50, 99))
+        window["busy_s"] = self._busy_s * self._engines
+        window["mean_running"] = self._running_s / window["busy_s"] if self._busy_s else 0.0
+        edges = histogram_edges_s()[1:-1]  # the first and the last bin are open
+        ttft, gaps = (
+            np.bincount(np.searchsorted(edges, values, side="right"), minlength=HISTOGRAM_BINS)
+            for values in (self._ttft_s, self._gaps_s)
+        )
+        self._busy_s = self._running_s = 0.0
+        self._steps = 0
+        self._ttft_s, self._gaps_s = [], []
+        return window, ttft, gaps
+
+    def _end(self, request: LiveRequest, now_s: float) -> None:
+        self._mark(now_s)
+        request.over = True
+        self._running -= request.at_endpoint
+
+    def _mark(self, now_s: float) -> None:
+        """Account for the time since something last changed at the endpoint."""
+        if self._marked_s is None:
+            return
+        passed_s = now_s - self._marked_s
+        self._busy_s += passed_s * (self._running > 0)
+        self._running_s += passed_s * self._running
+        self._marked_s = now_s

@@ -1,0 +1,387 @@
+"""The log of a service that an agent steers: what was seen, decided, and what came of it.
+
+JSON, a line each, on the disk before the next thing happens. A log of which any part is left can be read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+import llmserve_env
+from llmserve_env.actions import to_array
+from llmserve_env.backend import WINDOW, window_field
+from llmserve_env.errors import InputError
+from llmserve_env.hardware.profile import refusal
+from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.observation import FEATURES, Observer
+from llmserve_env.schema import ServeAction
+from llmserve_env.tasks import Task
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Beginning(BaseModel):
+    """What a log is of: the first line of a run, and of each of its files."""
+
+    model_config = _MODEL
+
+    kind: Literal["begin"] = "begin"
+    format: Literal[1] = 1
+    """Version of this record."""
+    run: str = Field(default_factory=lambda: secrets.token_hex(8))
+    """Name of the run, one from start to end of an agent's work."""
+    part: int = 0
+    """Number of the file within the run."""
+    time_s: float
+    """When the run began (Unix time, s)."""
+    package_version: str = llmserve_env.__version__
+    """Version of llmserve_env."""
+    task: dict[str, Any]
+    """The whole task."""
+    agent: str
+    """Its name."""
+    shielded: bool
+    """Whether a shield stands around it."""
+    dry_run: bool
+    """Whether its decisions are only told."""
+    endless: bool
+    """Whether the service has no end; else an episode of the task is played."""
+    start: ServeAction
+    """In force at the start."""
+    safe: ServeAction
+    """In force when the agent cannot be relied on."""
+    limits: dict[str, Any]
+    """On changes, by control."""
+    decide_limit_s: float
+    """Time that the agent has for a decision (s)."""
+    reward: str
+    """What the rewards are."""
+    features: list[str] = [feature.name for feature in FEATURES]
+    """Names of an observation's entries, in order."""
+    capabilities: dict[str, str] = {}
+    """How each field of an action is applied."""
+
+
+class Made(BaseModel):
+    """A decision, and what it rests on."""
+
+    model_config = _MODEL
+
+    kind: Literal["decision"] = "decision"
+    run: str
+    observation: list[float] | None
+    """What the agent saw; None where telemetry could not be trusted."""
+    decision: Decision
+
+
+class Result(BaseModel):
+    """What came of a decision."""
+
+    model_config = _MODEL
+
+    kind: Literal["result"] = "result"
+    run: str
+    window: int
+    """Index of the decision's window."""
+    reward: float
+    """Of the window."""
+    record: dict[str, Any]
+    """Of the window, `llmserve_env.backend.WindowRecord`; null for no number."""
+
+
+Line = Beginning | Made | Result
+_LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+
+
+class DecisionLog:
+    """Appends to a file; a line that is written is on the disk.
+
+    A file that has grown too large becomes FILE.1, and what was FILE.1 becomes FILE.2; each begins with what
+    the run is. What a process that was killed left half-written stays as it is.
+
+    Args:
+        path: of the file; an existing one is gone on with.
+        max_bytes: size from which on another file is begun.
+        keep: files beside it, at most; the oldest goes.
+
+    Raises:
+        InputError: it cannot be written, or another process writes it.
+    """
+
+    def __init__(self, path: Path | str, *, max_bytes: int = 64_000_000, keep: int = 8) -> None:
+        self.path = Path(path)
+        self._max_bytes, self._keep = max_bytes, keep
+        self._beginning: Beginning | None = None
+        try:
+            self._file = self._open()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if isinstance(error, BlockingIOError):
+                reason = "another process writes it"
+            raise InputError(f"cannot be written: {reason}", file=str(self.path)) from error
+
+    def begin(self, beginning: Beginning) -> None:
+        """Begin a run."""
+        self._beginning = beginning
+        self.write(beginning)
+
+    def write(self, line: Line) -> None:
+        """Write a line, to the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        content = line.model_dump_json().encode() + b"\n"
+        if self._file.tell() and self._file.tell() + len(content) > self._max_bytes:
+            self._rotate()
+            if self._beginning is not None and not isinstance(line, Beginning):
+                self._beginning = self._beginning.model_copy(update={"part": self._beginning.part + 1})
+                self._append(self._beginning.model_dump_json().encode() + b"\n")
+        self._append(content)
+
+    def close(self) -> None:
+        """No more is written."""
+        self._file.close()
+
+    def _append(self, content: bytes) -> None:
+        self._file.write(content)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _open(self) -> BinaryIO:
+        file = self.path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # what a killed process left
+                    file.write(b"\n")
+        except OSError:
+            file.close()
+            raise
+        return file
+
+    def _rotate(self) -> None:
+        self._file.close()
+        names = [self.path, *(Path(f"{self.path}.{number}") for number in range(1, self._keep + 1))]
+        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+            if newer.exists():
+                newer.replace(older)
+        self.path.unlink(missing_ok=True)  # where none are kept
+        self._file = self._open()
+
+
+def record_values(window: NDArray[np.void], tenants: int) -> dict[str, Any]:
+    """A WINDOW record for JSON: None for nan, tenant fields cut to the number of tenants."""
+    return {name: _plain(window_field(window, name, tenants)) for name in WINDOW.names or ()}
+
+
+def record_row(values: dict[str, Any]) -> NDArray[np.void]:
+    """The WINDOW record of what `record_values` made.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    row: NDArray[np.void] = np.zeros((), WINDOW)
+    for name in WINDOW.names or ():
+        value = values[name]
+        if isinstance(value, list):
+            found = np.array(value)
+            row[name][tuple(slice(count) for count in found.shape)] = found
+        else:
+            row[name] = np.nan if value is None else value
+    return row
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Windows of a run in a row, of which everything is known.
+
+    Attributes:
+        beginning: of the run.
+        decisions: n of them.
+        observations: float32[n + 1, features], before each decision and after the last one.
+        before: in force before the first.
+        windows: WINDOW[n], what came of them.
+        rewards: float64[n].
+    """
+
+    beginning: Beginning
+    decisions: list[Decision]
+    observations: NDArray[np.float32]
+    before: ServeAction
+    windows: NDArray[np.void]
+    rewards: NDArray[np.float64]
+
+
+def read_decisions(
+    paths: Iterable[Path | str], note: Callable[[str], object] = lambda text: None
+) -> list[Stretch]:
+    """What is known of the runs of some logs.
+
+    A stretch ends where a line is missing, and where telemetry could not be trusted.
+
+    Args:
+        paths: the files in any order, those that were rotated away too.
+        note: is told of lines that are left out because they were never written to their end.
+
+    Raises:
+        InputError: a file is no such log, or of other observations than this package's; names it and the
+            line.
+    """
+    beginnings: dict[str, Beginning] = {}
+    made: dict[str, dict[int, Made]] = {}
+    results: dict[str, dict[int, Result]] = {}
+    for path in paths:
+        for line in _lines(Path(path), note):
+            if isinstance(line, Beginning):
+                beginnings.setdefault(line.run, line)
+            elif isinstance(line, Made):
+                made.setdefault(line.run, {})[line.decision.window] = line
+            else:
+                results.setdefault(line.run, {})[line.window] = line
+    stretches: list[Stretch] = []
+    for run, beginning in beginnings.items():
+        try:
+            stretches += _stretches(beginning, made.get(run, {}), results.get(run, {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"run {run} has records of another kind: {error}") from error
+    return stretches
+
+
+def logged_task(beginning: Beginning) -> Task:
+    """The task of a run.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return Task.model_validate(beginning.task)
+    except ValidationError as error:
+        raise refusal(error) from error
+
+
+def one_task(stretches: Sequence[Stretch]) -> Task:
+    """The task of all stretches, whatever their services were started with.
+
+    Raises:
+        InputError: they are of several.
+    """
+    tasks = [{**each.beginning.task, "start": None} for each in stretches]
+    if any(each != tasks[0] for each in tasks):
+        raise InputError("expected logs of one task, found several", field="decisions")
+    return logged_task(stretches[0].beginning)
+
+
+def observed(
+    observer: Observer,
+    task: Task,
+    window: NDArray[np.void],
+    action: ServeAction,
+    *,
+    step: int,
+    endless: bool,
+) -> NDArray[np.float32]:
+    """float32[features], of a service after a window.
+
+    Args:
+        observer: of the task.
+        task: what is served.
+        window: WINDOW, the last one.
+        action: in force in it.
+        step: windows so far.
+        endless: whether the service has no end: `progress` then rises as in an episode until its half, and
+            stays there.
+    """
+    if endless:
+        step = min(step, task.windows // 2)
+    observations = observer.of(window.reshape(1), to_array([action]), np.array([step]))
+    first: NDArray[np.float32] = observations[0]
+    return first
+
+
+def _stretches(beginning: Beginning, made: dict[int, Made], results: dict[int, Result]) -> list[Stretch]:
+    task = logged_task(beginning)
+    observer = Observer(task)
+    found: list[Stretch] = []
+    part: list[tuple[Made, Result]] = []
+
+    def end(after: list[float] | None) -> None:
+        """Keep what there is; without an observation after the last window, without that window."""
+        if after is None:
+            after = part.pop()[0].observation
+        if part:
+            earlier = made.get(part[0][0].decision.window - 1)
+            found.append(
+                Stretch(
+                    beginning,
+                    [line.decision for line, _ in part],
+                    np.array([*(line.observation for line, _ in part), after], np.float32),
+                    earlier.decision.applied if earlier else beginning.start,
+                    np.array([record_row(result.record) for _, result in part], WINDOW),
+                    np.array([result.reward for _, result in part]),
+                )
+            )
+        part.clear()
+
+    for window in sorted(made):
+        line, result = made[window], results.get(window)
+        known = window == 0 or window - 1 in made  # what was in force before
+        if line.observation is None or result is None or not known:
+            continue
+        part.append((line, result))
+        following = made.get(window + 1)
+        if following is None:  # the run's end, or a hole
+            row, action = record_row(result.record), line.decision.applied
+            after = observed(observer, task, row, action, step=window + 1, endless=beginning.endless)
+            end(after.tolist())
+        elif following.observation is None or window + 1 not in results:
+            end(following.observation)
+    return found
+
+
+def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from error
+    if lines[-1] == b"":
+        lines.pop()
+    last: Line | None = None
+    for number, text in enumerate(lines, 1):
+        try:
+            line = _LINE.validate_json(text)
+        except ValidationError as error:
+            torn = number == len(lines) or lines[number].startswith(b'{"kind":"begin"')
+            if torn and last is not None and error.errors()[0]["type"] == "json_invalid":
+                note(f"{path}:{number}: left out, it was not written to its end")
+                continue
+            raise InputError(
+                f"expected a line of a decision log: {refusal(error).reason}", file=str(path), line=number
+            ) from error
+        if last is None and not isinstance(line, Beginning):
+            raise InputError("expected a decision log, whose first line begins a run", file=str(path), line=1)
+        if isinstance(line, Beginning) and line.features != [feature.name for feature in FEATURES]:
+            raise InputError(
+                "logged with other observations than this package's", file=str(path), line=number
+            )
+        last = line
+        yield line
+
+
+def _plain(value: Any) -> Any:
+    if value.ndim:
+        return [None if isinstance(each, float) and np.isnan(each) else each for each in value.tolist()]
+    return None if isinstance(value.item(), float) and np.isnan(value) else value.item()

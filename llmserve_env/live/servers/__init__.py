@@ -1,0 +1,1 @@
+"""What running vLLM servers are asked, tell and can be told."""

@@ -1,0 +1,1 @@
+"""What a result is reported with: figures, intervals, and where it comes from."""

@@ -1,0 +1,117 @@
+"""The page at /web: OpenEnv's own, with a tab of ours beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Gradio reads these when OpenEnv imports and mounts it, where nobody else can give it arguments.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
+
+from openenv.core.env_server.web_interface import create_web_interface_app
+from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.routing import Mount, Route
+
+from server.page.ui_playground import Playground
+from server.page.ui_tab import PlayTab
+from server.page.ui_visitors import Visitors
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from server.service import Service
+
+_SHARED = ("/web/reset", "/web/step", "/web/state", "/ws/ui")
+"""OpenEnv's routes to the one environment that all visitors of its page would share."""
+_STORING = "/gradio_api/upload"
+"""Gradio's route that would store files of anybody: our tab reads logs in the browser."""
+
+
+_WORDS = {
+    "<h1>Llmserve</h1>": "<h1>LLMServe</h1>",
+    "ServeEnvironment environment": "One configuration a window: the environment as its clients have it.",
+    "from server.messages.models import ServiceAction\nfrom llmserve_env import LLMServeEnv": (
+        "from llmserve_env import LLMServeEnv, ServeAction"
+    ),
+    "ServiceAction(": "ServeAction(",
+}
+"""What OpenEnv's tab says of an environment that it only knows the factory of, and what is true of ours."""
+
+
+def create_page_app(
+    service: Service,
+    factory: Callable[[], Any],
+    action_cls: Any,
+    observation_cls: Any,
+    name: str,
+    **options: Any,
+) -> FastAPI:
+    """OpenEnv's application with its page, on which every visitor has a session.
+
+    Its `state.end_streams()` ends what it streams to open pages, which would hold up a shutdown.
+
+    Args:
+        service: that plays.
+        factory: makes an environment.
+        action_cls: of the environment.
+        observation_cls: of the environment.
+        name: of the environment.
+        options: further arguments of `create_web_interface_app`.
+    """
+    visitors, playground = Visitors(service), Playground(service)
+
+    def build(web_manager: Any, *_: Any) -> Any:
+        playground.take_over(web_manager)
+
+        def leave(visitor: str) -> None:
+            visitors.leave(visitor)
+            playground.leave(visitor)
+
+        return PlayTab(service, visitors).build(leave)
+
+    app: FastAPI = create_web_interface_app(
+        factory,
+        action_cls,
+        observation_cls,
+        name,
+        gradio_builder=build,
+        custom_tab_name="Play",
+        custom_tab_primary=True,
+        title_override="LLMServe",
+        **options,
+    )
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", None) not in _SHARED
+    ]
+    # Browsers ask for it there; and a missing one would be an error in their console.
+    app.add_api_route("/favicon.ico", lambda: RedirectResponse("/web/favicon.ico"), include_in_schema=False)
+    for mount in app.router.routes:
+        if isinstance(mount, Mount) and mount.path == "/web":
+            page: Any = mount.app
+            _settle(page, service.settings.max_sessions)
+            app.state.end_streams = page.stop_event.set
+    return app
+
+
+def _settle(page: Any, most_visitors: int) -> None:
+    """Add our style to Gradio's mounted application, and take out what a public page should not have."""
+    page.router.routes.insert(0, Route(_STORING, _not_found, methods=["POST"]))
+    blocks = page.get_blocks()
+    blocks.css = (blocks.css or "") + Path(__file__).with_name("ui.css").read_text(encoding="utf-8")
+    blocks.stylesheets = []  # fonts of another host; the theme names local ones to fall back to
+    blocks.state_session_capacity = page.state_holder.capacity = most_visitors
+    for block in blocks.blocks.values():
+        if isinstance(text := getattr(block, "value", None), str):
+            for theirs, ours in _WORDS.items():
+                text = text.replace(theirs, ours)
+            block.value = text
+    for event in blocks.fns.values():
+        event.concurrency_limit = None  # visitors do not wait for each other
+    blocks.config = blocks.get_config_file()
+
+
+async def _not_found(_: Any) -> PlainTextResponse:
+    return PlainTextResponse("Not Found", 404)

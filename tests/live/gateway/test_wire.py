@@ -1,0 +1,206 @@
+"""What a gateway reads of requests and answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.tenants import load_tenants
+from llmserve_env.live.gateway.wire import RequestBody, StreamReader, as_error
+from llmserve_env.live.servers.upstreams import parse_upstream
+from llmserve_env.schema import QuantizationTier
+
+from ..endpoint_server import event, piece, usage
+
+
+@pytest.mark.parametrize(
+    ("came", "priority", "goes"),
+    [
+        ('{"prompt": "p"}', 0, '{"prompt": "p"}'),
+        (' { "prompt" :"p" } ', 5, ' {"priority": 5,  "prompt" :"p" } '),
+        ("{}", 1, '{"priority": 1}'),
+        ('{"priority": -3, "prompt": 1}', 0, '{"priority": 0, "prompt": 1}'),
+        ('{"a": 1, "pri\\u006frity" :{"x": [2]}}', 4, '{"a": 1, "pri\\u006frity" :4}'),
+        ('{"priority":1,"priority":2}', 3, '{"priority":3,"priority":3}'),
+        ('{"priority": 3}', 3, '{"priority": 3}'),
+        ('{"a": {"priority": 1}, "b": "\\"priority\\": 1, é"}', 0, None),
+        ('{"a": {"priority": 1}}', 2, '{"priority": 2, "a": {"priority": 1}}'),
+    ],
+)
+def test_nothing_but_the_priority_changes(came, priority, goes):
+    got = RequestBody(came.encode()).with_priority(priority)
+    assert got.decode() == (came if goes is None else goes)
+    assert json.loads(got).get("priority", 0) == priority
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "[]", "{", '{"a"}', '{"a": 1,}', "{} {}", '{"a": 1 "b": 2}', "{'a': 1}", '{"a": nul}', "\ufeff{}"],
+)
+def test_what_is_no_json_object_is_refused_without_being_quoted(body):
+    with pytest.raises(InputError, match=r"^field 'body': expected a JSON object$"):
+        RequestBody(body.encode())
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": "12345678"}, 2),
+        ({"prompt": [5, 6, 7]}, 3),
+        ({"prompt": [[5, 6], [7]]}, 3),
+        ({"prompt": ["1234", "12345"]}, 3),
+        ({"messages": [{"role": "system", "content": "1234"}, {"role": "user", "content": "1234"}]}, 2),
+        ({"messages": [{"content": [{"type": "text", "text": "12345"}, {"type": "image_url"}]}]}, 2),
+        ({}, 1),
+    ],
+)
+def test_prompts_are_measured(body, tokens):
+    assert RequestBody(json.dumps(body).encode()).prompt_tokens == tokens
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_streams_are_read_however_they_are_cut(size):
+    chat = [
+        {"delta": {"role": "assistant", "content": ""}, "finish_reason": None},
+        {"delta": {"content": "é"}, "finish_reason": None},
+        {"delta": {"reasoning": "so"}, "finish_reason": None},
+        {"delta": {"content": ""}, "finish_reason": None},
+        {"delta": {"content": ""}, "finish_reason": "stop"},
+    ]
+    said = [event(json.dumps({"choices": [choice]}, ensure_ascii=False)) for choice in chat]
+    stream = b": ping\r\n\r\n" + b"".join(said) + event(usage(3, 9)) + event("[DONE]")
+    reader = StreamReader()
+    steps = sum(reader.feed(stream[at : at + size]) for at in range(0, len(stream), size))
+    # Half a character is a token without text; the role and the end are none.
+    assert (steps, reader.events, reader.ended, reader.error) == (3, 8, True, None)
+    assert reader.usage["completion_tokens"] == 9
+    assert not reader.within_event
+
+
+def test_streams_of_completions():
+    reader = StreamReader()
+    steps = [reader.feed(event(piece(*said))) for said in [("a",), ("",), ("b", "length"), ("", "stop")]]
+    assert steps == [1, 1, 1, 0]
+    assert reader.feed(b'data: {"choices": [{"text": "x"}') == 0
+    assert reader.within_event
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_the_short_way_of_reading_finds_what_the_long_one_does(separators):
+    texts = ["", "a", '"finish_reason": null', '"error"', '{"usage": {"completion_tokens": 1}}']
+    choices = [{"text": text} for text in texts] + [{"delta": {"content": text}} for text in texts]
+    choices += [{"delta": {"role": "assistant", **more}} for more in ({}, {"content": "a"})]
+    choices = [{**choice, "finish_reason": end} for choice in choices for end in (None, "stop")]
+    said = [{"choices": [choice], "usage": usage} for choice in choices for usage in (None, {"n": 1})]
+    said += [{"choices": choices[:2]}, {"choices": choices[:3]}, {"choices": []}, {"error": {"message": "m"}}]
+    for each in said:
+        data = json.dumps(each, separators=separators).encode()
+        short, long = StreamReader(), StreamReader()
+        assert short._event(data) == long._read(data), each
+        assert vars(short) == vars(long), each
+
+
+@pytest.mark.parametrize(
+    "said", ['{"error": {"message": "m"}}', '{"error": "m"}', '{"object": "error", "message": "m"}']
+)
+def test_errors_in_streams(said):
+    reader = StreamReader()
+    assert reader.feed(event(said)) == 0
+    assert reader.error["message"] == "m"
+    reader = StreamReader()
+    reader.feed(event(piece('"error"')))
+    assert reader.error is None
+
+
+def test_errors_that_are_none_get_a_form():
+    assert json.loads(as_error(500, b"\xff"))["error"]["code"] == 500
+    assert json.loads(as_error(400, b"[" * 100_000))["error"]["code"] == 400
+    good = b'{ "error": {"message": "m"} }'
+    assert as_error(400, good) is good
+
+
+def test_upstreams_from_the_command_line():
+    upstream = parse_upstream("http://user:word@host:8000/v1/,tier=INT8,speculation=3,key=sesame")
+    assert upstream.url == "http://user:word@host:8000"
+    assert (upstream.tier, upstream.speculation, upstream.key) == (QuantizationTier.INT8, 3, "sesame")
+    assert upstream.shown_url == "http://host:8000"
+    assert not any(secret in repr(upstream) for secret in ("word", "sesame"))
+    assert parse_upstream("https://host/x").tier is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "host:8000",
+        "ftp://host",
+        "http://",
+        "http://h?q",
+        "http://h,tier=FP8",
+        "http://h,speculation=9",
+        "http://h,speculation=x",
+        "http://h,depth=1",
+        "http://h,tier",
+        "http://h,tier=FP16,tier=INT8",
+    ],
+)
+def test_upstreams_that_cannot_be_are_refused(text):
+    with pytest.raises(InputError) as caught:
+        parse_upstream(text)
+    assert caught.value.field == "upstream"
+
+
+FILE = """
+header = "X-Customer"
+
+[[tenants]]
+name = "paid"
+key = "k-paid"
+priority = 0
+weight = 3
+ttft_slo_s = 0.5
+tpot_slo_s = 0.05
+
+[[tenants]]
+name = "free"
+value = "free"
+priority = 2
+"""
+
+
+def test_tenants_from_a_file(tmp_path):
+    path = tmp_path / "tenants.toml"
+    path.write_text(FILE, encoding="utf-8")
+    tenants = load_tenants(path)
+    paid, free = tenants.all
+    assert (paid.name, paid.weight, paid.ttft_slo_s, paid.tpot_slo_s) == ("paid", 3, 0.5, 0.05)
+    assert (free.priority, free.ttft_slo_s) == (2, 2.0)
+    assert tenants.of([(b"authorization", b"bearer k-paid"), (b"x-customer", b"free")]) == (0, True)
+    assert tenants.of([(b"authorization", b"Bearer k-other"), (b"x-customer", b"free")]) == (1, False)
+    assert tenants.of([(b"authorization", b"Basic k-paid")]) == (None, False)
+    path.write_text(FILE + '[[tenants]]\nname = "rest"', encoding="utf-8")
+    assert load_tenants(path).of([]) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (("priority = 2", 'priority = "high"'), "tenants.1.priority"),
+        (("weight = 3", "weight = 0"), "tenants.0.weight"),
+        (("weight = 3", "wait = 3"), "tenants.0.wait"),
+        (('name = "free"', 'name = "paid"'), "tenants.name"),
+        (('value = "free"', 'key = "k-paid"'), "tenants.key"),
+        (('value = "free"', 'key = ["k-paid"]'), "tenants.1.key"),
+        (('value = "free"', '[[tenants]]\nname = "other"'), "tenants"),
+        (("[[tenants]]", "tenants"), None),
+    ],
+)
+def test_files_of_tenants_that_cannot_be_are_refused(tmp_path, change, field):
+    path = tmp_path / "tenants.toml"
+    path.write_text(FILE.replace(*change), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_tenants(path)
+    assert caught.value.file == str(path)
+    assert caught.value.field == field
+    assert "k-paid" not in str(caught.value)

@@ -79,7 +79,7 @@ def tight_url() -> Iterator[str]:
             "--max-requests",
             "4000",
         ),
-        *("--guard-timeout-s", "3", "--guard-memory-gb", "0.5"),
+        *("--guard-timeout-s", "60", "--guard-memory-gb", "0.5"),
     ) as url:
         yield url
 
@@ -87,7 +87,7 @@ def tight_url() -> Iterator[str]:
 def ends(url: str, session_id: str) -> bool:
     """Whether a session ends now: the server hears soon that its connection is closed."""
     named = {"X-Session-Id": session_id}
-    return any(httpx.get(f"{url}/state", headers=named).status_code == 404 for _ in range(1000))
+    return any(httpx.get(f"{url}/state", headers=named, timeout=60).status_code == 404 for _ in range(1000))
 
 
 def _wait_for(url: str) -> None:

@@ -92,7 +92,7 @@ def test_every_message_has_one_answer_and_harms_nobody(tight_url, witness, sent)
             if is_close(message):
                 continue
             ws.send(message)
-            text = ws.recv(timeout=30, decode=False)
+            text = ws.recv(timeout=60, decode=False)
             answer = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
             assert answer.keys() == {"type", "data"}
             if answer["type"] == "error":

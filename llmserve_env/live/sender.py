@@ -18,6 +18,7 @@ from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
 from llmserve_env.live.gateway.stream import RequestFailed, stream_completion
 from llmserve_env.live.servers.metrics import Scrape, read_metrics
 from llmserve_env.live.servers.telemetry import Telemetry
+from llmserve_env.live.servers.upstreams import KEPT_S
 from llmserve_env.live.traffic import Prompts
 
 if TYPE_CHECKING:
@@ -256,7 +257,9 @@ class Sender:
             self._clients[upstream] = httpx.AsyncClient(
                 base_url=f"{root}/",
                 headers={"Authorization": f"Bearer {upstream.key}"} if upstream.key else {},
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEPT_S
+                ),
                 timeout=None,  # of the whole request: see _exchange
             )
 

@@ -32,7 +32,7 @@ from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.tenants import Tenants
 from llmserve_env.live.gateway.wire import RequestBody, StreamReader, as_error, error_event, error_json
-from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.live.servers.upstreams import KEPT_S, Upstream
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -44,7 +44,6 @@ LOG = logging.getLogger(__name__)
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TICK_S = 0.1
 _LARGE = 1 << 20  # aiohttp sends what is larger in parts
-_KEPT_S = 4.0  # vLLM closes connections that were idle for 5 s
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade".split()
@@ -160,7 +159,7 @@ class Proxy:
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
                 timeout=self._timeout,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,

@@ -27,7 +27,7 @@ help: ## list the targets
 setup: $(STAMP) ## create .venv from the lock file, where it is missing or out of date
 
 # The stamp is written last: an interrupted set-up is taken up again by the next make.
-$(STAMP): requirements-dev.lock pyproject.toml llmserve_env/__init__.py
+$(STAMP): requirements-dev.lock pyproject.toml llmserve_env/report/version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing requirements-dev.lock"

@@ -20,9 +20,9 @@ from typing import Any
 import llmserve_env
 from evaluate.jobs import Job, Setting, play_job
 from llmserve_env.agents.find import policy_folder
-from llmserve_env.agents.play import Played
 from llmserve_env.agents.policy import CONFIG, WEIGHTS
 from llmserve_env.errors import InputError
+from llmserve_env.play import Played
 
 LOCAL = "local"
 RETRIES = 3

@@ -24,10 +24,10 @@ from evaluate.scores import setting_name
 from evaluate.search import Player, best_constants
 from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.play import play
 from llmserve_env.agents.tuned import tuned_constant
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
+from llmserve_env.play import play
 from llmserve_env.report.provenance import made_by
 from llmserve_env.tasks import TRAINING_SEEDS, Task
 

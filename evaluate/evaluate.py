@@ -19,11 +19,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from evaluate.jobs import Job, Setting, play_job, play_jobs
-from evaluate.llm import LLM, llm_label
+from evaluate.jobs import Job, Setting, play_job
+from evaluate.runners import play_jobs
 from evaluate.scores import Scores, begin_scores, profile_name, scores_path
 from llmserve_env.agents import lacks_weights
 from llmserve_env.agents.find import SHIELDED, find_agent
+from llmserve_env.agents.llm_settings import LLM, llm_label
 from llmserve_env.errors import InputError
 from llmserve_env.report.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks

@@ -1,22 +1,17 @@
-"""Episodes to play, in parts that do not depend on each other, here or in other processes."""
+"""Episodes to play, in parts that do not depend on each other."""
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
-from threading import Thread
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evaluate.llm import LLM, play_llm
+from evaluate.llm import play_llm
 from llmserve_env.agents.find import find_agent
-from llmserve_env.agents.play import Played, play
+from llmserve_env.agents.llm_settings import LLM
 from llmserve_env.errors import InputError
+from llmserve_env.play import Played, play
 from llmserve_env.tasks import Task, load_task
 from llmserve_env.workloads.uri import parse_uri
 
@@ -95,48 +90,3 @@ def play_job(job: Job) -> Played:
     if job.agent.startswith(LLM):
         return play_llm(job.agent, task, job.seeds)
     return play(find_agent(job.agent, task), task, job.seeds)
-
-
-def play_jobs(
-    jobs: Sequence[Job], processes: int, cluster: str | None = None
-) -> Iterator[tuple[Job, Played]]:
-    """Play jobs, in spawned processes if more than one is asked for; results come as they are done.
-
-    Ctrl-C ends the processes with whoever iterates.
-
-    Args:
-        jobs: what is played.
-        processes: to play in.
-        cluster: address of the Ray cluster to play on instead, see `evaluate.cluster`.
-    """
-    if cluster is not None:
-        from evaluate.cluster import play_on_cluster
-
-        yield from play_on_cluster(jobs, cluster, processes)
-        return
-    if processes < 2 or len(jobs) < 2:
-        for job in jobs:
-            yield job, play_job(job)
-        return
-    with ProcessPoolExecutor(
-        min(processes, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with_parent
-    ) as pool:
-        futures = {pool.submit(play_job, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Only the process that gives the work out has something to say, and no other outlives it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to all of them
-    Thread(target=_await_parent, daemon=True).start()
-
-
-def _await_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

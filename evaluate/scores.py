@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 import llmserve_env
 from evaluate.jobs import Setting
-from evaluate.llm import LLM, Asked, describe_llm
+from evaluate.llm import Asked, describe_llm
 from llmserve_env.agents.find import policy_folder
-from llmserve_env.agents.play import Played
+from llmserve_env.agents.llm_settings import LLM
 from llmserve_env.agents.policy import CONFIG, WEIGHTS
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
+from llmserve_env.play import Played
 from llmserve_env.report.provenance import made_by
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.tasks import Task

@@ -18,10 +18,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from llmserve_env.agents.play import play
 from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
+from llmserve_env.play import play
 from llmserve_env.tasks import TRAINING_SEEDS, Task, load_task
 
 Progress = Callable[[int], object]

@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from llmserve_env.report.version import __version__
+
 if TYPE_CHECKING:
     from llmserve_env.client import LLMServeEnv
     from llmserve_env.envs.tool_env import ServeToolEnv
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from llmserve_env.tasks import list_tasks, load_task
     from llmserve_env.workloads import open_workload
     from llmserve_env.workloads.workload import Tenant, Workload
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Episode",

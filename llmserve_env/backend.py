@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmserve_env.schema import ServeAction
+    from llmserve_env.workloads.workload import Workload
 
 MAX_TENANTS = 32
 
@@ -222,8 +223,110 @@ def window_field(window: NDArray[np.void], name: str, tenants: int) -> Any:
 
 
 class Backend(Protocol):
-    """Serves a workload window by window under the action of the moment."""
+    """What serves n episodes side by side: the simulator, a live service. Nothing above knows which it is.
 
-    def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
-        """Apply an action, serve for `window_s` seconds and tell what happened."""
+    It is made with the first workload of every episode and begun (`episode.OpenBackend`). Then `serve` is
+    called once a window, `reset` whenever an episode begins anew, `close` when nothing is to be served for
+    the time being. What it says of the last window can be read until the next call of `serve` or `reset`.
+
+    Attributes:
+        windows: WINDOW[n], records of the last window of each episode; before an episode's first window, of
+            a cell that has done nothing. The next call overwrites it: copy what has to last.
+        workloads: what is served of each episode's workload, which can be less than was asked for.
+        replayable: whether the same workloads and actions bring the same records again, so that a log can be
+            graded by replay.
+        unmeasured: fields of a `ServeObservation` that the last window's records do not tell, or not quite,
+            with what they hold instead; empty where everything is measured.
+        stale: why the last window's records cannot be trusted, None if they can.
+    """
+
+    windows: NDArray[np.void]
+    workloads: list[Workload]
+    replayable: bool
+    stale: str | None
+
+    @property
+    def unmeasured(self) -> Mapping[str, str]:
+        """See the class."""
+        ...
+
+    def reset(self, episode: int, workload: Workload, seed: int) -> None:
+        """Begin an episode anew at time 0, in the starting configuration; the others stay as they are.
+
+        Args:
+            episode: its place, 0 to n-1.
+            workload: its requests, with the tenants that all workloads here have.
+            seed: of the episode, for what is drawn beside the workload.
+
+        Raises:
+            InputError: the workload cannot be served here, or what serves cannot be reached.
+        """
+        ...
+
+    def serve(
+        self, actions: NDArray[np.void], window_s: float, which: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.void]:
+        """Apply one action to each episode and serve all of them for one window.
+
+        Args:
+            actions: ACTION[n].
+            window_s: length of the window (s).
+            which: bool[n], the episodes to serve (default: all); the others stay as they are.
+
+        Returns:
+            WINDOW[n], `windows`.
+
+        Raises:
+            InputError: an episode is over or closed, or the window is not positive.
+        """
+        ...
+
+    def not_applied(self, action: ServeAction) -> dict[str, str]:
+        """Fields of an action that would have no effect if it were set now, with the reason.
+
+        Agents ask it before they act: masks of actions and the pilot's log come from it.
+        """
+        ...
+
+    def ignored(self, episode: int, action: NDArray[np.void]) -> dict[str, str]:
+        """Fields of the last action that had no effect in an episode's last window, with the reason.
+
+        Args:
+            episode: its place.
+            action: ACTION, that of the window, for a backend that keeps none.
+        """
+        ...
+
+    def capabilities(self) -> dict[str, str]:
+        """How each field of an action is applied, in a line each; {} where there is nothing to say of it."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What there is to know of the episode beside its records, ready for JSON; goes into its info."""
+        ...
+
+    def snapshot(self) -> bytes:
+        """The exact state of all episodes, mid-episode too, for `restore` on a backend like this one.
+
+        Raises:
+            InputError: what serves has no state that could be kept, as a live service.
+        """
+        ...
+
+    def restore(self, snapshot: bytes) -> None:
+        """Return to a state that `snapshot` of this process gave: never load one from an untrusted source.
+
+        Raises:
+            InputError: as `snapshot`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Cancel what is under way and give back what is held; a `reset` begins anew.
+
+        Called when all episodes are over, and when nobody plays on. What was served can still be read.
+
+        Raises:
+            InputError: settings that were found cannot be brought back.
+        """
         ...

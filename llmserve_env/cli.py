@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from llmserve_env import __version__
 from llmserve_env.errors import InputError
+from llmserve_env.report.version import __version__
 
 COMMANDS = {
     "demo": "play the tasks with reference agents and trained policies: scores and a picture",

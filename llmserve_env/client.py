@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,7 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
         workload: str | dict[str, Any] | None = None,
         horizon_s: float | None = None,
         features: bool = False,
+        records: bool = False,
         episode_id: str | None = None,
     ) -> Any:
         """Begin an episode.
@@ -125,6 +126,7 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
             workload: other traffic than the task's: the URI of a generator, or a scenario's table.
             horizon_s: another length of the episode (s).
             features: whether `observation.metadata["features"]` has what Gymnasium agents see.
+            records: whether `observation.metadata["record"]` has the window's record.
             episode_id: a name for the episode, told by `state` (default: one is made).
 
         Returns:
@@ -141,6 +143,7 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
             workload=workload,
             horizon_s=horizon_s,
             features=features,
+            records=records or None,  # a server of an older version does not know it
             episode_id=episode_id,
         )
 
@@ -226,8 +229,8 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
         return ServeState.model_validate(payload)
 
 
-class RemotePlayer:
-    """A `tool_env.Player` on a server, with a session of its own from its first call.
+class RemoteSession:
+    """A `session.Session` on a server, which begins with the first call and ends with `close`.
 
     Args:
         url: of the server.
@@ -235,8 +238,10 @@ class RemotePlayer:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._end: Callable[[], object] = lambda: None
         self._client: SyncEnvClient[ServeAction, ServeObservation, ServeState] | None = None
         self._last: ServeObservation | None = None
+        self._horizon_s: float | None = None
         self._task: TaskInfo | None = None
 
     def tasks(self) -> list[TaskInfo]:
@@ -244,8 +249,10 @@ class RemotePlayer:
         found: list[TaskInfo] = self._connected().tasks()
         return found
 
-    def reset(self, *, task_id: str | None, seed: int | None, horizon_s: float | None) -> ServeObservation:
-        """Begin an episode; arguments as `tool_env.Player`.
+    def reset(
+        self, *, task_id: str | None, seed: int, horizon_s: float | None = None, records: bool = False
+    ) -> ServeObservation:
+        """Begin an episode; arguments as `session.Session`.
 
         Raises:
             InputError: the server cannot play it; names the argument.
@@ -253,20 +260,18 @@ class RemotePlayer:
         """
         client = self._connected()
         try:
-            self._last = client.reset(task_id=task_id, seed=seed, horizon_s=horizon_s).observation
+            result = client.reset(task_id=task_id, seed=seed, horizon_s=horizon_s, records=records)
         except NotFoundError as error:
             raise InputError(str(error), field="task_id") from error
-        windows = client.state().windows
-        task = next(task for task in self.tasks() if task.id == self._last.task_id)
-        length_s = task.horizon_s if horizon_s is None else horizon_s
-        self._task = task.model_copy(update={"windows": windows, "horizon_s": length_s})
-        return self._last
+        seen: ServeObservation = result.observation
+        self._last, self._task, self._horizon_s = seen, None, horizon_s
+        return seen
 
-    def play(self, action: ServeAction, windows: int) -> list[float]:
-        """Serve up to `windows` windows."""
+    def step(self, actions: Sequence[ServeAction]) -> list[float]:
+        """Serve a window for each action."""
         self.observation()  # says when no episode has begun
         try:
-            steps = self._connected().step_n([action] * windows, every=False)
+            steps = self._connected().step_n(actions, every=False)
         except ConflictError as error:
             raise InputError(str(error)) from error
         self._last = steps.results[-1].observation
@@ -281,8 +286,12 @@ class RemotePlayer:
 
     def task(self) -> TaskInfo:
         """The task as it is played."""
+        seen = self.observation()
         if self._task is None:
-            raise InputError("no episode has begun")
+            windows = self._connected().state().windows
+            task = next(task for task in self.tasks() if task.id == seen.task_id)
+            length_s = task.horizon_s if self._horizon_s is None else self._horizon_s
+            self._task = task.model_copy(update={"windows": windows, "horizon_s": length_s})
         return self._task
 
     def grade(self) -> GradeResult:
@@ -300,12 +309,17 @@ class RemotePlayer:
         found: EpisodeLog = self._connected().log()
         return found
 
+    def close(self) -> None:
+        """End the session; another call begins the next one."""
+        self._end()
+        self._client = None
+
     def _connected(self) -> Any:
         if self._client is None:
             client = LLMServeEnv.from_url(self._url).sync()
             client.connect()
-            # Trainers make players and drop them; a session is not to outlive its player.
-            weakref.finalize(self, client.close)
+            # Trainers make sessions and drop them; one is not to outlive who plays in it.
+            self._end = weakref.finalize(self, client.close)
             self._client = client
         return self._client
 

@@ -1,14 +1,19 @@
-"""Episodes: a task played window by window, one at a time or many at once."""
+"""Episodes: a task, what serves it and a log, one at a time or many at once.
+
+Step, end, score, info and log are here and nowhere else, whoever serves.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.actions import to_action, to_array
+from llmserve_env.actions import CONTROLS, to_action, to_array, to_value
 from llmserve_env.errors import InputError
 from llmserve_env.observation import Observer, describe
 from llmserve_env.recording import Recording
@@ -17,11 +22,38 @@ from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
 from llmserve_env.sim.simulator import SimulatorBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
+    from llmserve_env.backend import Backend
     from llmserve_env.tasks import Task
+    from llmserve_env.workloads.workload import Workload
+
+OpenBackend = Callable[["Task", "Sequence[Workload]", "Sequence[int]"], "Backend"]
+"""Begins what serves episodes of a task, from the first workload and the seed of each."""
+
+
+def simulate(
+    task: Task, workloads: Sequence[Workload], seeds: Sequence[int], *, parallel: bool = False
+) -> Backend:
+    """Simulated cells of a task: an `OpenBackend`.
+
+    Args:
+        task: gives the cell.
+        workloads: of each episode.
+        seeds: of each episode; nothing but the workloads is drawn from them.
+        parallel: spread the episodes over Numba's threads.
+    """
+    cell = task.cell
+    return SimulatorBatch(
+        task.profile,
+        workloads,
+        engines=cell.engines,
+        prefill_engines=cell.prefill_engines,
+        max_num_batched_tokens=cell.max_num_batched_tokens,
+        prefix_cache=cell.prefix_cache,
+        action=task.start,
+        parallel=parallel,
+    )
 
 
 @dataclass(frozen=True)
@@ -42,12 +74,14 @@ class StepResult:
 
 
 class EpisodeBatch:
-    """Episodes of one task side by side, served by one call of the kernel a step.
+    """Episodes of one task side by side, served together.
 
     Args:
         task: what is played.
         num_episodes: how many.
-        parallel: spread the episodes over Numba's threads.
+        parallel: spread simulated episodes over Numba's threads.
+        backend: begins what serves them, at the first reset (default: the simulator).
+        recorded: whether all windows are kept, for logs and pictures.
 
     Attributes:
         windows: WINDOW[n], records of the last window.
@@ -59,17 +93,27 @@ class EpisodeBatch:
         totals: float64[n, 5], parts of the score so far.
         requests: int64[n, 4], requests so far: arrived, completed, within the SLO, failed.
         over: bool[n], episodes that have ended.
+        recordings: n of them, empty unless `recorded`.
     """
 
-    def __init__(self, task: Task, num_episodes: int = 1, *, parallel: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        num_episodes: int = 1,
+        *,
+        parallel: bool = False,
+        backend: OpenBackend | None = None,
+        recorded: bool = False,
+    ) -> None:
         if num_episodes < 1:
             raise InputError(f"expected 1 or more, found {num_episodes}", field="num_episodes")
         self.task = task
         self.num_episodes = num_episodes
-        self.parallel = parallel
+        self.recorded = recorded
+        self._open = partial(simulate, parallel=parallel) if backend is None else backend
+        self._backend: Backend | None = None
         self._rewards = Rewards(task)
         self._observer = Observer(task)
-        self._simulator: SimulatorBatch | None = None
         self._start = to_array([task.start])
         self.actions = np.repeat(self._start, num_episodes)
         self.steps = np.zeros(num_episodes, np.int64)
@@ -79,24 +123,25 @@ class EpisodeBatch:
         self.totals = np.zeros((num_episodes, len(COMPONENTS)))
         self.requests = np.zeros((num_episodes, 4), np.int64)
         self.over = np.ones(num_episodes, bool)
+        self.recordings = [Recording() for _ in range(num_episodes)]
         self._all = np.ones(num_episodes, bool)
         self._demand = np.zeros(num_episodes)
 
     @property
     def windows(self) -> NDArray[np.void]:
         """WINDOW[n], records of the last window; copy what has to last."""
-        return self.simulator.windows
+        return self.backend.windows
 
     @property
-    def simulator(self) -> SimulatorBatch:
-        """The simulated cells.
+    def backend(self) -> Backend:
+        """What serves.
 
         Raises:
             InputError: no episode has begun.
         """
-        if self._simulator is None:
+        if self._backend is None:
             raise InputError("call reset before step")
-        return self._simulator
+        return self._backend
 
     @property
     def scores(self) -> NDArray[np.float64]:
@@ -113,32 +158,26 @@ class EpisodeBatch:
 
         Returns:
             float32[n, features], observations of all episodes.
+
+        Raises:
+            InputError: what serves cannot begin them.
         """
         chosen = np.arange(self.num_episodes) if which is None else np.flatnonzero(which)
         seeds = [int(seed) for seed in seeds]
-        if self._simulator is None and len(chosen) < self.num_episodes:
+        if self._backend is None and len(chosen) < self.num_episodes:
             raise InputError("the first reset must be of all episodes", field="which")
         drawn = {seed: self.task.requests(seed) for seed in {seeds[i] for i in chosen}}
-        workloads = {int(i): drawn[seeds[i]] for i in chosen}
-        if self._simulator is None:
-            cell = self.task.cell
-            self._simulator = SimulatorBatch(
-                self.task.profile,
-                [workloads[i] for i in range(self.num_episodes)],
-                engines=cell.engines,
-                prefill_engines=cell.prefill_engines,
-                max_num_batched_tokens=cell.max_num_batched_tokens,
-                prefix_cache=cell.prefix_cache,
-                action=self.task.start,
-                parallel=self.parallel,
-            )
+        self.over[chosen] = True  # until what serves them has begun
+        if self._backend is None:
+            self._backend = self._open(self.task, [drawn[seed] for seed in seeds], seeds)
         else:
-            for i, workload in workloads.items():
-                self._simulator.reset(i, workload)
-        for i, workload in workloads.items():
-            counts = np.bincount(workload.tenant, minlength=len(self.task.tenants))
+            for i in chosen.tolist():
+                self._backend.reset(i, drawn[seeds[i]], seeds[i])
+        for i in chosen.tolist():
+            counts = np.bincount(self._backend.workloads[i].tenant, minlength=len(self.task.tenants))
             self._demand[i] = self._rewards.demand(counts)
             self.seeds[i] = seeds[i]
+            self.recordings[i] = Recording()
         self.actions[chosen] = self._start
         self.steps[chosen] = 0
         self.over[chosen] = False
@@ -156,12 +195,12 @@ class EpisodeBatch:
         Raises:
             InputError: no episode has begun, or one of them is over.
         """
-        simulator = self.simulator
+        backend = self.backend
         if (self.over if which is None else self.over & which).any():
             raise InputError("the episode is over: call reset")
-        simulator.advance(actions, self.task.window_s, which)
-        windows = simulator.windows
-        self.components, self.costs = self._rewards.of(windows, self._demand)
+        windows = backend.serve(actions, self.task.window_s, which)
+        earning = self._rewards.earning(windows, backend.unmeasured)
+        self.components, self.costs = self._rewards.of(earning, self._demand)
         if which is None:
             self.actions = actions.copy()
         else:
@@ -175,20 +214,101 @@ class EpisodeBatch:
         terminated = np.zeros(self.num_episodes, bool)
         if self.task.max_in_flight is not None:
             terminated = (windows["in_flight"] > self.task.max_in_flight) & served & ~truncated
-        self.over |= truncated | terminated
-        return StepResult(self.observations(), rewards, terminated, truncated)
+        ended = truncated | terminated
+        self.over |= ended
+        if self.recorded:
+            self._record(windows, served, rewards, terminated)
+        result = StepResult(self.observations(), rewards, terminated, truncated)
+        if ended.any() and self.over.all():
+            backend.close()
+        return result
 
     def observations(self) -> NDArray[np.float32]:
         """float32[n, features], what the agents see now."""
-        return self._observer.of(self.simulator.windows, self.actions, self.steps)
+        return self._observer.of(self.backend.windows, self.actions, self.steps)
+
+    def info(self, index: int = 0) -> dict[str, Any]:
+        """What there is to know of an episode beside its observation, ready for JSON.
+
+        Args:
+            index: of the episode.
+
+        Returns:
+            `seed`, `reward_components`, `cost`, `score`, the `action` in force, what of it was `not_applied`
+            with the reason, and the backend's notes.
+        """
+        action = self.actions[index]
+        return {
+            "seed": int(self.seeds[index]),
+            "reward_components": dict(zip(COMPONENTS, self.components[index].tolist(), strict=True)),
+            "cost": float(self.costs[index]),
+            "score": float(self.scores[index]),
+            "action": {
+                name: to_value(name, code) for name, code in zip(CONTROLS, action.item(), strict=True)
+            },
+            "not_applied": self.backend.ignored(index, action) if self.steps[index] else {},
+            **self.backend.notes(),
+        }
+
+    def log(self, index: int = 0) -> EpisodeLog:
+        """The log of a recorded episode so far.
+
+        Args:
+            index: of the episode.
+        """
+        live = self._backend is not None and not self._backend.replayable
+        recording, score = self.recordings[index], float(self.scores[index])
+        return recording.log(self.task, int(self.seeds[index]), score, live=live)
 
     def snapshot(self) -> bytes:
-        """The exact state of all episodes, mid-episode too, for `restore` on a batch like this one."""
-        return pickle.dumps({name: value for name, value in vars(self).items() if name != "task"})
+        """The exact state of all episodes, mid-episode too, for `restore` on a batch like this one.
+
+        Raises:
+            InputError: what serves cannot be brought back to a state.
+        """
+        state = {name: value for name, value in vars(self).items() if name not in _NOT_KEPT}
+        return pickle.dumps((state, None if self._backend is None else self._backend.snapshot()))
 
     def restore(self, snapshot: bytes) -> None:
-        """Return to a state that `snapshot` of this process gave: never load one from an untrusted source."""
-        vars(self).update(pickle.loads(snapshot))
+        """Return to a state that `snapshot` of this process gave: never load one from an untrusted source.
+
+        Raises:
+            InputError: as `snapshot`.
+        """
+        state, backend = pickle.loads(snapshot)
+        if backend is None:
+            self._backend = None
+        else:
+            if self._backend is None:
+                self.reset(state["seeds"])
+            self.backend.restore(backend)
+        vars(self).update(state)
+
+    def close(self) -> None:
+        """Cancel what is under way and give back what is held.
+
+        Raises:
+            InputError: settings that were found cannot be brought back.
+        """
+        if self._backend is not None:
+            self._backend.close()
+
+    def _record(
+        self,
+        windows: NDArray[np.void],
+        served: NDArray[np.bool_],
+        rewards: NDArray[np.float64],
+        terminated: NDArray[np.bool_],
+    ) -> None:
+        for i in np.flatnonzero(served).tolist():
+            row = slice(i, i + 1)
+            self.recordings[i].add(
+                windows[row], self.actions[row], self.components[row], float(rewards[i]), bool(terminated[i])
+            )
+
+
+_NOT_KEPT = ("task", "_open", "_backend")
+"""Attributes of an `EpisodeBatch` that are no state of its episodes; the backend keeps its own."""
 
 
 class Episode:
@@ -196,6 +316,10 @@ class Episode:
 
     Args:
         task: what is played.
+        backend: begins what serves it, at the first reset (default: the simulator).
+
+    Attributes:
+        batch: the episode as a batch of one.
 
     Example:
         >>> episode = Episode(load_task("static_workload"))
@@ -205,15 +329,17 @@ class Episode:
         >>> grade(episode.log()).score
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, backend: OpenBackend | None = None) -> None:
         self.task = task
-        self.batch = EpisodeBatch(task)
-        self.recording = Recording()
+        self.batch = EpisodeBatch(task, backend=backend, recorded=True)
 
     def reset(self, seed: int) -> ServeObservation:
-        """Begin the episode with a seed."""
+        """Begin the episode with a seed.
+
+        Raises:
+            InputError: what serves cannot begin it.
+        """
         self.batch.reset([seed])
-        self.recording = Recording()
         return self.observation()
 
     def step(self, action: ServeAction) -> ServeObservation:
@@ -222,8 +348,7 @@ class Episode:
         Raises:
             InputError: the episode has not begun or is over.
         """
-        result = self.batch.step(to_array([action]))
-        self.recording.add(self.batch, float(result.rewards[0]), bool(result.terminated[0]))
+        self.batch.step(to_array([action]))
         return self.observation()
 
     @property
@@ -231,29 +356,35 @@ class Episode:
         """Whether the episode is over."""
         return bool(self.batch.over[0])
 
+    @property
+    def action(self) -> ServeAction:
+        """In force."""
+        return to_action(self.batch.actions[0])
+
     def observation(self) -> ServeObservation:
         """What the agent sees now."""
-        batch = self.batch
-        action = to_action(batch.actions[0])
-        rewards = self.recording.rewards
-        metadata: dict[str, Any] = {
-            "seed": int(batch.seeds[0]),
-            "reward_components": dict(zip(COMPONENTS, batch.components[0].tolist(), strict=True)),
-            "cost": float(batch.costs[0]),
-            "score": float(batch.scores[0]),
-            "action": action.model_dump(mode="json"),
-            "not_applied": batch.simulator.not_applied(action) if rewards else {},
-            "terminated": self.recording.terminated,
-            "truncated": self.done and not self.recording.terminated,
+        batch, recording = self.batch, self.batch.recordings[0]
+        ends = {
+            "terminated": recording.terminated,
+            "truncated": self.done and not recording.terminated,
         }
-        reward = rewards[-1] if rewards else 0.0
         return describe(
-            self.task, batch.windows[0], int(batch.steps[0]), reward=reward, done=self.done, metadata=metadata
+            self.task,
+            batch.windows[0],
+            int(batch.steps[0]),
+            reward=recording.rewards[-1] if recording.rewards else 0.0,
+            done=self.done,
+            metadata={**batch.info(), **ends},
         )
 
     def log(self) -> EpisodeLog:
         """The log so far."""
-        return self.recording.log(self.batch)
+        return self.batch.log()
 
     def close(self) -> None:
-        """Nothing is held that needs it: here for the sake of episodes that real engines serve."""
+        """Cancel what is under way and give back what is held; the log stays.
+
+        Raises:
+            InputError: settings that were found cannot be brought back.
+        """
+        self.batch.close()

@@ -41,5 +41,10 @@ class InputError(ValueError):
         return _error, (self.reason, self.file, self.line, self.field)
 
 
+def missing_package(error: ImportError, extra: str = "server") -> InputError:
+    """What to say where a package of an extra is not installed."""
+    return InputError(f"the {error.name} package is missing: install llmserve-env[{extra}]")
+
+
 def _error(reason: str, file: str | None, line: int | None, field: str | None) -> InputError:
     return InputError(reason, file=file, line=line, field=field)

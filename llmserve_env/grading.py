@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-import llmserve_env
 from llmserve_env.actions import to_array
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.recording import record_bytes
+from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
@@ -118,7 +118,7 @@ def write_log(path: str | Path, log: EpisodeLog) -> None:
 
 def _check_form(log: EpisodeLog) -> None:
     """Refuse what no replay is needed for to see."""
-    version = llmserve_env.__version__
+    version = __version__
     if log.package_version != version:
         raise InputError(
             f"expected {version}, the version that replays it, found {log.package_version}, whose dynamics "

@@ -16,7 +16,7 @@ that sum to 1 give a score in 0..1, as the mean of each objective over an episod
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class ObjectiveBatch(EpisodeBatch):
     """Episodes that tell their objectives, too.
 
     Args:
-        task: and `num_episodes`, `parallel`: as `EpisodeBatch`.
+        task: and `num_episodes`, and all others: as `EpisodeBatch`.
 
     Attributes:
         objectives: float64[n, 4], of the last window; 0 where an episode begins.
@@ -80,8 +80,8 @@ class ObjectiveBatch(EpisodeBatch):
         means: float64[n, 4], of the episode so far: what is still to come counts as nothing, as in `scores`.
     """
 
-    def __init__(self, task: Task, num_episodes: int = 1, *, parallel: bool = False) -> None:
-        super().__init__(task, num_episodes, parallel=parallel)
+    def __init__(self, task: Task, num_episodes: int = 1, **options: Any) -> None:
+        super().__init__(task, num_episodes, **options)
         self._objectives = Objectives(task)
         self.objectives = np.zeros((num_episodes, len(OBJECTIVES)))
         self.earned = self.objectives

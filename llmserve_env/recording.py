@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import llmserve_env
 from llmserve_env.actions import ACTION, to_action
-from llmserve_env.backend import WINDOW
+from llmserve_env.backend import WINDOW, window_field
+from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from llmserve_env.episode import EpisodeBatch
+    from llmserve_env.tasks import Task
 
 
 def record_bytes(window: NDArray[np.void], tenants: int) -> bytes:
@@ -49,6 +49,34 @@ def record_digests(windows: Iterable[NDArray[np.void]], tenants: int) -> list[st
     return digests
 
 
+def record_values(window: NDArray[np.void], tenants: int) -> dict[str, Any]:
+    """A WINDOW record for JSON: None for nan, tenant fields cut to the number of tenants."""
+    return {name: _plain(window_field(window, name, tenants)) for name in WINDOW.names or ()}
+
+
+def record_row(values: dict[str, Any]) -> NDArray[np.void]:
+    """The WINDOW record of what `record_values` made.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    row: NDArray[np.void] = np.zeros((), WINDOW)
+    for name in WINDOW.names or ():
+        value = values[name]
+        if isinstance(value, list):
+            found = np.array(value)
+            row[name][tuple(slice(count) for count in found.shape)] = found
+        else:
+            row[name] = np.nan if value is None else value
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if value.ndim:
+        return [None if isinstance(each, float) and np.isnan(each) else each for each in value.tolist()]
+    return None if isinstance(value.item(), float) and np.isnan(value) else value.item()
+
+
 class Recording:
     """The windows of an episode so far.
 
@@ -65,11 +93,26 @@ class Recording:
         self._actions = bytearray()
         self._components = bytearray()
 
-    def add(self, batch: EpisodeBatch, reward: float, terminated: bool) -> None:
-        """Keep the last window of a batch of one."""
-        self._windows += batch.windows.tobytes()
-        self._actions += batch.actions.tobytes()
-        self._components += batch.components.tobytes()
+    def add(
+        self,
+        window: NDArray[np.void],
+        action: NDArray[np.void],
+        components: NDArray[np.float64],
+        reward: float,
+        terminated: bool,
+    ) -> None:
+        """Keep a window.
+
+        Args:
+            window: WINDOW[1].
+            action: ACTION[1], under which it was served.
+            components: float64[1, 5], parts of its reward.
+            reward: of it.
+            terminated: whether the task ended the episode with it.
+        """
+        self._windows += window.tobytes()
+        self._actions += action.tobytes()
+        self._components += components.tobytes()
         self.rewards.append(reward)
         self.terminated = terminated
 
@@ -88,15 +131,25 @@ class Recording:
         """float64[k, 5], parts of each reward."""
         return np.frombuffer(bytes(self._components)).reshape(-1, len(COMPONENTS))
 
-    def log(self, batch: EpisodeBatch) -> EpisodeLog:
-        """The log of the episode so far, of the batch of one that plays it."""
+    def log(self, task: Task, seed: int, score: float, *, live: bool) -> EpisodeLog:
+        """The log of the episode so far.
+
+        Args:
+            task: that is played.
+            seed: of the episode.
+            score: so far.
+            live: whether no replay can tell its components, so that the log does.
+        """
+        parts = self.components.tolist() if live else []
         return EpisodeLog(
-            package_version=llmserve_env.__version__,
-            task=batch.task.model_dump(mode="json"),
-            seed=int(batch.seeds[0]),
+            package_version=__version__,
+            task=task.model_dump(mode="json"),
+            seed=seed,
+            live=live,
             actions=[to_action(row) for row in self.actions],
             rewards=list(self.rewards),
-            digests=record_digests(self.windows, len(batch.task.tenants)),
+            components=[dict(zip(COMPONENTS, row, strict=True)) for row in parts],
+            digests=record_digests(self.windows, len(task.tenants)),
             terminated=self.terminated,
-            score=float(batch.scores[0]),
+            score=score,
         )

@@ -23,6 +23,8 @@ import numpy as np
 from numba import njit
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from numpy.typing import NDArray
 
     from llmserve_env.tasks import Task
@@ -78,6 +80,20 @@ class Rewards:
             costs,
         )
         return components, costs
+
+    @staticmethod
+    def earning(windows: NDArray[np.void], unmeasured: Container[str]) -> NDArray[np.void]:
+        """WINDOW[n] as `of` takes it: nothing is earned for memory while nobody tells how full it is.
+
+        Args:
+            windows: WINDOW[n].
+            unmeasured: fields of an observation that the records do not tell.
+        """
+        if "kv_cache_occupancy" not in unmeasured:
+            return windows
+        known = windows.copy()
+        known["mean_kv_occupancy"] = 1.0  # as if it were full
+        return known
 
     def add(
         self,

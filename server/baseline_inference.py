@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmserve_env.agents.llm import LLMSettings
+from llmserve_env.agents.llm_settings import LLMSettings
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import EVALUATION_SEEDS
-from server.baseline_player import OverHttp
+from server.baseline_http import HttpSession
 from server.baseline_suites import Progress, deterministic_suite, openai_suite
 
 __all__ = ["Arguments", "deterministic_suite", "main", "openai_suite"]
@@ -93,8 +93,8 @@ def _run(arguments: Arguments) -> int:
     if arguments.seed < 0:
         raise InputError(f"expected 0 or more, found {arguments.seed}", field="seed")
     llm = _llm(arguments) if arguments.mode == "openai" else None
-    runtime = OverHttp(arguments.base_url) if arguments.runtime == "http" else None
-    where: dict[str, Any] = {"seed": arguments.seed, "runtime": runtime, "output": arguments.output}
+    session = HttpSession(arguments.base_url) if arguments.runtime == "http" else None
+    where: dict[str, Any] = {"seed": arguments.seed, "session": session, "output": arguments.output}
     try:
         with tqdm(unit="episode", bar_format="{desc}{n:.2f}/{total} episodes [{elapsed}]") as bar:
             if llm is None:
@@ -106,8 +106,8 @@ def _run(arguments: Arguments) -> int:
                     arguments.task, arguments.episodes or 1, _shown_on(bar), llm=llm, **where
                 )
     finally:
-        if runtime is not None:
-            runtime.close()
+        if session is not None:
+            session.close()
     print(_report(content))
     if arguments.output is not None:
         print(f"wrote {arguments.output}")

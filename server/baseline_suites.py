@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import llmserve_env
-from llmserve_env.agents import AGENTS, lacks_weights, load_agent, play
-from llmserve_env.agents.llm import LLMPolicy, LLMSettings
+from llmserve_env.agents import AGENTS, Agent, lacks_weights, load_agent
+from llmserve_env.agents.llm import LLMAgent
+from llmserve_env.agents.llm_settings import LLMSettings
+from llmserve_env.episode import EpisodeBatch, StepResult
+from llmserve_env.play import play_batch
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import GradeResult
-from llmserve_env.tasks import EVALUATION_SEEDS, list_tasks, load_task
-from server.baseline_player import BlindPolicy, InProcess, Runtime, play_episode
+from llmserve_env.session import RemoteEpisode, Session
+from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
 from server.baseline_results import Results
 
 Progress = Callable[[float, int, str], object]
@@ -22,12 +25,6 @@ Progress = Callable[[float, int, str], object]
 
 PLAYERS = (*AGENTS, "ppo")
 """Reference agents, and the trained policy on the tasks that there are weights for."""
-
-NOT_OVER_HTTP = {
-    "reactive": "reads window records, which HTTP does not carry",
-    "ppo": "reads the features of observations, which real engines do not show",
-}
-"""Those that are not played through the service, and why."""
 
 _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
 
@@ -38,7 +35,7 @@ def deterministic_suite(
     progress: Progress = lambda done, total, what: None,
     *,
     seed: int = EVALUATION_SEEDS.start,
-    runtime: Runtime | None = None,
+    session: Session | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Play tasks with `PLAYERS`.
@@ -48,28 +45,30 @@ def deterministic_suite(
         episodes: of each task and agent.
         progress: see `Progress`.
         seed: of the first episode; the others follow.
-        runtime: where to play (default: here); through HTTP all but NOT_OVER_HTTP can be.
+        session: plays the episodes (default: they are played here).
         output: JSON file, see `Results`.
 
     Returns:
         `settings`, `summary` by task and agent, `episodes`: JSON, and the same each time.
     """
-    not_played = _without_weights() if runtime is None else NOT_OVER_HTTP
-    agents = [name for name in PLAYERS if runtime is None or name not in NOT_OVER_HTTP]
     settings = {
         "mode": "deterministic",
         "package_version": llmserve_env.__version__,
-        "runtime": "in-process" if runtime is None else "http",
-        "not_played": not_played,
+        "runtime": "in-process" if session is None else "http",
+        "not_played": _without_weights(),
     }
 
     def play_one(task_id: str, agent: str, seed: int, watch: Callable[[float], object]) -> dict[str, Any]:
-        if runtime is None:
-            return _played(agent, task_id, seed)
-        return _graded(play_episode(runtime, BlindPolicy(agent), task_id, seed, watch))
+        task = load_task(task_id)
+        return _played(load_agent(agent, task), task, seed, session, None if session is None else watch)
 
     return _run(
-        Results(settings, output), play_one, task_ids, agents, range(seed, seed + episodes), progress=progress
+        Results(settings, output),
+        play_one,
+        task_ids,
+        PLAYERS,
+        range(seed, seed + episodes),
+        progress=progress,
     )
 
 
@@ -80,7 +79,7 @@ def openai_suite(
     *,
     llm: LLMSettings | None = None,
     seed: int = EVALUATION_SEEDS.start,
-    runtime: Runtime | None = None,
+    session: Session | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Play tasks with a language model.
@@ -91,7 +90,7 @@ def openai_suite(
         progress: see `Progress`.
         llm: how the model is asked (default: `LLMSettings.from_environment()`).
         seed: of the first episode; the others follow.
-        runtime: where to play (default: here).
+        session: plays the episodes (default: they are played here).
         output: JSON file, see `Results`.
 
     Returns:
@@ -101,21 +100,21 @@ def openai_suite(
         InputError: the endpoint cannot be used, or gave up answering; finished episodes are in `output`.
     """
     llm = llm or LLMSettings.from_environment()
-    with LLMPolicy(llm) as policy:
+    with LLMAgent(llm) as asking:
         asked = {name: value for name, value in asdict(llm).items() if name != "api_key"}
         settings = {
             "mode": "openai",
             "package_version": llmserve_env.__version__,
-            "runtime": "in-process" if runtime is None else "http",
+            "runtime": "in-process" if session is None else "http",
             **asked,
-            "endpoint": policy.endpoint,
+            "endpoint": asking.endpoint,
             "fallback": "an answer that cannot be used leaves the configuration in force as it is",
         }
 
         def play_one(task_id: str, agent: str, seed: int, watch: Callable[[float], object]) -> dict[str, Any]:
             begun = time.perf_counter()
-            found = _graded(play_episode(runtime or InProcess(), policy, task_id, seed, watch))
-            return {**found, "llm": policy.usage.told(), "wall_s": time.perf_counter() - begun}
+            found = _played(asking, load_task(task_id), seed, session, watch)
+            return {**found, "llm": asking.usage.told(), "wall_s": time.perf_counter() - begun}
 
         results = Results(settings, output)
         return _run(results, play_one, task_ids, [llm.model], range(seed, seed + episodes), progress=progress)
@@ -160,14 +159,28 @@ def _without_weights() -> dict[str, str]:
     return {name: f"has no weights for {', '.join(tasks)}" for name, tasks in lacking.items() if tasks}
 
 
-def _played(agent: str, task_id: str, seed: int) -> dict[str, Any]:
-    """An episode of one of `PLAYERS`."""
-    task = load_task(task_id)
-    played = play(load_agent(agent, task), task, [seed])
+def _played(
+    agent: Agent,
+    task: Task,
+    seed: int,
+    session: Session | None,
+    watch: Callable[[float], object] | None,
+) -> dict[str, Any]:
+    """An episode, played here or in a session; `watch` is told the share of it that is over."""
+
+    def told(batch: Any, _: StepResult) -> None:
+        if watch is not None:
+            watch(float(batch.steps[0]) / task.windows)
+
+    if session is not None:
+        episode = RemoteEpisode(task, session)
+        play_batch(agent, episode.batch, [seed], told)
+        return _graded(episode.grade())
+    batch = play_batch(agent, EpisodeBatch(task), [seed], told)
     return {
-        "score": min(float(played.scores[0]), 1.0),  # as grades are bounded
-        "components": dict(zip(COMPONENTS, played.components[0].tolist(), strict=True)),
-        "requests": dict(zip(_OUTCOMES, played.requests[0].tolist(), strict=True)),
+        "score": min(float(batch.scores[0]), 1.0),  # as grades are bounded
+        "components": dict(zip(COMPONENTS, batch.totals[0].tolist(), strict=True)),
+        "requests": dict(zip(_OUTCOMES, batch.requests[0].tolist(), strict=True)),
     }
 
 

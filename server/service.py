@@ -25,12 +25,11 @@ from server.hosted import check_request, grade_posted, is_shaped, requested_task
 from server.journal import Journal
 from server.messages.refusals import Refusal
 from server.messages.requests import ResetRequest
-from server.sessions import PlayedEpisode, Session, Sessions
+from server.sessions import MakeEpisode, Session, Sessions
 
 if TYPE_CHECKING:
     from llmserve_env.live.settings import EndpointSettings
     from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
-    from llmserve_env.tasks import Task
     from server.settings import Settings
 
 R = TypeVar("R")
@@ -217,7 +216,7 @@ class Service:
         return function(*args)
 
 
-def _live_episodes(endpoint: EndpointSettings) -> Callable[[Task], PlayedEpisode]:
+def _live_episodes(endpoint: EndpointSettings) -> MakeEpisode:
     key = endpoint.api_key or os.environ.get("OPENAI_API_KEY")
     return partial(LiveEpisode, settings=replace(endpoint, api_key=key))
 

@@ -6,12 +6,13 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmserve_env.episode import Episode
 from llmserve_env.grading import grade
+from llmserve_env.recording import record_values
 from server.messages.models import ServiceState
 from server.messages.refusals import AtCapacity, Conflict, NotFound
 from server.messages.requests import ResetRequest
@@ -25,35 +26,8 @@ if TYPE_CHECKING:
 _BEFORE_RESET = "no episode has begun: reset first"
 
 
-class PlayedEpisode(Protocol):
-    """What a session plays: a simulated `Episode`, or one that real engines serve."""
-
-    task: Task
-
-    def reset(self, seed: int) -> ServeObservation:
-        """Begin the episode of a seed."""
-        ...
-
-    def step(self, action: ServeAction) -> ServeObservation:
-        """Serve one window."""
-        ...
-
-    @property
-    def done(self) -> bool:
-        """Whether the episode is over."""
-        ...
-
-    def observation(self) -> ServeObservation:
-        """What the agent sees now."""
-        ...
-
-    def log(self) -> EpisodeLog:
-        """The log so far."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
+MakeEpisode = Callable[["Task"], Episode]
+"""Makes what plays a task: in the simulator, or before real engines."""
 
 
 class Session:
@@ -75,7 +49,7 @@ class Session:
     def __init__(
         self,
         session_id: str,
-        make_episode: Callable[[Task], PlayedEpisode] = Episode,
+        make_episode: MakeEpisode = Episode,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = session_id
@@ -87,7 +61,7 @@ class Session:
         self._clock = clock
         self.last_used = clock()
         self._task: Task | None = None
-        self._episode: PlayedEpisode | None = None
+        self._episode: Episode | None = None
         self._log: EpisodeLog | None = None
         self._last: ServeObservation | None = None
 
@@ -179,8 +153,8 @@ class Session:
 
     @property
     def batch(self) -> EpisodeBatch | None:
-        """The simulated episode's batch while it is under way: for agents that read its records."""
-        return self._episode.batch if isinstance(self._episode, Episode) else None
+        """The episode's batch while it is under way: for agents that read its records."""
+        return None if self._episode is None else self._episode.batch
 
     @property
     def state(self) -> ServiceState:
@@ -201,9 +175,13 @@ class Session:
     def _seen(self, observation: ServeObservation) -> ServeObservation:
         observation.metadata["session_id"] = self.id
         if self.begun is not None and self.begun.features:
-            assert isinstance(self._episode, Episode)
+            assert self._episode is not None
             vector = self._episode.batch.observations()[0]
             observation.metadata["features"] = np.asarray(vector, float).tolist()
+        if self.begun is not None and self.begun.records:
+            assert self._episode is not None
+            window, tenants = self._episode.batch.windows[0], len(self._episode.task.tenants)
+            observation.metadata["record"] = record_values(window, tenants)
         self._last = observation
         return observation
 
@@ -224,7 +202,7 @@ class Sessions:
     def __init__(
         self,
         settings: Settings,
-        make_episode: Callable[[Task], PlayedEpisode] = Episode,
+        make_episode: MakeEpisode = Episode,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings

@@ -36,8 +36,8 @@ SERVER_LOCK = (ROOT / "requirements-server.lock").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # Gymnasium, and NumPy with it, is there: environments are registered on import (0.1 s).
 HEAVY = {
-    "fastapi", "matplotlib", "numba", "openenv", "pandas", "pydantic", "scipy", "stable_baselines3", "torch",
-    "tqdm", "tyro",
+    "fastapi", "gradio", "matplotlib", "numba", "openenv", "pandas", "pydantic", "scipy", "stable_baselines3",
+    "torch", "tqdm", "tyro",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.files import open_atomic
 from llmserve_env.live.pilot.decision_log import Stretch, one_task, read_decisions
 from llmserve_env.observation import FEATURES
+from llmserve_env.play import play_batch
 from llmserve_env.report.provenance import made_on
 from llmserve_env.tasks import Task, load_task
 from train.network import Network
@@ -139,21 +141,44 @@ def watch(task: Task, seeds: range, teacher: Agent, player: Agent | None = None)
         player: whose actions are played (default: the teacher's). In either case the nearest of the task's
             grid are: what a network can choose.
     """
-    batch, grid = EpisodeBatch(task, len(seeds)), task.grid
-    observations = batch.reset(seeds)
-    for agent in {id(agent): agent for agent in (teacher, player) if agent is not None}.values():
-        agent.reset(task, seeds)
-    current = np.repeat(grid.indices(to_array([task.start])), len(seeds), axis=0)
-    rows: list[tuple[np.ndarray, ...]] = []
-    while not batch.over.all():
-        labels = grid.indices(teacher.act(observations, batch.windows))
-        chosen = labels if player is None else grid.indices(player.act(observations, batch.windows))
-        rows.append((observations, current, chosen, labels, ~batch.over))
-        observations = batch.step(
-            grid.actions(chosen), ~batch.over if batch.over.any() else None
-        ).observations
-        current = chosen
-    return Watched(*(np.stack(column) for column in zip(*rows, strict=True)), batch.scores)
+    lesson = _Lesson(teacher, player)
+    there = [np.ones(len(seeds), bool)]
+    batch = play_batch(
+        lesson, EpisodeBatch(task, len(seeds)), seeds, lambda batch, _: there.append(~batch.over)
+    )
+    columns = [np.stack(column) for column in zip(*lesson.rows, strict=True)]
+    return Watched(*columns, np.stack(there[:-1]), batch.scores)
+
+
+class _Lesson:
+    """Plays what a network can choose, the player's or the teacher's, and notes what the teacher would set.
+
+    Attributes:
+        rows: of each window, as `Watched` has them: observations, current, chosen, labels.
+    """
+
+    def __init__(self, teacher: Agent, player: Agent | None) -> None:
+        self.name = teacher.name
+        self._teacher = teacher
+        self._player = player
+        self.rows: list[tuple[np.ndarray, ...]] = []
+
+    def reset(self, task: Task, seeds: Sequence[int]) -> None:
+        """Begin episodes."""
+        for agent in {id(each): each for each in (self._teacher, self._player) if each is not None}.values():
+            agent.reset(task, seeds)
+        self._grid = task.grid
+        self._current = np.repeat(task.grid.indices(to_array([task.start])), len(seeds), axis=0)
+
+    def act(self, observations: np.ndarray, windows: np.ndarray) -> np.ndarray:
+        """ACTION[n], points of the grid."""
+        labels = self._grid.indices(self._teacher.act(observations, windows))
+        chosen = labels
+        if self._player is not None:
+            chosen = self._grid.indices(self._player.act(observations, windows))
+        self.rows.append((observations, self._current, chosen, labels))
+        self._current = chosen
+        return self._grid.actions(chosen)
 
 
 def logged(stretches: list[Stretch], task: Task, held_out: float) -> tuple[Watched, Watched]:

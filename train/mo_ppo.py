@@ -27,7 +27,6 @@ import tyro
 from gymnasium.vector import VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from llmserve_env.agents.play import play_batch
 from llmserve_env.agents.policy import (
     Policy,
     PolicyAgent,
@@ -38,6 +37,7 @@ from llmserve_env.agents.policy import (
 )
 from llmserve_env.errors import InputError
 from llmserve_env.objectives import OBJECTIVES, ObjectiveBatch
+from llmserve_env.play import play_batch
 from llmserve_env.tasks import Task
 from train import ppo
 from train.ppo import VALIDATION, train

@@ -552,7 +552,7 @@ def _mask(env: Any) -> np.ndarray:
     """bool[values], what the cell can apply."""
     from llmserve_env.envs import spaces
 
-    return spaces.action_mask(env.unwrapped.task.grid, env.unwrapped.batch.simulator.not_applied)
+    return spaces.action_mask(env.unwrapped.task.grid, env.unwrapped.batch.backend.not_applied)
 
 
 if __name__ == "__main__":

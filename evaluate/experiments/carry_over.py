@@ -43,6 +43,7 @@ from llmserve_env.files import write_atomic
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.episode import LiveEpisode
 from llmserve_env.live.settings import EndpointSettings
+from llmserve_env.play import play_batch
 from llmserve_env.report.figures import check_suffix
 from llmserve_env.report.provenance import made_by
 from llmserve_env.schema import QuantizationTier, ServeAction
@@ -50,6 +51,7 @@ from llmserve_env.tasks import TRAINING_SEEDS, Task, load_task
 
 if TYPE_CHECKING:
     from llmserve_env.agents import Agent
+    from llmserve_env.episode import EpisodeBatch
 
 FOLDER = Path("evaluate/carry_over")
 
@@ -209,20 +211,13 @@ def play_live(
         InputError: the deployment cannot apply what the task grants, requests had to be cut to be sent, or
             too many failed for reasons that are none of the task's.
     """
-    episode = LiveEpisode(task, settings)
+    batch = LiveEpisode(task, settings).batch
     try:
-        observation = episode.reset(seed)
-        ways = episode.capabilities()
-        for name in granted(task):
-            if ways[name].startswith("not applied"):
-                raise InputError(f"the task grants it: {ways[name]}", field=name)
-        agent.reset(task, [seed])
-        while not observation.done:
-            actions = agent.act(episode.features()[None], episode.window.reshape(1))
-            observation = episode.step(to_action(actions[0]))
+        play_batch(_Checked(agent, batch), batch, [seed])
     finally:
-        episode.close()
-    told = observation.metadata["live"]
+        batch.close()
+    info = batch.info()
+    told = info["live"]
     cut = {name: count for name, count in told["cuts"].items() if count and name != "requests"}
     if cut or not told["ignore_eos"]:
         raise InputError(
@@ -231,7 +226,30 @@ def play_live(
     others = {reason: count for reason, count in told["failures"].items() if reason not in EXPECTED}
     if sum(others.values()) > MOST_UNEXPECTED * told["cuts"]["requests"]:
         raise InputError(f"of {told['cuts']['requests']} requests failed: {others}", field="live")
-    return float(observation.metadata["score"]), told
+    return float(info["score"]), told
+
+
+class _Checked:
+    """An agent who plays only where everything that the task grants can be applied.
+
+    Args:
+        agent: plays.
+        batch: what it plays.
+    """
+
+    def __init__(self, agent: Agent, batch: EpisodeBatch) -> None:
+        self.name = agent.name
+        self.act = agent.act
+        self._agent = agent
+        self._batch = batch
+
+    def reset(self, task: Task, seeds: Sequence[int]) -> None:
+        """Begin, with an error where a field cannot be applied."""
+        ways = self._batch.backend.capabilities()
+        for name in granted(task):
+            if ways[name].startswith("not applied"):
+                raise InputError(f"the task grants it: {ways[name]}", field=name)
+        self._agent.reset(task, seeds)
 
 
 def play_all_live(

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from evaluate.search import Player, best_constants, clairvoyant
 from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents import load_agent
-from llmserve_env.agents.play import play
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
+from llmserve_env.play import play
 from llmserve_env.report.provenance import made_by
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, Task, load_task

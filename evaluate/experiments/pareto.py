@@ -28,11 +28,11 @@ from tqdm import tqdm
 from evaluate.evaluate import choose_seeds
 from llmserve_env.actions import to_action
 from llmserve_env.agents import Agent, ConstantAgent, load_agent
-from llmserve_env.agents.play import play_batch
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.objectives import OBJECTIVES, ObjectiveBatch
+from llmserve_env.play import play_batch
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.report.provenance import made_by
 from llmserve_env.report.stats import Interval

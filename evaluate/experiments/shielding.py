@@ -33,10 +33,10 @@ from evaluate.evaluate import agent_labels, choose_seeds
 from evaluate.experiments.spiral import in_time_after, surges_of
 from llmserve_env.agents import Shield
 from llmserve_env.agents.find import SHIELDED, find_agent
-from llmserve_env.agents.play import play
 from llmserve_env.agents.shield import RULES
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
+from llmserve_env.play import play
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, check_suffix, picture_file
 from llmserve_env.report.provenance import made_by
 from llmserve_env.report.stats import Interval, interval, iqm, paired_difference

@@ -20,8 +20,8 @@ from evaluate.search import Player
 from llmserve_env.actions import to_action
 from llmserve_env.agents import load_agent
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.play import play
 from llmserve_env.episode import EpisodeBatch
+from llmserve_env.play import play, play_batch
 from llmserve_env.report.figures import BLUE, GREY, INK, ORANGE, picture_file
 from llmserve_env.report.stats import interval, paired_difference
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, Task, load_task
@@ -81,13 +81,10 @@ def _everybody(task: Task) -> Agent:
 
 def _windows(agent: Agent, task: Task, seeds: Sequence[int]) -> NDArray[np.void]:
     """WINDOW[window, seed] of an agent's episodes."""
-    batch = EpisodeBatch(task, len(seeds))
-    observations = batch.reset(seeds)
-    agent.reset(task, seeds)
-    found = []
-    while not batch.over.all():
-        observations = batch.step(agent.act(observations, batch.windows)).observations
-        found.append(batch.windows.copy())
+    found: list[NDArray[np.void]] = []
+    play_batch(
+        agent, EpisodeBatch(task, len(seeds)), seeds, lambda batch, _: found.append(batch.windows.copy())
+    )
     return np.array(found)
 
 

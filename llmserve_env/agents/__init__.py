@@ -14,13 +14,13 @@ from llmserve_env.agents.agent import Agent
 from llmserve_env.agents.aimd import AIMDAgent, AIMDRule
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.mpc.mpc import MPCAgent
-from llmserve_env.agents.play import Played, play
 from llmserve_env.agents.random import RandomAgent
 from llmserve_env.agents.reactive import ReactiveAgent, ReactiveRule
 from llmserve_env.agents.shield import Shield, ShieldSettings, shield_settings
 from llmserve_env.agents.trained import FOLDERS, trained_agent, trained_tasks
 from llmserve_env.agents.tuned import tuned_constant, tuned_rule
 from llmserve_env.errors import InputError
+from llmserve_env.play import Played, play
 
 if TYPE_CHECKING:
     from llmserve_env.tasks import Task

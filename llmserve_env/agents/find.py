@@ -11,6 +11,8 @@ from llmserve_env.agents.continuous_policy import (
     is_continuous,
     load_continuous_policy,
 )
+from llmserve_env.agents.llm import LLMAgent
+from llmserve_env.agents.llm_settings import LLM, llm_settings
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy
 from llmserve_env.agents.trained import trained_folder
 
@@ -41,13 +43,17 @@ def find_agent(name: str, task: Task) -> Agent:
     """An agent.
 
     Args:
-        name: as `load_agent` takes it, or the folder of a policy, in which "{task}" stands for the task's id;
-            shielded:FOLDER for one in a `Shield`.
+        name: as `load_agent` takes it; or the folder of a policy, in which "{task}" stands for the task's id;
+            or llm:MODEL@URL, a language model, as `llm_settings` takes it; each after shielded: for one in a
+            `Shield`.
         task: what it will play.
 
     Raises:
         InputError: there is no such agent, or its files cannot be used; names them.
     """
+    if name.removeprefix(SHIELDED).startswith(LLM):
+        model = LLMAgent(llm_settings(name.removeprefix(SHIELDED)))
+        return Shield(model) if name.startswith(SHIELDED) else model
     folder = policy_folder(name, task)
     if folder is None or name.removeprefix(SHIELDED) in TRAINED:
         return load_agent(name, task)

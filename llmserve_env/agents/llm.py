@@ -1,9 +1,5 @@
 """An agent that asks a language model behind an OpenAI-compatible endpoint.
 
-It works at the level of the schema, `ServeObservation` in and `ServeAction` out, rather than with records as
-the `Agent`s do: one episode at a time (a call takes seconds, so nothing is won by many side by side), in any
-world, HTTP included, where records do not reach.
-
 The model is asked for a JSON object, by a schema that lists each control's values (`response_format`
 json_schema, strict). The schema keeps to what OpenAI's strict mode and vLLM's guided decoding both take:
 type, enum, required, additionalProperties. Answers are checked against it again: not every endpoint obeys.
@@ -12,7 +8,6 @@ type, enum, required, additionalProperties. Answers are checked against it again
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -20,74 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmserve_env.actions import to_array
+from llmserve_env.agents.llm_settings import LLM, LLMSettings
 from llmserve_env.agents.prompt import NO_ANSWER, Unusable, answer_schema, parse, prompt
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.net.urls import without_credentials
+from llmserve_env.observation import describe
+from llmserve_env.rewards import Rewards
 from llmserve_env.schema import ServeAction, ServeObservation
+from llmserve_env.tasks.catalog import task_info
 
 if TYPE_CHECKING:
-    import openai
+    from collections.abc import Sequence
 
-    from llmserve_env.tasks.catalog import TaskInfo
+    import openai
+    from numpy.typing import NDArray
+
+    from llmserve_env.tasks import Task
 
 
 _OPENAI = "https://api.openai.com/v1"
-
-
-@dataclass(frozen=True)
-class LLMSettings:
-    """How a model is asked.
-
-    Attributes:
-        model: its name at the endpoint.
-        endpoint: base URL with its /v1 (default: OpenAI's).
-        api_key: for it; an endpoint that is named may need none.
-        windows_per_call: windows for which an answer holds.
-        history: windows that a prompt shows, at most.
-        max_prompt_chars: bound of a prompt; the oldest windows are left out to keep it (characters).
-        max_answer_tokens: bound of an answer (tokens).
-        temperature: of sampling; None leaves it to the endpoint, as some models demand.
-        timeout_s: bound of one try (s).
-        max_retries: further tries after no connection, 408, 409, 429 or 5xx. The client waits 0.5 s, twice as
-            long each time, up to 8 s, with jitter, or what Retry-After says up to two minutes.
-        give_up_after: calls in a row without any answer after which the episode is given up: it would show
-            what the configuration in force does, not what the model does.
-    """
-
-    model: str
-    endpoint: str | None = field(default=None, repr=False)
-    api_key: str | None = field(default=None, repr=False)
-    windows_per_call: int = 1
-    history: int = 4
-    max_prompt_chars: int = 12_000
-    max_answer_tokens: int = 512
-    temperature: float | None = 0.0
-    timeout_s: float = 60.0
-    max_retries: int = 4
-    give_up_after: int = 3
-
-    @classmethod
-    def from_environment(cls, **settings: Any) -> LLMSettings:
-        """Settings whose model, endpoint and key are OPENAI_MODEL, _BASE_URL and _API_KEY unless given.
-
-        Raises:
-            InputError: there is no model's name, or neither an endpoint nor a key.
-        """
-        for name, variable in (("model", "MODEL"), ("endpoint", "BASE_URL"), ("api_key", "API_KEY")):
-            if settings.get(name) is None:
-                settings[name] = os.environ.get(f"OPENAI_{variable}")
-        if not settings["model"]:
-            raise InputError("expected the name of a model, here or in OPENAI_MODEL", field="model")
-        if not settings["endpoint"] and not settings["api_key"]:
-            raise InputError("expected an endpoint, or a key in OPENAI_API_KEY", field="endpoint")
-        return cls(**settings)
-
-    def __post_init__(self) -> None:
-        for name in ("windows_per_call", "history", "max_answer_tokens", "give_up_after"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected 1 or more, found {getattr(self, name)}", field=name)
-        if self.max_retries < 0:
-            raise InputError(f"expected 0 or more, found {self.max_retries}", field="max_retries")
 
 
 @dataclass
@@ -130,31 +77,57 @@ class LLMUsage:
         }
 
 
-class LLMPolicy:
-    """Plays episodes by asking a model.
+@dataclass
+class _Conversation:
+    """What is remembered of an episode.
+
+    Attributes:
+        seed: for the endpoint.
+        demand: float64[1], weight of all its requests.
+        in_force: the configuration.
+        seen: the last windows.
+        windows: how many there were.
+        end_s: of the last one; one that does not end later is of an episode that is over.
+        without_answer: calls in a row without any answer.
+    """
+
+    seed: int
+    demand: NDArray[np.float64]
+    in_force: ServeAction
+    seen: deque[ServeObservation]
+    windows: int = 0
+    end_s: float = -1.0
+    without_answer: int = 0
+
+
+class LLMAgent:
+    """Plays episodes by asking a model, which is shown the windows in the words of `ServeObservation`.
+
+    A call takes seconds: nothing is won by many episodes side by side, which take turns. The reward
+    that it is shown is the task's of all that was sent, as in the simulator.
 
     Args:
         settings: how it is asked.
+        name: under which results are reported (default: "llm:" and the model's).
 
     Attributes:
         settings: as given.
-        usage: of the episode.
+        usage: of the episodes since the last reset.
 
     Raises:
         InputError: there is neither an endpoint nor a key, or the `openai` package is missing.
 
     Example:
-        >>> with LLMPolicy(LLMSettings("tiny", "http://127.0.0.1:8101/v1")) as policy:
-        ...     policy.reset(task_info(task), seed)
-        ...     while not observation.done:
-        ...         observation = episode.step(policy.act(observation))
+        >>> with LLMAgent(LLMSettings("tiny", "http://127.0.0.1:8101/v1")) as agent:
+        ...     play(agent, task, [seed]).scores
     """
 
-    def __init__(self, settings: LLMSettings) -> None:
+    def __init__(self, settings: LLMSettings, name: str | None = None) -> None:
         try:
             import openai
         except ImportError as error:
-            raise InputError("the openai package is missing: install llmserve-env[server]") from error
+            raise missing_package(error) from error
+        self.name = name or LLM + settings.model
         self.settings = settings
         self.usage = LLMUsage()
         if not settings.endpoint and not settings.api_key:
@@ -165,12 +138,9 @@ class LLMPolicy:
             timeout=settings.timeout_s,
             max_retries=settings.max_retries,
         )
-        self._brief: TaskInfo | None = None
-        self._in_force = ServeAction()
-        self._seen: deque[ServeObservation] = deque(maxlen=settings.history)
-        self._seed = self._windows = self._without_answer = 0
+        self._task: Task | None = None
 
-    def __enter__(self) -> LLMPolicy:
+    def __enter__(self) -> LLMAgent:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,52 +155,79 @@ class LLMPolicy:
         """Base URL without credentials."""
         return without_credentials(str(self._client.base_url))
 
-    def reset(self, brief: TaskInfo, seed: int) -> None:
-        """Begin an episode.
+    def reset(self, task: Task, seeds: Sequence[int]) -> None:
+        """Begin episodes.
 
         Args:
-            brief: of the task.
-            seed: of the episode; the endpoint gets its remainder by 2**31, which every one takes.
-
-        Raises:
-            InputError: the bound of the prompt leaves no room for a window.
+            task: what is played.
+            seeds: of the episodes; the endpoint gets their remainders by 2**31, which every one takes.
         """
-        self._brief, self._in_force, self._seed = brief, brief.start, seed % 2**31
-        self._windows = self._without_answer = 0
-        self._seen.clear()
+        self._task, self._brief, self._rewards = task, task_info(task), Rewards(task)
+        self._episodes = [
+            _Conversation(
+                int(seed) % 2**31, self._demand(int(seed)), task.start, deque(maxlen=self.settings.history)
+            )
+            for seed in seeds
+        ]
         self.usage = LLMUsage()
 
-    def act(self, observation: ServeObservation) -> ServeAction:
-        """The configuration for the next window.
+    def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
+        """ACTION[n], the configurations for the next window.
 
         Raises:
             InputError: no episode has begun; the endpoint turned the key or the model's name down (401, 403,
-                404), or gave no answer `give_up_after` times in a row.
+                404), or gave no answer `give_up_after` times in a row; the bound of the prompt leaves no room
+                for a window.
         """
-        if self._brief is None:
+        if self._task is None:
             raise InputError("call reset before act")
-        self._seen.append(observation)
-        self._windows += 1
-        if (self._windows - 1) % self.settings.windows_per_call:
-            return self._in_force
+        for index, episode in enumerate(self._episodes):
+            window = windows[index : index + 1]
+            if window["end_s"][0] > episode.end_s:
+                self._see(episode, window)
+                if (episode.windows - 1) % self.settings.windows_per_call == 0:
+                    self._answer(episode)
+        return to_array([episode.in_force for episode in self._episodes])
+
+    def _demand(self, seed: int) -> NDArray[np.float64]:
+        """float64[1], weight of all requests of an episode."""
+        assert self._task is not None
+        counts = np.bincount(self._task.requests(seed).tenant, minlength=len(self._task.tenants))
+        return np.array([self._rewards.demand(counts)])
+
+    def _see(self, episode: _Conversation, window: NDArray[np.void]) -> None:
+        """Take in the last window, WINDOW[1]."""
+        assert self._task is not None
+        reward = 0.0
+        if episode.windows:
+            components, _ = self._rewards.of(window, episode.demand)
+            so_far = np.zeros_like(components), np.zeros((1, 4), np.int64)
+            reward = float(self._rewards.add(window, np.ones(1, bool), components, *so_far)[0])
+        seen = describe(self._task, window[0], episode.windows, reward=reward, done=False, metadata={})
+        episode.seen.append(seen)
+        episode.windows += 1
+        episode.end_s = float(window["end_s"][0])
+
+    def _answer(self, episode: _Conversation) -> None:
+        """Ask, and put into force what can be used."""
         self.usage.calls += 1
         begun = time.perf_counter()
         try:
-            self._in_force = parse(self._ask(self._brief), self._brief)
+            episode.in_force = parse(self._ask(episode), self._brief)
         except Unusable as error:
             self.usage.fallbacks[error.reason] += 1
-            self._without_answer = self._without_answer + 1 if error.reason in NO_ANSWER else 0
-            if self._without_answer >= self.settings.give_up_after:
+            episode.without_answer = episode.without_answer + 1 if error.reason in NO_ANSWER else 0
+            if episode.without_answer >= self.settings.give_up_after:
                 raise InputError(
-                    f"{self.endpoint} gave no answer {self._without_answer} times in a row, the last: {error}"
+                    f"{self.endpoint} gave no answer {episode.without_answer} times in a row, "
+                    f"the last: {error}"
                 ) from error
         else:
-            self._without_answer = 0
+            episode.without_answer = 0
         finally:
             self.usage.latency_s.append(time.perf_counter() - begun)
-        return self._in_force
 
-    def _ask(self, brief: TaskInfo) -> str:
+    def _ask(self, episode: _Conversation) -> str:
         """The text of the model's answer.
 
         Raises:
@@ -240,7 +237,7 @@ class LLMPolicy:
         import openai
 
         try:
-            answer = self._client.chat.completions.with_raw_response.create(**self._request(brief))
+            answer = self._client.chat.completions.with_raw_response.create(**self._request(episode))
             self.usage.retries += answer.retries_taken
             return self._text(answer.parse())
         except openai.APIError as error:
@@ -251,18 +248,19 @@ class LLMPolicy:
         except ValueError as error:  # a body that is no JSON
             raise Unusable("malformed", str(error)) from error
 
-    def _request(self, brief: TaskInfo) -> dict[str, Any]:
+    def _request(self, episode: _Conversation) -> dict[str, Any]:
+        brief = self._brief
         request: dict[str, Any] = {
             "model": self.settings.model,
             "messages": prompt(
                 brief,
-                list(self._seen),
-                self._in_force,
+                list(episode.seen),
+                episode.in_force,
                 held_s=brief.window_s * self.settings.windows_per_call,
                 max_chars=self.settings.max_prompt_chars,
             ),
             "max_completion_tokens": self.settings.max_answer_tokens,
-            "seed": self._seed,
+            "seed": episode.seed,
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "configuration", "strict": True, "schema": answer_schema(brief)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,15 +22,46 @@ from llmserve_env.observation import FEATURES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
-    from llmserve_env.agents.continuous_policy import ContinuousConfig, ContinuousPolicy
     from llmserve_env.tasks import Task
 
 CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
 CLIP = 8.0
 """Bound of a scaled observation (standard deviations)."""
 P = TypeVar("P")
-C = TypeVar("C", "PolicyConfig", "ContinuousConfig")
+C = TypeVar("C", bound="StoredConfig")
+
+
+class StoredConfig(Protocol):
+    """Record of a policy of any kind, a pydantic model."""
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the observation's entries, in order."""
+
+    @property
+    def controls(self) -> dict[str, list[Any]]:
+        """Grid of the task, control by control."""
+
+    @classmethod
+    def model_validate_json(cls, json_data: bytes) -> Self:
+        """The record that a file holds."""
+
+    def model_dump_json(self, *, indent: int) -> str:
+        """The record as a file holds it."""
+
+
+class StoredPolicy(Protocol):
+    """A policy of any kind, as it is written to a folder."""
+
+    @property
+    def config(self) -> StoredConfig:
+        """What it is, beside its weights."""
+
+    @property
+    def weights(self) -> Mapping[str, NDArray[np.float32]]:
+        """Weights by name."""
 
 
 class PolicyConfig(BaseModel):
@@ -263,7 +294,7 @@ def check_grid(task_id: str, controls: Mapping[str, list[Any]], task: Task) -> N
             )
 
 
-def save_policy(folder: str | Path, policy: Policy | ContinuousPolicy) -> None:
+def save_policy(folder: str | Path, policy: StoredPolicy) -> None:
     """Write a policy's two files, each whole or not at all."""
     from safetensors.numpy import save
 

@@ -313,9 +313,9 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
 def _metadata(name: str, task: Task, agent: str, minari_version: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from llmserve_env import __version__
     from llmserve_env.observation import FEATURES
     from llmserve_env.report.provenance import made_by
+    from llmserve_env.report.version import __version__
     from llmserve_env.rewards import COMPONENTS
 
     return {

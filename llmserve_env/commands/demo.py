@@ -112,15 +112,10 @@ def _result(agent: Agent, task: Task, seeds: range) -> dict[str, Any]:
 
 def _draw(agent: Agent, task: Task, seed: int, path: Path) -> None:
     """Draw an episode."""
-    from llmserve_env.agents import play
     from llmserve_env.envs.render import draw_episode
-    from llmserve_env.recording import Recording
+    from llmserve_env.episode import EpisodeBatch
+    from llmserve_env.play import play_batch
 
-    episode = Recording()
-    play(
-        agent,
-        task,
-        [seed],
-        watch=lambda batch, result: episode.add(batch, float(result.rewards[0]), bool(result.terminated[0])),
-    )
+    batch = play_batch(agent, EpisodeBatch(task, recorded=True), [seed])
+    (episode,) = batch.recordings
     draw_episode(path, task, episode.windows, episode.actions, episode.components)

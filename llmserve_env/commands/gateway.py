@@ -111,14 +111,14 @@ def gateway(
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
             cannot be used.
     """
-    from llmserve_env.errors import InputError
+    from llmserve_env.errors import InputError, missing_package
 
     try:
         import aiohttp  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
+        raise missing_package(error) from error
     import logging
 
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment

@@ -6,20 +6,24 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from llmserve_env.errors import InputError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import FrameType
 
     import numpy as np
     from numpy.typing import NDArray
 
     from llmserve_env.agents import Agent
+    from llmserve_env.episode import Episode, EpisodeBatch, StepResult
     from llmserve_env.live.pilot.decisions import Decision
     from llmserve_env.live.pilot.pilot import Pilot
-    from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
+    from llmserve_env.schema import ServeAction, ServeObservation
     from llmserve_env.tasks import Task
 
 
@@ -98,9 +102,9 @@ def run(
     from llmserve_env.agents.find import find_agent
     from llmserve_env.commands.grade import tell
     from llmserve_env.commands.shared.report import check_folders
-    from llmserve_env.errors import InputError
     from llmserve_env.grading import grade, write_log
     from llmserve_env.live.gateway.steering import warm_up
+    from llmserve_env.play import play_batch
     from llmserve_env.tasks import load_task
 
     check_folders(log, piloting.decisions)
@@ -110,8 +114,8 @@ def run(
         raise InputError("expected --live with what is said of live servers", field="--live")
     changes = {"window_s": window_s, "horizon_s": horizon_s, "workload": workload}
     played = load_task(task, **{name: value for name, value in changes.items() if value is not None})
-    player = find_agent(agent, played)
-    world: _World = _Live(played, live, endpoint) if live else _Simulated(played)
+    decides = find_agent(agent, played)
+    runner = _Run(decides, _episode(played, live, endpoint), piloting, live=bool(live))
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -119,184 +123,121 @@ def run(
     before = signal.signal(signal.SIGTERM, stop)
     try:
         if live:
-            warm_up(player, played)
-        world.begin(seed)
-        _play(world, player, piloting, seed)
+            warm_up(decides, played)
+        play_batch(runner, runner.episode.batch, [seed], runner.watch)
     finally:
         try:
-            world.close()
+            runner.close()
         finally:
             signal.signal(signal.SIGTERM, before)
-            found = world.log()
+            found = runner.episode.log()
             if found.actions:
                 if log is not None:
                     write_log(log, found)
                 print()
                 tell(grade(found, allow_files=True))
-                print(f"  missed SLOs cost {sum(world.costs) / played.windows:.4f} a window")
+                print(f"  missed SLOs cost {runner.cost / played.windows:.4f} a window")
                 if log is not None:
                     print(f"wrote {log}")
 
 
-class _World:
-    """An episode, whoever serves.
+def _episode(task: Task, live: list[str], endpoint: Endpoint) -> Episode:
+    """An episode before running servers, or in the simulator where there are none."""
+    from llmserve_env.episode import Episode
+
+    if not live:
+        return Episode(task)
+    from llmserve_env.live.episode import LiveEpisode
+    from llmserve_env.live.settings import open_endpoint
+
+    settings = open_endpoint(live, api_key=os.environ.get("OPENAI_API_KEY"), **vars(endpoint))
+    return LiveEpisode(task, settings)
+
+
+class _Run:
+    """The agent of an episode, behind a pilot where there is one; a line for every window.
+
+    Args:
+        agent: decides.
+        episode: is played, whoever serves it.
+        piloting: what stands between the two.
+        live: whether running servers serve it.
 
     Attributes:
-        task: what is played.
-        costs: of each window.
-        stale: why the last window's figures cannot be trusted, None if they can.
+        episode: as given.
+        cost: of what missed its SLO so far.
+
+    Raises:
+        InputError: something is said of a pilot, and there is none.
     """
 
-    def __init__(self, task: Task, episode: Any) -> None:
-        self.task = task
-        self.costs: list[float] = []
-        self.stale: str | None = None
-        self._episode = episode
+    def __init__(self, agent: Agent, episode: Episode, piloting: Piloting, *, live: bool) -> None:
+        self.name = agent.name
+        self.cost = 0.0
+        self._agent = agent
+        self.episode = episode
+        self._piloting = piloting
+        self._flown = piloting.pilot == "always" or (piloting.pilot == "live" and live)
+        if not self._flown and piloting != Piloting(piloting.pilot):
+            raise InputError("expected always with what is said of a pilot", field="--pilot")
+        self._pilot: Pilot | None = None
+        self._decision: Decision | None = None
+        self._before = self._action = episode.task.start
 
-    def begin(self, seed: int) -> None:
-        """Begin the episode."""
-        self._episode.reset(seed)
+    def reset(self, task: Task, seeds: Sequence[int]) -> None:
+        """Say how each field is applied, where there is something to say of it, and take the controls."""
+        capabilities = self.episode.batch.backend.capabilities()
+        if capabilities:
+            from llmserve_env.commands.shared.report import table
 
-    def step(self, action: ServeAction) -> ServeObservation:
-        """Serve a window."""
-        seen: ServeObservation = self._episode.step(action)
-        self.costs.append(seen.metadata["cost"])
-        return seen
+            rows = list(map(list, capabilities.items()))
+            print(table(["field", "how it is applied"], rows, left=2) + "\n")
+        if self._flown:
+            self._pilot = _pilot(self._agent, task, self._piloting, seeds[0], capabilities)
+        else:
+            self._agent.reset(task, seeds)
 
-    @property
-    def done(self) -> bool:
-        """Whether it is over."""
-        return bool(self._episode.done)
+    def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
+        """ACTION[1]."""
+        from llmserve_env.actions import to_action, to_array
 
-    def log(self) -> EpisodeLog:
-        """The log so far."""
-        found: EpisodeLog = self._episode.log()
-        return found
+        self._before = self._action
+        if self._pilot is None:
+            actions = self._agent.act(observations, windows)
+            self._action = to_action(actions[0])
+            return actions
+        backend = self.episode.batch.backend
+        applied = self._pilot.decide(windows[0].copy(), backend.stale).applied
+        self._decision = self._pilot.applied(backend.not_applied(applied))
+        self._action = applied
+        return to_array([applied])
+
+    def watch(self, batch: EpisodeBatch, result: StepResult) -> None:
+        """Say what a window brought."""
+        self.cost += float(batch.costs[0])
+        if self._pilot is not None:
+            self._pilot.result(batch.windows[0].copy(), float(result.rewards[0]))
+        seen = self.episode.observation()
+        print(_line(seen, batch.task, self._before, self._action, self._decision), flush=True)
 
     def close(self) -> None:
-        """End what still goes on."""
-        self._episode.close()
-
-    def features(self) -> NDArray[np.float32]:
-        """float32[features]."""
-        raise NotImplementedError
-
-    def window(self) -> NDArray[np.void]:
-        """WINDOW, the last one."""
-        raise NotImplementedError
-
-    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
-        """Fields of an action that have no effect, with the reason."""
-        raise NotImplementedError
-
-    def capabilities(self) -> dict[str, str]:
-        """How each field is applied, where that is to be told."""
-        return {}
+        """Let go of the controls, and of the episode."""
+        if self._pilot is not None:
+            self._pilot.close()
+        self.episode.close()
 
 
-class _Simulated(_World):
-    """The simulator serves."""
-
-    def __init__(self, task: Task) -> None:
-        from llmserve_env.episode import Episode
-
-        super().__init__(task, Episode(task))
-
-    def features(self) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._episode.batch.observations()[0]
-        return found
-
-    def window(self) -> NDArray[np.void]:
-        found: NDArray[np.void] = self._episode.batch.windows[0].copy()
-        return found
-
-    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
-        return dict(self._episode.batch.simulator.not_applied(action))
-
-
-class _Live(_World):
-    """Running servers do."""
-
-    def __init__(self, task: Task, urls: list[str], endpoint: Endpoint) -> None:
-        from llmserve_env.live.episode import LiveEpisode
-        from llmserve_env.live.settings import open_endpoint
-
-        settings = open_endpoint(urls, api_key=os.environ.get("OPENAI_API_KEY"), **vars(endpoint))
-        super().__init__(task, LiveEpisode(task, settings))
-
-    def step(self, action: ServeAction) -> ServeObservation:
-        seen = super().step(action)
-        self.stale = self._episode.stale
-        return seen
-
-    def features(self) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._episode.features()
-        return found
-
-    def window(self) -> NDArray[np.void]:
-        found: NDArray[np.void] = self._episode.window.copy()
-        return found
-
-    def cannot_apply(self, action: ServeAction) -> dict[str, str]:
-        found: dict[str, str] = self._episode.cannot_apply(action)
-        return found
-
-    def capabilities(self) -> dict[str, str]:
-        found: dict[str, str] = self._episode.capabilities()
-        return found
-
-
-def _play(world: _World, agent: Agent, piloting: Piloting, seed: int) -> None:
-    """Play the episode to its end."""
-    from llmserve_env.actions import to_action
-
-    capabilities = world.capabilities()
-    if capabilities:
-        from llmserve_env.commands.shared.report import table
-
-        print(table(["field", "how it is applied"], list(map(list, capabilities.items())), left=2) + "\n")
-    pilot = _pilot(world, agent, piloting, seed, capabilities)
-    if pilot is None:
-        agent.reset(world.task, [seed])
-    in_force = world.task.start
-    try:
-        while not world.done:
-            window, decision = world.window(), None
-            if pilot is not None:
-                decision = pilot.decide(window, world.stale)
-                action = decision.applied
-                decision = pilot.applied(world.cannot_apply(action))
-            else:
-                action = to_action(agent.act(world.features()[None], window.reshape(1))[0])
-            seen = world.step(action)
-            if pilot is not None:
-                pilot.result(world.window(), seen.reward)
-            print(_line(seen, world.task, in_force, action, decision), flush=True)
-            in_force = action
-    finally:
-        if pilot is not None:
-            pilot.close()
-
-
-def _pilot(
-    world: _World, agent: Agent, piloting: Piloting, seed: int, capabilities: dict[str, str]
-) -> Pilot | None:
-    from llmserve_env.errors import InputError
-
-    if piloting.pilot == "never" or (piloting.pilot == "live" and not isinstance(world, _Live)):
-        if piloting != Piloting(piloting.pilot):
-            raise InputError("expected always with what is said of a pilot", field="--pilot")
-        return None
+def _pilot(agent: Agent, task: Task, piloting: Piloting, seed: int, capabilities: dict[str, str]) -> Pilot:
     from llmserve_env.live.pilot.decision_log import DecisionLog
     from llmserve_env.live.pilot.pilot import Pilot
 
     limit_s = piloting.decide_limit_s
     return Pilot(
         agent,
-        world.task,
-        world.task.start,
+        task,
+        task.start,
         shield=piloting.shield,
-        decide_limit_s=world.task.window_s / 2 if limit_s is None else limit_s,
+        decide_limit_s=task.window_s / 2 if limit_s is None else limit_s,
         dry_run=piloting.dry_run,
         seed=seed,
         log=None if piloting.decisions is None else DecisionLog(piloting.decisions),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import to_action
 from llmserve_env.envs import spaces
 from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed, open_task
 from llmserve_env.live.episode import LiveEpisode
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from llmserve_env.schema import EpisodeLog
     from llmserve_env.tasks import Task
-
-_INFO = ("reward_components", "cost", "score", "seed", "action", "not_applied", "live")
 
 
 class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
@@ -138,7 +135,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         super().reset(seed=check_seed(seed))
         check_options(options)
         self.episode.reset(draw_seed(self.np_random) if seed is None else seed)
-        return self.episode.features(), self._info()
+        return self.episode.batch.observations()[0], self._info()
 
     def step(
         self, action: NDArray[np.int64] | NDArray[np.void]
@@ -154,10 +151,11 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        chosen = to_action(spaces.to_records(self.task.grid, np.asarray(action)[None])[0])
-        seen = self.episode.step(chosen)
-        told = seen.metadata
-        return self.episode.features(), seen.reward, told["terminated"], told["truncated"], self._info()
+        result = self.episode.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
+        reward, terminated, truncated = (
+            each[0].item() for each in (result.rewards, result.terminated, result.truncated)
+        )
+        return result.observations[0], reward, terminated, truncated, self._info()
 
     def action_masks(self) -> NDArray[np.bool_]:
         """bool[sum(nvec)], the values of the grid that the servers can take now, control after control.
@@ -165,7 +163,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: no episode has begun, or it is over.
         """
-        return spaces.action_mask(self.task.grid, self.episode.cannot_apply)
+        return spaces.action_mask(self.task.grid, self.episode.batch.backend.not_applied)
 
     def capabilities(self) -> dict[str, str]:
         """How each field of an action is applied to the servers, or why it is not.
@@ -173,7 +171,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: no episode has begun, or it is over.
         """
-        return self.episode.capabilities()
+        return self.episode.batch.backend.capabilities()
 
     def log(self) -> EpisodeLog:
         """The log of the episode so far: marked live, it cannot be replayed."""
@@ -184,5 +182,4 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.episode.close()
 
     def _info(self) -> dict[str, Any]:
-        told = self.episode.observation().metadata
-        return {name: told[name] for name in _INFO}
+        return self.episode.batch.info()

@@ -72,7 +72,7 @@ class LLMServeMOEnv(LLMServeEnv):
 
     def __init__(self, task_id: str | Path | Task = "static_workload", **arguments: Any) -> None:
         super().__init__(task_id, **arguments)
-        self.batch: ObjectiveBatch = ObjectiveBatch(self.task)
+        self.batch: ObjectiveBatch = ObjectiveBatch(self.task, recorded=True)
         self.reward_space = reward_space(self.task)
         self.reward_dim = len(OBJECTIVES)
 

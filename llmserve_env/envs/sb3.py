@@ -112,7 +112,7 @@ class SB3VecEnv(VecEnv):
 
     def _masks(self) -> NDArray[np.bool_]:
         env: Any = self.env.unwrapped
-        return spaces.action_mask(env.task.grid, env.batch.simulator.not_applied)
+        return spaces.action_mask(env.task.grid, env.batch.backend.not_applied)
 
 
 def _rows(info: dict[str, Any], count: int) -> list[dict[str, Any]]:

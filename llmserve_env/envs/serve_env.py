@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from llmserve_env.actions import CONTROLS, to_action, to_value
 from llmserve_env.envs import spaces
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
-from llmserve_env.recording import Recording
-from llmserve_env.rewards import COMPONENTS
 from llmserve_env.tasks import TRAINING_SEEDS, Task, load_task
 
 if TYPE_CHECKING:
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from llmserve_env.recording import Recording
     from llmserve_env.schema import EpisodeLog
 
 RENDER_MODES = ("ansi", "rgb_array")
@@ -144,9 +142,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.render_mode = render_mode
         self.observation_space = spaces.observation_space()
         self.action_space = spaces.action_space(self.task.grid)
-        self.batch = EpisodeBatch(self.task)
-        self.recording = Recording()
-        self._not_applied: dict[tuple[Any, ...], dict[str, str]] = {}
+        self.batch = EpisodeBatch(self.task, recorded=True)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -163,7 +159,6 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         super().reset(seed=check_seed(seed))
         check_options(options)
         observations = self.batch.reset([draw_seed(self.np_random) if seed is None else seed])
-        self.recording = Recording()
         return observations[0], self._info()
 
     def step(
@@ -181,9 +176,15 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             InputError: an index out of its range; no episode has begun, or it is over.
         """
         result = self.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
-        reward, terminated = float(result.rewards[0]), bool(result.terminated[0])
-        self.recording.add(self.batch, reward, terminated)
-        return result.observations[0], reward, terminated, bool(result.truncated[0]), self._info()
+        reward, terminated, truncated = (
+            each[0].item() for each in (result.rewards, result.terminated, result.truncated)
+        )
+        return result.observations[0], reward, terminated, truncated, self._info()
+
+    @property
+    def recording(self) -> Recording:
+        """The windows of the episode so far."""
+        return self.batch.recordings[0]
 
     def action_masks(self) -> NDArray[np.bool_]:
         """bool[sum(nvec)], the values of the grid that the cell can apply, control after control.
@@ -191,7 +192,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: no episode has begun.
         """
-        return spaces.action_mask(self.task.grid, self.batch.simulator.not_applied)
+        return spaces.action_mask(self.task.grid, self.batch.backend.not_applied)
 
     def render(self) -> Any:
         """The episode so far as a dashboard: text (str) or a picture (uint8[height, width, 3])."""
@@ -206,11 +207,11 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     def log(self) -> EpisodeLog:
         """The log of the episode so far, as the grader takes it."""
-        return self.recording.log(self.batch)
+        return self.batch.log()
 
     def snapshot(self) -> bytes:
         """The exact state, mid-episode too, for `restore` on an environment of the same task."""
-        return pickle.dumps((self.task.model_dump(), self.batch.snapshot(), self.recording, self.np_random))
+        return pickle.dumps((self.task.model_dump(), self.batch.snapshot(), self.np_random))
 
     def restore(self, snapshot: bytes) -> None:
         """Return to a state that `snapshot` gave: never load one from an untrusted source.
@@ -218,32 +219,14 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: it is of another task.
         """
-        task, batch, recording, generator = pickle.loads(snapshot)
+        task, batch, generator = pickle.loads(snapshot)
         if task != self.task.model_dump():
             raise InputError(f"expected one of this task, found one of '{task['id']}'", field="snapshot")
         self.batch.restore(batch)
-        self.recording = recording
         self.np_random = generator
 
     def _info(self) -> dict[str, Any]:
-        batch = self.batch
-        codes = batch.actions[0].item()
-        return {
-            "reward_components": dict(zip(COMPONENTS, batch.components[0].tolist(), strict=True)),
-            "cost": float(batch.costs[0]),
-            "score": float(batch.scores[0]),
-            "seed": int(batch.seeds[0]),
-            "action": {name: to_value(name, code) for name, code in zip(CONTROLS, codes, strict=True)},
-            "not_applied": self._missing(codes).copy(),
-        }
-
-    def _missing(self, codes: tuple[Any, ...]) -> dict[str, str]:
-        """What the cell cannot apply of an action, remembered by the controls on which that depends."""
-        key = (codes[0], codes[3], codes[4])
-        if key not in self._not_applied:
-            action = to_action(self.batch.actions[0])
-            self._not_applied[key] = self.batch.simulator.not_applied(action)
-        return self._not_applied[key]
+        return self.batch.info()
 
 
 def open_task(task_id: str | Path | Task, **changes: Any) -> Task:

@@ -3,136 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from llmserve_env.envs.serve_env import check_seed, draw_seed
-from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
-from llmserve_env.grading import grade
 from llmserve_env.schema import ServeAction
-from llmserve_env.tasks import list_tasks, load_task
-from llmserve_env.tasks.catalog import TaskInfo, catalog, task_info
+from llmserve_env.session import LocalSession, Session
 
 if TYPE_CHECKING:
-    from llmserve_env.schema import EpisodeLog, GradeResult, ServeObservation
+    from llmserve_env.schema import ServeObservation
+    from llmserve_env.tasks.catalog import TaskInfo
 
 _MOST_WINDOWS = 1000
-_DEFAULT_TASK = "static_workload"
 _UNSEEN = {"task_id", "reward", "done", "metadata", "in_flight", "mean_ttft_ms", "engines_split"}
 """Fields of an observation that its text leaves out, or says elsewhere."""
-
-
-class Player(Protocol):
-    """One episode at a time, wherever it is served."""
-
-    def tasks(self) -> list[TaskInfo]:
-        """The tasks there are."""
-
-    def reset(self, *, task_id: str | None, seed: int | None, horizon_s: float | None) -> ServeObservation:
-        """Begin an episode.
-
-        Args:
-            task_id: of the task (default: static_workload).
-            seed: of the episode (default: one drawn from the training seeds).
-            horizon_s: length of the episode (s; default: the task's).
-        """
-
-    def play(self, action: ServeAction, windows: int) -> list[float]:
-        """Serve up to `windows` windows, fewer where the episode ends, and return their rewards."""
-
-    def observation(self) -> ServeObservation:
-        """What is seen now.
-
-        Raises:
-            InputError: no episode has begun.
-        """
-
-    def task(self) -> TaskInfo:
-        """The task as it is played, with the episode's own length.
-
-        Raises:
-            InputError: no episode has begun.
-        """
-
-    def grade(self) -> GradeResult:
-        """The grade of the episode.
-
-        Raises:
-            InputError: it is not over.
-        """
-
-    def log(self) -> EpisodeLog:
-        """The log so far."""
-
-
-class LocalPlayer:
-    """Plays in this process."""
-
-    def __init__(self) -> None:
-        self._episode: Episode | None = None
-        self._task: TaskInfo | None = None
-        self._generator = np.random.default_rng()
-
-    def tasks(self) -> list[TaskInfo]:
-        """The shipped tasks."""
-        return list(catalog())
-
-    def reset(self, *, task_id: str | None, seed: int | None, horizon_s: float | None) -> ServeObservation:
-        """Begin an episode; arguments as `Player`.
-
-        Raises:
-            InputError: an unknown task, or a seed or length out of its range.
-        """
-        if task_id is not None and task_id not in list_tasks():  # and no path either
-            raise InputError(f"expected one of {', '.join(list_tasks())}, found '{task_id}'", field="task_id")
-        changes = {} if horizon_s is None else {"horizon_s": horizon_s}
-        episode = Episode(load_task(task_id or _DEFAULT_TASK, **changes))
-        check_seed(seed)
-        observation = episode.reset(draw_seed(self._generator) if seed is None else seed)
-        self._episode = episode
-        self._task = task_info(episode.task)
-        return observation
-
-    def play(self, action: ServeAction, windows: int) -> list[float]:
-        """Serve up to `windows` windows.
-
-        Raises:
-            InputError: no episode has begun, or it is over.
-        """
-        episode = self._current()
-        rewards = [episode.step(action).reward]
-        while len(rewards) < windows and not episode.done:
-            rewards.append(episode.step(action).reward)
-        return rewards
-
-    def observation(self) -> ServeObservation:
-        """What is seen now."""
-        return self._current().observation()
-
-    def task(self) -> TaskInfo:
-        """The task as it is played."""
-        if self._task is None:
-            raise InputError("no episode has begun")
-        return self._task
-
-    def grade(self) -> GradeResult:
-        """The grade of the episode, by replay of its log."""
-        episode = self._current()
-        if not episode.done:
-            raise InputError("the episode is not over: it can be graded after its last window")
-        return grade(episode.log())
-
-    def log(self) -> EpisodeLog:
-        """The log so far."""
-        return self._current().log()
-
-    def _current(self) -> Episode:
-        if self._episode is None:
-            raise InputError("no episode has begun")
-        return self._episode
 
 
 class _Call(ServeAction):
@@ -171,7 +58,7 @@ class ServeToolEnv:
     a `seed` have all completions of a prompt play the same episode, which is what they are compared on.
 
     Args:
-        where: URL of a server, on which every instance has a session of its own; or a player; by default the
+        where: URL of a server, on which every instance has a session of its own; or a session; by default the
             episode is played in this process.
 
     Example:
@@ -182,14 +69,15 @@ class ServeToolEnv:
         True
     """
 
-    def __init__(self, where: str | Player | None = None) -> None:
-        self._player = _player(where)
+    def __init__(self, where: str | Session | None = None) -> None:
+        self._session = _session(where)
+        self._generator = np.random.default_rng()
 
     @property
     def score(self) -> float:
         """The grade so far, 0..1: what is still to come counts as nothing; 0 before an episode."""
         try:
-            return float(self._player.observation().metadata["score"])
+            return float(self._session.observation().metadata["score"])
         except InputError:
             return 0.0
 
@@ -197,7 +85,7 @@ class ServeToolEnv:
     def done(self) -> bool:
         """Whether the episode is over."""
         try:
-            return self._player.observation().done
+            return self._session.observation().done
         except InputError:
             return False
 
@@ -215,13 +103,16 @@ class ServeToolEnv:
         Raises:
             InputError: an unknown task, or a seed or length out of its range.
         """
-        observation = self._player.reset(
-            task_id=columns.get("task_id"), seed=columns.get("seed"), horizon_s=columns.get("horizon_s")
+        seed = check_seed(columns.get("seed"))
+        observation = self._session.reset(
+            task_id=columns.get("task_id"),
+            seed=draw_seed(self._generator) if seed is None else seed,
+            horizon_s=columns.get("horizon_s"),
         )
-        task = self._player.task().model_dump(
+        task = self._session.task().model_dump(
             mode="json", exclude={"start", "difficulty"}, exclude_defaults=True
         )
-        return _text({"task": task, **_seen(observation, self._player.task())})
+        return _text({"task": task, **_seen(observation, self._session.task())})
 
     def observe(self) -> str:
         """Look at the service: the last window's load, latencies and memory, and the configuration in force.
@@ -230,7 +121,7 @@ class ServeToolEnv:
             JSON of the last observation, the score so far and the windows left.
         """
         try:
-            return _text(_seen(self._player.observation(), self._player.task()))
+            return _text(_seen(self._session.observation(), self._session.task()))
         except InputError as error:
             return _refused(error)
 
@@ -270,8 +161,8 @@ class ServeToolEnv:
             call = _Call.model_validate(arguments)
             if self.done:
                 return _text({"error": "the episode is over", "score": self.score})
-            rewards = self._player.play(ServeAction(**call.model_dump(exclude={"windows"})), call.windows)
-            seen = _seen(self._player.observation(), self._player.task())
+            rewards = self._session.step([ServeAction(**call.model_dump(exclude={"windows"}))] * call.windows)
+            seen = _seen(self._session.observation(), self._session.task())
         except ValidationError as error:
             return _text({"error": [_fault(fault) for fault in error.errors()]})
         except InputError as error:
@@ -285,7 +176,7 @@ class ServeToolEnv:
             JSON list of the tasks.
         """
         names = {"id", "title", "difficulty", "description", "window_s", "windows"}
-        return _text([task.model_dump(mode="json", include=names) for task in self._player.tasks()])
+        return _text([task.model_dump(mode="json", include=names) for task in self._session.tasks()])
 
     def grade(self) -> str:
         """Grade the episode once it is over.
@@ -294,7 +185,7 @@ class ServeToolEnv:
             JSON of the score from 0 to 1, its parts, and how many requests met their SLO.
         """
         try:
-            return _text(self._player.grade().model_dump(mode="json"))
+            return _text(self._session.grade().model_dump(mode="json"))
         except InputError as error:
             return _refused(error)
 
@@ -307,14 +198,14 @@ class ServeToolEnv:
         return self.score
 
 
-def _player(where: str | Player | None) -> Player:
+def _session(where: str | Session | None) -> Session:
     if where is None:
-        return LocalPlayer()
+        return LocalSession()
     if not isinstance(where, str):
         return where
-    from llmserve_env.client import RemotePlayer
+    from llmserve_env.client import RemoteSession
 
-    return RemotePlayer(where)
+    return RemoteSession(where)
 
 
 def _seen(observation: ServeObservation, task: TaskInfo) -> dict[str, Any]:

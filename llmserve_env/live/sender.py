@@ -15,14 +15,14 @@ import numpy as np
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
 from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
-from llmserve_env.live.gateway.stream import RequestFailed, stream_completion
 from llmserve_env.live.servers.metrics import Scrape, read_metrics
+from llmserve_env.live.servers.stream import RequestFailed, stream_completion
 from llmserve_env.live.servers.telemetry import Telemetry
-from llmserve_env.live.servers.upstreams import KEPT_S
 from llmserve_env.live.traffic import Prompts
+from llmserve_env.net.http import bearer, open_session
 
 if TYPE_CHECKING:
-    import httpx
+    import aiohttp
 
     from llmserve_env.backend import WindowRecord
     from llmserve_env.live.servers.upstreams import Upstream
@@ -74,7 +74,7 @@ class Sender:
         self.plain = False
         self.takes_priority = True
         self.prompt_asked = self.prompt_counted = 0
-        self._clients: dict[Upstream, httpx.AsyncClient] = {}
+        self._session: aiohttp.ClientSession | None = None
         self._next = 0
         self._now_s = 0.0  # of the episode
         self._tasks: dict[Passage, asyncio.Task[None]] = {}
@@ -84,7 +84,7 @@ class Sender:
 
     async def begin(self) -> None:
         """Find out which servers show metrics, and begin to watch them; none is sent a request."""
-        self._connect()
+        self._session = open_session(trust_env=True)
         servers = list(self._roots)
         found = await asyncio.gather(*(self._probe(each) for each in servers))
         telling = [(each, scrape) for each, scrape in zip(servers, found, strict=True) if scrape is not False]
@@ -137,8 +137,8 @@ class Sender:
             task.cancel()
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
-            for client in self._clients.values():
-                await client.aclose()
+            if self._session is not None:
+                await self._session.close()
         finally:
             if hasattr(self, "deployment"):
                 await self.deployment.__aexit__()
@@ -171,7 +171,7 @@ class Sender:
 
     async def _follow(self, passage: Passage, index: int) -> None:
         """A request from its arrival to its end."""
-        import httpx
+        import aiohttp
 
         try:
             usage = await self._exchange(passage, index)
@@ -179,7 +179,7 @@ class Sender:
             if passage not in self._given_up:
                 raise
             self.gateway.fail(passage, self._given_up[passage], given_up=True)
-        except (RequestFailed, Refused, asyncio.TimeoutError, httpx.HTTPError, OSError) as error:
+        except (RequestFailed, Refused, asyncio.TimeoutError, aiohttp.ClientError, OSError) as error:
             self.gateway.fail(passage, _reason(error))
         except Exception as error:
             # Whatever nobody foresaw must not leave its request in flight for ever.
@@ -195,22 +195,25 @@ class Sender:
 
     async def _exchange(self, passage: Passage, index: int) -> dict[str, int]:
         """Wait for its turn, and send it to one server after the other until one takes the connection."""
-        import httpx
+        import aiohttp
 
         while True:
             assert passage.turn is not None
             await passage.turn
             try:
                 return await asyncio.wait_for(self._send(passage, index), self._settings.request_timeout_s)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
                 self.gateway.unreachable(passage)
 
     async def _send(self, passage: Passage, index: int) -> dict[str, int]:
         assert passage.upstream is not None
-        client, on_step = self._clients[passage.upstream], partial(self.gateway.got, passage, 1)
+        assert self._session is not None
+        session, on_step = self._session, partial(self.gateway.got, passage)
+        url = f"{self._roots[passage.upstream]}/completions"
+        headers = bearer(url, passage.upstream.key)
 
         def stream(body: dict[str, Any]) -> Awaitable[dict[str, int]]:
-            return stream_completion(client, body, on_step)
+            return stream_completion(session, url, body, on_step, headers)
 
         body = {
             "model": self._settings.model,
@@ -249,33 +252,27 @@ class Sender:
     def _extras(self) -> dict[str, Any]:
         return {} if self.plain else _EXTRAS
 
-    def _connect(self) -> None:
-        """Make the clients, in the loop that uses them."""
-        import httpx
-
-        for upstream, root in self._roots.items():
-            self._clients[upstream] = httpx.AsyncClient(
-                base_url=f"{root}/",
-                headers={"Authorization": f"Bearer {upstream.key}"} if upstream.key else {},
-                limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEPT_S
-                ),
-                timeout=None,  # of the whole request: see _exchange
-            )
-
     async def _probe(self, upstream: Upstream) -> Scrape | bool:
         """Its metrics; False where it has none; True where it does not answer now."""
-        import httpx
+        import aiohttp
 
+        assert self._session is not None
         at_s = time.monotonic()
+        url = f"{upstream.url}/metrics"
         try:
-            answer = await self._clients[upstream].get(f"{upstream.url}/metrics", timeout=_PROBE_S)
-        except httpx.HTTPError:
+            async with self._session.get(
+                url,
+                headers=bearer(url, upstream.key),
+                timeout=aiohttp.ClientTimeout(total=_PROBE_S),
+                allow_redirects=False,
+            ) as answer:
+                text = await answer.text(errors="replace")
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return True
-        if answer.status_code != 200:
+        if answer.status != 200:
             return False
         try:
-            scrape = read_metrics(answer.text, at_s)
+            scrape = read_metrics(text, at_s)
         except InputError:
             return False
         return scrape if scrape.gauges else False

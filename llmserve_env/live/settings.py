@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.live.servers.upstreams import Upstream, parse_upstream
+from llmserve_env.net.http import open_client
 from llmserve_env.net.urls import without_credentials
 from llmserve_env.schema import QuantizationTier
 
@@ -129,11 +130,11 @@ def _first_model(settings: EndpointSettings) -> str:
     try:
         import httpx
     except ImportError as error:
-        raise InputError("the httpx package is missing: install llmserve-env[server]") from error
+        raise missing_package(error) from error
     upstream, root = settings.servers()[0]
-    headers = {"Authorization": f"Bearer {upstream.key}"} if upstream.key else {}
     try:
-        answer = httpx.get(f"{root}/models", headers=headers, timeout=_ASK_S)
+        with open_client(root, upstream.key, timeout_s=_ASK_S) as client:
+            answer = client.get("models")
         answer.raise_for_status()
         found = answer.json()["data"][0]["id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:

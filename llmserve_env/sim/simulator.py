@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +51,7 @@ from llmserve_env.sim.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from numpy.typing import NDArray
@@ -95,7 +97,7 @@ class Outcomes:
 
 
 class SimulatorBatch:
-    """Independent episodes on like cells, served together by one call of the kernel.
+    """Independent episodes on like cells, served together by one call of the kernel: a `backend.Backend`.
 
     Args:
         profile: hardware and model of every engine.
@@ -113,6 +115,10 @@ class SimulatorBatch:
     Raises:
         InputError: something does not fit, with its name.
     """
+
+    replayable = True
+    stale: str | None = None
+    unmeasured: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -235,8 +241,13 @@ class SimulatorBatch:
                 low = self._first_id[other]
                 self._prefixes.ids[low : low + len(ids_kept)] = ids_kept
 
-    def reset(self, episode: int, workload: Workload) -> None:
+    def reset(self, episode: int, workload: Workload, seed: int = 0) -> None:
         """Begin an episode anew at time 0: empty engines in the starting configuration, another workload.
+
+        Args:
+            episode: which.
+            workload: its requests.
+            seed: of the episode; nothing is drawn here.
 
         Raises:
             InputError: the workload has other tenants, or prefix blocks of another size, than the batch.
@@ -332,18 +343,44 @@ class SimulatorBatch:
 
     def not_applied(self, action: ServeAction) -> dict[str, str]:
         """Fields of an action that have no effect on these cells, with the reason."""
+        return self._missing(action.batch_cap, action.quantization_tier.value, action.prefill_decode_split)
+
+    def ignored(self, episode: int, action: NDArray[np.void]) -> dict[str, str]:
+        """Fields of an episode's last action that had no effect: as `not_applied`, in every window."""
+        batch_cap, tier = int(action["batch_cap"]), TIERS[int(action["quantization_tier"])]
+        return self._missing(batch_cap, tier, bool(action["prefill_decode_split"]))
+
+    def _missing(self, batch_cap: int, tier: str, split: bool) -> dict[str, str]:
         missing = {}
         budget = int(self.engines["token_budget"][0, 0])
-        if action.batch_cap > budget:
+        if batch_cap > budget:
             missing["batch_cap"] = f"{budget} tokens an iteration are room for {budget} running sequences"
-        tier = action.quantization_tier.value
         if tier not in self.profile.tier_names:
             missing["quantization_tier"] = f"profile '{self.profile.name}' has no {tier} weights"
-        if action.prefill_decode_split and self._no_split:
+        if split and self._no_split:
             missing["prefill_decode_split"] = self._no_split
         return missing
 
-    def advance(
+    def capabilities(self) -> dict[str, str]:
+        """Nothing to say: every field is applied in the cell itself."""
+        return {}
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing to say beside the records."""
+        return {}
+
+    def snapshot(self) -> bytes:
+        """The exact state of all episodes, for `restore` on a batch like this one."""
+        return pickle.dumps(vars(self))
+
+    def restore(self, snapshot: bytes) -> None:
+        """Return to a state that `snapshot` of this process gave: never load one from an untrusted source."""
+        vars(self).update(pickle.loads(snapshot))
+
+    def close(self) -> None:
+        """Nothing is held that needs it."""
+
+    def serve(
         self, actions: NDArray[np.void], window_s: float, which: NDArray[np.bool_] | None = None
     ) -> NDArray[np.void]:
         """Apply one action to each episode and serve all for `window_s` seconds.
@@ -394,9 +431,9 @@ class SimulatorBatch:
         )
         return self.windows
 
-    def serve(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
-        """As `advance` for all episodes, with actions and records of the schema."""
-        self.advance(to_array(actions), window_s)
+    def serve_each(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
+        """As `serve` for all episodes, with actions and records of the schema."""
+        self.serve(to_array(actions), window_s)
         return [self.record(episode, action) for episode, action in enumerate(actions)]
 
     def record(self, episode: int, action: ServeAction) -> WindowRecord:
@@ -453,7 +490,7 @@ class Simulator:
     def serve(self, action: ServeAction, window_s: float) -> WindowRecord:
         """Apply an action, serve for `window_s` seconds (inf: until nothing is left), tell what happened."""
         self._action = action
-        return self.batch.serve([action], window_s)[0]
+        return self.batch.serve_each([action], window_s)[0]
 
     def serve_out(self) -> Outcomes:
         """Serve all that is left under the last action; a request that never fits its memory limit fails."""

@@ -32,6 +32,8 @@ class ResetRequest(BaseModel):
     """Another length of the episode (s), a whole number of windows."""
     features: bool = False
     """Whether observations carry the vector that Gymnasium agents see, in metadata.features."""
+    records: bool = False
+    """Whether observations carry the window's record, which agents read, in metadata.record."""
     session_id: str | None = _SESSION_ID
     """Session to play in (default: of the header X-Session-Id, of the cookie, a new one)."""
 

@@ -111,7 +111,7 @@ class Visitor:
             played = 0
             while not trace.done and not self._stopped:
                 batch = self.session.batch
-                if batch is None:
+                if batch is None or self._service.live:
                     raise Conflict("real engines show no agent what it has to see")
                 action = to_action(agent.act(batch.observations(), batch.windows)[0])
                 trace.add((await self._service.step(self.session, [action]))[0])

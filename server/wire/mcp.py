@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ class Mcp:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._tools: FastMCP[Any] = FastMCP("LLMServe", instructions=_ABOUT, version=llmserve_env.__version__)
-        env = _SessionTools(_SessionPlayer(service))
+        env = _SessionTools(_OwnSession(service))
         for name in _TOOLS:
             self._tools.tool(getattr(env, name))
         # Nothing is kept between requests but the session of the service, so that its rules alone say how
@@ -291,7 +291,7 @@ class _SessionTools(ServeToolEnv):
             return json.dumps({"error": str(error)})
 
 
-class _SessionPlayer:
+class _OwnSession:
     """Plays in the session of the request that is served, from the thread that runs the tool."""
 
     def __init__(self, service: Service) -> None:
@@ -300,8 +300,10 @@ class _SessionPlayer:
     def tasks(self) -> list[TaskInfo]:
         return list(catalog())
 
-    def reset(self, *, task_id: str | None, seed: int | None, horizon_s: float | None) -> ServeObservation:
-        asked = {"task_id": task_id, "seed": seed, "horizon_s": horizon_s}
+    def reset(
+        self, *, task_id: str | None, seed: int, horizon_s: float | None = None, records: bool = False
+    ) -> ServeObservation:
+        asked = {"task_id": task_id, "seed": seed, "horizon_s": horizon_s, "records": records}
         try:
             request = ResetRequest.model_validate({k: v for k, v in asked.items() if v is not None})
             return from_thread.run(self._service.reset, _session.get(), request)
@@ -310,10 +312,10 @@ class _SessionPlayer:
         except Refusal as error:
             raise InputError(error.detail) from error
 
-    def play(self, action: ServeAction, windows: int) -> list[float]:
+    def step(self, actions: Sequence[ServeAction]) -> list[float]:
         self.observation()
         try:
-            observations = from_thread.run(self._service.step, _session.get(), [action] * windows)
+            observations = from_thread.run(self._service.step, _session.get(), list(actions))
         except Refusal as error:
             raise InputError(error.detail) from error
         return [observation.reward for observation in observations]
@@ -340,6 +342,9 @@ class _SessionPlayer:
     def log(self) -> EpisodeLog:
         self.observation()
         return _session.get().log()
+
+    def close(self) -> None:
+        self._service.sessions.close(_session.get())
 
 
 def _parsed(body: bytes) -> Any:

@@ -166,7 +166,7 @@ def test_kernel_equals_twin(workload, actions, window_s, blocks, engines, prefix
     for k, action in enumerate([*actions, actions[-1]]):
         last = k == len(actions)
         until_ps = NEVER_PS if last else now_ps + round(window_s * PS_PER_S)
-        record = batch.serve([action], math.inf if last else window_s)[0]
+        record = batch.serve_each([action], math.inf if last else window_s)[0]
         act = twin_action(action)
         act["split"] &= engines > 1
         twin.serve(act, now_ps, until_ps)
@@ -203,7 +203,7 @@ def test_kernel_equals_twin_under_load(blocks):
     action = ServeAction()
     batch = SimulatorBatch(small(blocks), [workload])
     twin = twin_of(batch, workload, action, 1, PROFILE.engine.max_num_batched_tokens)
-    batch.serve([action], math.inf)
+    batch.serve_each([action], math.inf)
     twin.serve(twin_action(action), 0, NEVER_PS)
     check_equal(batch, twin)
     assert twin.count["preemptions"] > 10

@@ -32,7 +32,7 @@ def compare(seed, retries=False, synchronous=False):
         if (batch.engines["running"] > action.batch_cap).any():
             reached.add("batch cap drains")
         until_ps = NEVER_PS if window_s == math.inf else now_ps + round(window_s * PS_PER_S)
-        record = batch.serve([action], window_s)[0]
+        record = batch.serve_each([action], window_s)[0]
         act = twin_action(action)
         act["split"] &= engines > 1
         twin.serve(act, now_ps, until_ps)

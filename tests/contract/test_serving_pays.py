@@ -135,14 +135,14 @@ def earned(task, action=None, windows=None):
 
 
 def status(batch):
-    return [STATUS_NAMES[code] for code in batch.simulator.outcomes_of(0).status_code]
+    return [STATUS_NAMES[code] for code in batch.backend.outcomes_of(0).status_code]
 
 
 def test_a_request_within_its_slo_earns_each_part_once(hand_made):
     task = hand_made("patient", (1.5, 200, 20))
     parts, costs, batch = earned(task)
     assert status(batch) == ["completed"]
-    outcome, weights = batch.simulator.outcomes_of(0), task.reward
+    outcome, weights = batch.backend.outcomes_of(0), task.reward
     used = max(outcome.ttft_s[0] / 5.0, outcome.tpot_s[0] / 0.5)
     (window,) = np.flatnonzero(parts.any(axis=1))
     assert window == int(outcome.finish_s[0] // task.window_s)

@@ -67,9 +67,9 @@ def test_an_episode_that_is_reset_midway_is_a_fresh_one(sizes, engines, shared):
     for seed, size in enumerate(sizes):
         for _ in range(4):
             given = actions(rng, 4)
-            batch.advance(given, 0.7)
+            batch.serve(given, 0.7)
             for k, single in enumerate(alone):
-                single.advance(given[k : k + 1], 0.7)
+                single.serve(given[k : k + 1], 0.7)
                 assert state(batch, k) == state(single, 0), k
                 check(single)
         # one begins anew, the others are in the middle of theirs
@@ -98,8 +98,8 @@ def test_every_episode_can_be_reset_again_and_again(engines, shared):
         fresh = cells(following, engines)
         for _ in range(5):
             given = actions(rng, 3)
-            batch.advance(given, 0.5)
-            fresh.advance(given, 0.5)
+            batch.serve(given, 0.5)
+            fresh.serve(given, 0.5)
             assert [state(batch, k) for k in range(3)] == [state(fresh, k) for k in range(3)]
 
 
@@ -107,14 +107,14 @@ def test_an_empty_workload_is_an_episode_too():
     one = workload(1, 20, False)
     empty = one.take(np.zeros(0, np.int64))
     batch = cells([one, empty])
-    batch.advance(to_array([ServeAction()] * 2), 1.0)
+    batch.serve(to_array([ServeAction()] * 2), 1.0)
     assert batch.windows["arrived"][1] == 0
     batch.reset(1, one)
     batch.reset(0, empty)
-    batch.advance(to_array([ServeAction()] * 2), 1.0)
+    batch.serve(to_array([ServeAction()] * 2), 1.0)
     assert batch.windows["arrived"].tolist()[0] == 0
     single = cells([one])
-    single.advance(to_array([ServeAction()]), 1.0)
+    single.serve(to_array([ServeAction()]), 1.0)
     assert state(batch, 1) == state(single, 0)
 
 
@@ -130,10 +130,10 @@ def test_skipped_episodes_stay_as_they_are(engines, shared, parallel):
         which = rng.random(5) < 0.5 if step else np.array([False, True, False, True, True])
         given = actions(rng, 5)
         before = [state(batch, k) for k in range(5)]
-        batch.advance(given, 0.6, which)
+        batch.serve(given, 0.6, which)
         for k in range(5):
             if which[k]:
-                alone[k].advance(given[k : k + 1], 0.6)
+                alone[k].serve(given[k : k + 1], 0.6)
                 assert state(batch, k) == state(alone[k], 0)
             else:
                 assert state(batch, k) == before[k]
@@ -162,7 +162,7 @@ def test_engines_change_one_at_a_time_and_the_gauges_show_it():
     for action, column in ((to_int8, "tier"), (split, "split")):
         changed, up, held = [], [], 0
         for _ in range(400):
-            window = batch.serve([action], 0.5)[0]
+            window = batch.serve_each([action], 0.5)[0]
             changed.append(int(window.engines_tier[1]) if column == "tier" else window.engines_split)
             up.append(window.engines_up)
             assert window.engines_tier.sum() == 3

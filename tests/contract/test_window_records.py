@@ -122,7 +122,7 @@ def test_records_of_random_cells():
         batch, windows = random_episode(7000 + seed)
         recount = Recount(batch, batch.workloads[0].tenants)
         for action, window_s in windows[:-1]:
-            batch.serve([action], window_s)
+            batch.serve_each([action], window_s)
             recount.check(batch.windows[0], batch.counters[0])
 
 
@@ -136,16 +136,16 @@ def test_records_of_the_tasks(task_id):
         task = short(task_id, 16)
         batch = EpisodeBatch(task)
         batch.reset([seed])
-        recount = Recount(batch.simulator, task.tenants)
+        recount = Recount(batch.backend, task.tenants)
         for action in draw(task, np.random.default_rng(seed), 16):
             batch.step(np.array([action]))
-            recount.check(batch.windows[0], batch.simulator.counters[0])
+            recount.check(batch.windows[0], batch.backend.counters[0])
 
 
 def test_a_window_record_holds_the_fields_of_its_row():
     batch, windows = random_episode(7003)
     action, window_s = windows[0]
-    record = batch.serve([action], window_s)[0]
+    record = batch.serve_each([action], window_s)[0]
     row = batch.windows[0]
     count = len(batch.workloads[0].tenants)
     assert {field.name for field in fields(WindowRecord)} >= set(WINDOW.names)
@@ -157,5 +157,5 @@ def test_a_window_record_holds_the_fields_of_its_row():
         np.testing.assert_array_equal(value, expected)
     assert record.ttft_histogram.tolist() == batch.counters["ttft_histogram"][0].tolist()
     before = record.tenant_arrived.copy()
-    batch.serve([action], window_s)
+    batch.serve_each([action], window_s)
     assert record.tenant_arrived.tolist() == before.tolist(), "a record lasts"

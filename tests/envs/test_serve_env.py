@@ -290,4 +290,4 @@ def test_arguments_change_the_task():
     ).unwrapped
     assert (env.task.cell.engines, env.task.windows) == (2, 4)
     env.reset(seed=1)
-    assert len(env.batch.simulator.engines[0]) == 2
+    assert len(env.batch.backend.engines[0]) == 2

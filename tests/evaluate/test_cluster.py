@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from evaluate import evaluate
-from evaluate.jobs import Job, Setting, play_job, play_jobs
+from evaluate.jobs import Job, Setting, play_job
+from evaluate.runners import play_jobs
 from evaluate.scores import read_scores
 from llmserve_env.errors import InputError
 

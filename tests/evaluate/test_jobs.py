@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from evaluate.jobs import Job, Setting, play_job, play_jobs
+from evaluate.jobs import Job, Setting, play_job
+from evaluate.runners import play_jobs
 from llmserve_env.agents import load_agent, play
 from llmserve_env.errors import InputError
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
@@ -74,7 +75,8 @@ def test_what_a_job_cannot_play_is_told_from_other_processes():
 
 def test_no_process_outlives_the_one_that_gave_it_work():
     code = """
-from evaluate.jobs import Job, Setting, play_jobs
+from evaluate.jobs import Job, Setting
+from evaluate.runners import play_jobs
 jobs = [Job("random", Setting(task="static_workload"), (seed,)) for seed in range(5000)]
 for _ in play_jobs(jobs, 2):
     print("played", flush=True)

@@ -12,12 +12,14 @@ import evaluate.experiments.showdown_report as report
 from evaluate.evaluate import agent_labels, measure
 from evaluate.experiments.showdown import Arguments, main
 from evaluate.jobs import Setting
-from evaluate.llm import llm_settings, play_llm
+from evaluate.llm import play_llm
 from evaluate.scores import read_scores
 from llmserve_env import tasks
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.play import play
+from llmserve_env.agents.find import find_agent
+from llmserve_env.agents.llm_settings import llm_settings
 from llmserve_env.errors import InputError
+from llmserve_env.play import play
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 
@@ -64,6 +66,18 @@ def test_a_model_scores_what_its_choices_score(short, endpoint):
     assert found.requests.tolist() == same.requests.tolist()
     assert [each["calls"] for each in found.usage] == [WINDOWS, WINDOWS]
     assert {body["model"] for body in answers.requests} == {"tiny"}
+
+
+def test_a_model_plays_side_by_side_and_behind_a_shield_as_agents_do(short, endpoint):
+    answers, url = endpoint
+    task, seeds = load_task(short), list(EVALUATION_SEEDS[:2])
+    found = play(find_agent(f"llm:tiny@{url}", task), task, seeds)
+    assert found.scores.tolist() == play_llm(f"llm:tiny@{url}", task, seeds).scores.tolist()
+    assert len(answers.requests) == 4 * WINDOWS
+    shield = find_agent(f"shielded:llm:tiny@{url}", task)
+    assert shield.name == "shielded:llm:tiny"
+    play(shield, task, seeds[:1])
+    assert shield.windows.tolist() == [WINDOWS]
 
 
 def test_a_showdown_marks_what_a_model_played(short, endpoint, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import threading
 import numpy as np
 import pytest
 
+from llmserve_env.actions import to_array
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
-from llmserve_env.live import EndpointBackend, EndpointSettings
+from llmserve_env.live import EndpointBackend, EndpointSettings, sender
 from llmserve_env.schema import ServeAction
 from llmserve_env.workloads.workload import Tenant, Workload
 
@@ -34,7 +35,11 @@ def backend(url, workload, **settings):
 
 
 def served(backend, action=None, windows=1):
-    return [backend.serve(action or ServeAction(), WINDOW_S) for _ in range(windows)]
+    records = []
+    for _ in range(windows):
+        backend.serve(to_array([action or ServeAction()]), WINDOW_S)
+        records.append(backend.record)
+    return records
 
 
 def served_out(backend, action=None):
@@ -218,7 +223,8 @@ ERROR = json.dumps({"error": {"message": "queue is full", "code": 503}})
         ([piece("", "stop"), "[DONE]"], "empty answer"),
         ([piece("a"), "{"], "stream without JSON"),
         (["[1]"], "stream without JSON"),
-        (['{"choices": [1]}'], "unexpected AttributeError"),
+        (['{"choices": [1]}'], "stream broken off"),
+        (['{"choices": 1, "usage": [1]}', "[DONE]"], "empty answer"),
     ],
 )
 def test_errors_in_the_stream_are_failures(live, lines, reason):
@@ -228,6 +234,17 @@ def test_errors_in_the_stream_are_failures(live, lines, reason):
         assert here.told()["failures"] == {reason: 1}
     assert (total(records, "completed"), total(records, "failed")) == (0, 1)
     assert sum(record.tenant_failed[0] for record in records) == 1
+
+
+def test_what_nobody_foresaw_is_a_failure_too(live, monkeypatch):
+    async def fail(*_):
+        raise AttributeError("nobody foresaw this")
+
+    monkeypatch.setattr(sender, "stream_completion", fail)
+    with serving(CompletionEndpoint()) as url:
+        here = live(url, requests(0.0))
+        assert total(served_out(here), "failed") == 1
+        assert here.told()["failures"] == {"unexpected AttributeError": 1}
 
 
 def test_refusals_lost_connections_and_time_limits_are_failures(live):
@@ -284,7 +301,7 @@ def test_the_key_is_sent_and_not_told(live):
 
 
 def test_before_the_first_window_nothing_has_happened(live):
-    window = live(closed_url(), requests(0.0)).window
+    window = live(closed_url(), requests(0.0)).windows[0]
     assert window.dtype == WINDOW
     assert np.isnan(window["p99_ttft_s"])
     assert window["arrived"] == window["in_flight"] == 0
@@ -319,7 +336,7 @@ def test_closing_ends_a_window_that_is_being_served(live):
         timer = threading.Timer(0.05, here.close)
         timer.start()
         with pytest.raises(InputError, match="closed meanwhile"):
-            here.serve(ServeAction(), 3600.0)
+            here.serve(to_array([ServeAction()]), 3600.0)
         timer.join()
 
 

@@ -12,17 +12,19 @@ import threading
 import pytest
 from live.endpoint_server import ChatEndpoint, Reply, chat, closed_url, serving
 
+from llmserve_env.actions import to_action
 from llmserve_env.agents import AGENTS, load_agent, play
-from llmserve_env.agents.llm import LLMPolicy, LLMSettings
+from llmserve_env.agents.llm import LLMAgent
+from llmserve_env.agents.llm_settings import LLMSettings
 from llmserve_env.agents.prompt import Unusable, answer_schema, parse, prompt
-from llmserve_env.episode import Episode
+from llmserve_env.episode import Episode, EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 from llmserve_env.tasks.catalog import task_info
+from server.baseline_http import HttpSession
 from server.baseline_inference import deterministic_suite, main, openai_suite
-from server.baseline_player import OverHttp
 
 SEED = EVALUATION_SEEDS.start
 TASK = load_task("trace_replay")
@@ -49,17 +51,18 @@ def _no_settings_from_outside(monkeypatch):
 
 
 def asked(url, windows=1, **settings):
-    """The actions of a policy in its first windows, and the policy."""
-    policy = LLMPolicy(LLMSettings("m", url, **{"max_retries": 0, **settings}))
-    with policy:
-        episode = Episode(TASK)
-        observation = episode.reset(SEED)
-        policy.reset(BRIEF, SEED)
+    """The actions of a model in its first windows, and the agent that asks it."""
+    agent = LLMAgent(LLMSettings("m", url, **{"max_retries": 0, **settings}))
+    with agent:
+        batch = EpisodeBatch(TASK)
+        observations = batch.reset([SEED])
+        agent.reset(TASK, [SEED])
         actions = []
         for _ in range(windows):
-            actions.append(policy.act(observation))
-            observation = episode.step(actions[-1])
-    return actions, policy
+            rows = agent.act(observations, batch.windows)
+            observations = batch.step(rows).observations
+            actions.append(to_action(rows[0]))
+    return actions, agent
 
 
 # Reference agents
@@ -131,13 +134,14 @@ def test_what_cannot_be_used_is_refused(capsys, arguments, message):
 
 
 def test_over_http_agents_score_what_they_score_here(server_url):
-    runtime = OverHttp(server_url)
-    over_http = deterministic_suite(["trace_replay"], 1, runtime=runtime)
-    runtime.close()
-    assert over_http["settings"]["not_played"].keys() == {"reactive", "ppo"}
+    session = HttpSession(server_url)
+    over_http = deterministic_suite(["trace_replay"], 1, session=session)
+    session.close()
     here = deterministic_suite(["trace_replay"], 1)
+    assert over_http["settings"]["not_played"] == here["settings"]["not_played"]
     entries = {entry["agent"]: entry for entry in here["episodes"]}
-    assert [entry["agent"] for entry in over_http["episodes"]] == ["random", "defaults", "best-constant"]
+    assert [entry["agent"] for entry in over_http["episodes"]] == list(entries)
+    assert set(AGENTS) <= set(entries)
     for entry in over_http["episodes"]:
         assert entry["score"] == entries[entry["agent"]]["score"]
         assert entry["requests"] == entries[entry["agent"]]["requests"]
@@ -154,10 +158,10 @@ def test_a_full_service_is_waited_for_as_it_says():
         await send({"type": "http.response.body", "body": b'{"detail": "full"}'})
 
     with serving(full) as url:
-        runtime = OverHttp(url, sleep=waits.append)
+        session = HttpSession(url, sleep=waits.append)
         with pytest.raises(InputError, match=r"429.*full"):
-            runtime.reset("trace_replay", 1)
-        runtime.close()
+            session.reset(task_id="trace_replay", seed=1)
+        session.close()
     assert len(calls) == 5
     assert waits == [7.0] * 4
 
@@ -168,11 +172,11 @@ def test_another_service_is_told_apart():
         await send({"type": "http.response.body", "body": b'{"hello": "world"}'})
 
     with serving(other) as url:
-        runtime = OverHttp(url)
-        for call in (lambda: runtime.brief("trace_replay"), lambda: runtime.reset("trace_replay", 1)):
+        session = HttpSession(url)
+        for call in (session.tasks, lambda: session.reset(task_id="trace_replay", seed=1)):
             with pytest.raises(InputError, match="expected"):
                 call()
-        runtime.close()
+        session.close()
 
 
 # What a model is asked
@@ -197,7 +201,7 @@ def test_the_schema_keeps_to_what_strict_mode_takes():
 def test_a_call_says_what_is_needed_and_no_more():
     endpoint = ChatEndpoint(lambda index, body: chat(GOOD))
     with serving(endpoint) as url:
-        actions, policy = asked(url, 6, history=2, temperature=0.5)
+        actions, agent = asked(url, 6, history=2, temperature=0.5)
     assert actions == [CHOSEN] * 6
     body = endpoint.requests[-1]
     assert (body["model"], body["temperature"], body["seed"]) == ("m", 0.5, SEED % 2**31)
@@ -209,17 +213,17 @@ def test_a_call_says_what_is_needed_and_no_more():
         assert f"{tenant.name}: {tenant.ttft_slo_s * 1e3:g} ms, {tenant.tpot_slo_s * 1e3:g} ms" in system
     assert user.count("queue_depth") == 2
     assert '"batch_cap":64' in user  # in force
-    assert policy.usage.calls == 6
-    assert (policy.usage.prompt_tokens, policy.usage.completion_tokens) == (600, 60)
-    assert not policy.usage.fallbacks
+    assert agent.usage.calls == 6
+    assert (agent.usage.prompt_tokens, agent.usage.completion_tokens) == (600, 60)
+    assert not agent.usage.fallbacks
 
 
 def test_temperature_can_be_left_to_the_endpoint_and_tokens_uncounted():
     endpoint = ChatEndpoint(lambda index, body: chat(GOOD, usage=False))
     with serving(endpoint) as url:
-        _, policy = asked(url, temperature=None)
+        _, agent = asked(url, temperature=None)
     assert "temperature" not in endpoint.requests[0]
-    assert (policy.usage.prompt_tokens, policy.usage.uncounted) == (0, 1)
+    assert (agent.usage.prompt_tokens, agent.usage.uncounted) == (0, 1)
 
 
 def test_prompts_are_bounded_by_leaving_out_the_oldest_windows():
@@ -244,6 +248,21 @@ def test_prompts_are_bounded_by_leaving_out_the_oldest_windows():
     assert caught.value.field == "max_prompt_chars"
 
 
+def test_a_model_is_shown_what_the_schema_shows():
+    choices = [{**CHOICE, "quantization_tier": "FP16", "batch_cap": 8 << index % 3} for index in range(8)]
+    endpoint = ChatEndpoint(lambda index, body: chat(json.dumps(choices[index])))
+    with serving(endpoint) as url:
+        asked(url, len(choices), history=3)
+    episode = Episode(TASK)
+    seen, in_force = [episode.reset(SEED)], TASK.start
+    for choice, body in zip(choices, endpoint.requests, strict=True):
+        told = prompt(BRIEF, seen[-3:], in_force, held_s=BRIEF.window_s, max_chars=12_000)
+        assert body["messages"] == told
+        in_force = ServeAction(**choice)
+        seen.append(episode.step(in_force))
+    assert seen[-1].reward > 0
+
+
 def test_an_answer_holds_for_several_windows():
     endpoint = ChatEndpoint(lambda index, body: chat(changed(batch_cap=[8, 16, 32][index])))
     with serving(endpoint) as url:
@@ -254,16 +273,17 @@ def test_an_answer_holds_for_several_windows():
 
 def test_an_episode_begins_without_the_last_one():
     endpoint = ChatEndpoint(lambda index, body: chat(GOOD))
-    with serving(endpoint) as url, LLMPolicy(LLMSettings("m", url)) as policy:
+    with serving(endpoint) as url, LLMAgent(LLMSettings("m", url)) as agent:
         for seed in (SEED, SEED + 1):
-            observation = Episode(TASK).reset(seed)
-            policy.reset(BRIEF, seed)
-            policy.act(observation)
+            batch = EpisodeBatch(TASK)
+            observations = batch.reset([seed])
+            agent.reset(TASK, [seed])
+            agent.act(observations, batch.windows)
     for body in endpoint.requests:
         assert body["messages"][1]["content"].count("queue_depth") == 1
         assert '"batch_cap":256' in body["messages"][1]["content"]  # what the task starts in
     assert [body["seed"] for body in endpoint.requests] == [SEED % 2**31, (SEED + 1) % 2**31]
-    assert policy.usage.calls == 1
+    assert agent.usage.calls == 1
 
 
 # Answers that cannot be used
@@ -304,10 +324,10 @@ def test_an_episode_begins_without_the_last_one():
 def test_an_unusable_answer_leaves_the_configuration_and_is_counted(reply, reason):
     endpoint = ChatEndpoint(lambda index, body: chat(GOOD) if index == 0 else reply)
     with serving(endpoint) as url:
-        actions, policy = asked(url, 2, timeout_s=0.2 if reason == "timeout" else 60.0)
+        actions, agent = asked(url, 2, timeout_s=0.2 if reason == "timeout" else 60.0)
     assert actions == [CHOSEN, CHOSEN]
-    assert policy.usage.fallbacks == {reason: 1}
-    assert policy.usage.calls == len(policy.usage.latency_s) == 2
+    assert agent.usage.fallbacks == {reason: 1}
+    assert agent.usage.calls == len(agent.usage.latency_s) == 2
 
 
 def test_numbers_may_be_written_in_either_way():
@@ -321,26 +341,26 @@ def test_failures_are_tried_again_with_back_off():
     bad = [Reply("busy", 500, soon), Reply("slow down", 429, soon), Reply("busy", 503, soon)]
     endpoint = ChatEndpoint(lambda index, body: [*bad, chat(GOOD)][index])
     with serving(endpoint) as url:
-        actions, policy = asked(url, max_retries=3)
+        actions, agent = asked(url, max_retries=3)
     assert actions == [CHOSEN]
-    assert (policy.usage.calls, policy.usage.retries, len(endpoint.requests)) == (1, 3, 4)
-    assert not policy.usage.fallbacks
+    assert (agent.usage.calls, agent.usage.retries, len(endpoint.requests)) == (1, 3, 4)
+    assert not agent.usage.fallbacks
 
 
 def test_retries_come_to_an_end_and_are_counted():
     endpoint = ChatEndpoint(lambda index, body: Reply("busy", 500, {"retry-after": "0.01"}))
     with serving(endpoint) as url:
-        _, policy = asked(url, max_retries=2)
-    assert (policy.usage.retries, len(endpoint.requests)) == (2, 3)
-    assert policy.usage.fallbacks == {"server_error": 1}
+        _, agent = asked(url, max_retries=2)
+    assert (agent.usage.retries, len(endpoint.requests)) == (2, 3)
+    assert agent.usage.fallbacks == {"server_error": 1}
 
 
 def test_retry_after_is_read():
     endpoint = ChatEndpoint(lambda index, body: Reply("come tomorrow", 429, {"retry-after": "86400"}))
     with serving(endpoint) as url:
-        _, policy = asked(url, max_retries=5)
+        _, agent = asked(url, max_retries=5)
     assert len(endpoint.requests) == 1  # nobody waits so long, and nobody asks sooner
-    assert policy.usage.fallbacks == {"rate_limited": 1}
+    assert agent.usage.fallbacks == {"rate_limited": 1}
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -357,8 +377,8 @@ def test_an_endpoint_that_does_not_answer_is_given_up():
         asked(closed_url(), 4)
     wrong = ChatEndpoint(lambda index, body: chat("no JSON"))
     with serving(wrong) as url:
-        _, policy = asked(url, 5)  # it answers: what it says is the model's own result
-    assert policy.usage.fallbacks == {"not_json": 5}
+        _, agent = asked(url, 5)  # it answers: what it says is the model's own result
+    assert agent.usage.fallbacks == {"not_json": 5}
 
 
 # The suite of a language model
@@ -389,9 +409,9 @@ def test_a_model_scores_what_its_configuration_scores(tmp_path):
 
 def test_a_model_plays_over_http_too(server_url):
     with serving(ChatEndpoint(lambda index, body: chat(GOOD))) as url:
-        llm, runtime = LLMSettings("m", url, windows_per_call=40), OverHttp(server_url)
-        over_http = openai_suite(["trace_replay"], 1, llm=llm, runtime=runtime)
-        runtime.close()
+        llm, session = LLMSettings("m", url, windows_per_call=40), HttpSession(server_url)
+        over_http = openai_suite(["trace_replay"], 1, llm=llm, session=session)
+        session.close()
         here = openai_suite(["trace_replay"], 1, llm=llm)
     assert over_http["episodes"][0]["score"] == here["episodes"][0]["score"]
     assert over_http["episodes"][0]["llm"]["calls"] == 3

@@ -15,7 +15,7 @@ from llmserve_env.client import (
     ConflictError,
     LLMServeEnv,
     NotFoundError,
-    RemotePlayer,
+    RemoteSession,
     ServiceError,
 )
 from llmserve_env.envs.tool_env import ServeToolEnv
@@ -295,10 +295,10 @@ def test_a_row_that_a_server_cannot_play_is_an_input_error(server_url):
             env.reset(**{column: value})
 
 
-def test_a_player_that_is_dropped_ends_its_session(server_url):
-    player = RemotePlayer(server_url)
-    session_id = player.reset(task_id=None, seed=1, horizon_s=None).metadata["session_id"]
-    del player
+def test_a_session_that_is_dropped_ends_its_session(server_url):
+    session = RemoteSession(server_url)
+    session_id = session.reset(task_id=None, seed=1).metadata["session_id"]
+    del session
     assert ends(server_url, session_id)
 
 

@@ -79,7 +79,7 @@ def play(name):
     batch = SimulatorBatch(profile, [open_workload(uri)], **cell)
     totals = dict.fromkeys(COUNTS, 0)
     for action, window_s in [*windows, (windows[-1][0], math.inf)]:
-        record = batch.serve([action], window_s)[0]
+        record = batch.serve_each([action], window_s)[0]
         for count in COUNTS:
             totals[count] += getattr(record, count)
     digest = hashlib.sha256()

@@ -240,14 +240,14 @@ def test_what_cannot_be_applied_is_told():
 def test_a_lone_request_may_outgrow_the_budget():
     """Otherwise it would preempt itself and then stand at the queue's head for ever."""
     batch = SimulatorBatch(small(110), [requests([0] + [1] * 20, [160] + [16] * 20, [200] + [4] * 20)])
-    record = batch.serve([ServeAction(kv_budget_fraction=0.1)], 60.0)[0]
+    record = batch.serve_each([ServeAction(kv_budget_fraction=0.1)], 60.0)[0]
     assert (record.completed, record.in_flight) == (21, 0)
 
 
 def test_a_small_token_budget_limits_speculation_in_split_pools():
     cell = {"engines": 2, "max_num_batched_tokens": 4, "action": ServeAction(prefill_decode_split=True)}
     batch = SimulatorBatch(small(400), [requests([0, 0, 0], [20, 20, 20], [8, 8, 8])], **cell)
-    record = batch.serve([ServeAction(prefill_decode_split=True, speculation_depth=8)], math.inf)[0]
+    record = batch.serve_each([ServeAction(prefill_decode_split=True, speculation_depth=8)], math.inf)[0]
     assert record.completed == 3
 
 
@@ -260,8 +260,8 @@ def test_windows_do_not_change_routing_where_clients_give_up():
     for windows in (1, 280):
         batch = SimulatorBatch(PROFILE, [workload], engines=3, action=ServeAction(batch_cap=4))
         for _ in range(windows):
-            batch.serve([ServeAction(batch_cap=4)], 14.0 / windows)
-        batch.serve([ServeAction(batch_cap=4)], math.inf)
+            batch.serve_each([ServeAction(batch_cap=4)], 14.0 / windows)
+        batch.serve_each([ServeAction(batch_cap=4)], math.inf)
         found.append(batch.outcomes["finish_ps"].tolist())
     assert found[0] == found[1]
 
@@ -269,13 +269,13 @@ def test_windows_do_not_change_routing_where_clients_give_up():
 def test_no_promise_is_broken_by_a_promise_of_never():
     tenant = (Tenant(ttft_slo_s=math.inf, tpot_slo_s=math.inf),)
     batch = SimulatorBatch(PROFILE, [requests([0, 0, 0], [9, 9, 9], [2, 4, 50], tenants=tenant)])
-    assert batch.serve([ServeAction()], math.inf)[0].tenant_in_slo.tolist() == [3]
+    assert batch.serve_each([ServeAction()], math.inf)[0].tenant_in_slo.tolist() == [3]
 
 
 def test_a_window_may_reach_past_the_end_of_time():
     batch = SimulatorBatch(PROFILE, [requests([0], [9], [9])])
-    assert batch.serve([ServeAction()], 5e6)[0].completed == 1
-    assert batch.serve([ServeAction()], 1e9)[0].completed == 0
+    assert batch.serve_each([ServeAction()], 5e6)[0].completed == 1
+    assert batch.serve_each([ServeAction()], 1e9)[0].completed == 0
 
 
 def test_any_integers_name_prefix_blocks():
@@ -287,7 +287,7 @@ def test_any_integers_name_prefix_blocks():
         prefix_ids=ids,
     )
     batch = SimulatorBatch(PROFILE, [workload])
-    record = batch.serve([ServeAction()], math.inf)[0]
+    record = batch.serve_each([ServeAction()], math.inf)[0]
     assert (record.completed, record.cached_tokens) == (4, 48)
     with pytest.raises(InputError, match="offsets"):
         replace(workload, prefix_offsets=np.array([0, 4, 8, 9, 11]))

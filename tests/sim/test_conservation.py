@@ -22,7 +22,7 @@ def served(batch, windows):
     """Serve, check everything after every window, and return the sums of the records' counts."""
     totals = Counter()
     for action, window_s in windows:
-        record = batch.serve([action], window_s)[0]
+        record = batch.serve_each([action], window_s)[0]
         check(batch)
         for name in COUNTS:
             totals[name] += getattr(record, name)
@@ -75,7 +75,7 @@ def test_tries_and_requests_add_up_where_clients_come_back():
         batch, windows = random_episode(20_000 + seed, retries=True)
         totals = Counter()
         for action, window_s in windows:
-            record = batch.serve([action], window_s)[0]
+            record = batch.serve_each([action], window_s)[0]
             check(batch)
             for name in (*COUNTS, "refused", "timeouts", "retries"):
                 totals[name] += getattr(record, name)
@@ -121,7 +121,7 @@ def test_all_that_can_run_completes():
     """A drained cell has no request, slot or block left."""
     for seed in range(40):
         batch, _ = random_episode(1000 + seed)
-        batch.serve([ServeAction()], math.inf)
+        batch.serve_each([ServeAction()], math.inf)
         check(batch)
         assert np.isin(batch.outcomes["status"], (COMPLETED, FAILED, CANCELLED)).all()
         engines = batch.engines

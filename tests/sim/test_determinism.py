@@ -31,7 +31,7 @@ def digest(seed):
     batch, windows = random_episode(seed)
     state = hashlib.sha256()
     for action, window_s in windows:
-        batch.serve([action], window_s)
+        batch.serve_each([action], window_s)
         state.update(batch.counters.tobytes())
     state.update(batch.outcomes.tobytes())
     state.update(batch.engines.tobytes())
@@ -75,9 +75,9 @@ def test_a_batch_is_its_episodes(shared, engines):
     cells, workloads, windows = several(engines, 12, shared, engines)
     together, alone = cells(workloads), [cells([workload]) for workload in workloads]
     for actions, window_s in windows:
-        records = together.serve(actions, window_s)
+        records = together.serve_each(actions, window_s)
         for episode, simulator in enumerate(alone):
-            record = simulator.serve([actions[episode]], window_s)[0]
+            record = simulator.serve_each([actions[episode]], window_s)[0]
             assert repr(records[episode]) == repr(record)
             assert together.counters[episode].tobytes() == simulator.counters[0].tobytes()
     for episode, simulator in enumerate(alone):
@@ -97,8 +97,8 @@ def test_threads_change_nothing(threads):
         numba.set_num_threads(threads)
         try:
             for actions, window_s in windows:
-                serial.serve(actions, window_s)
-                threaded.serve(actions, window_s)
+                serial.serve_each(actions, window_s)
+                threaded.serve_each(actions, window_s)
                 for name in ("counters", "engines", "outcomes", "cells"):
                     assert getattr(serial, name).tobytes() == getattr(threaded, name).tobytes()
         finally:
@@ -119,7 +119,7 @@ def partitioned(seed, parts):
     batch = SimulatorBatch(small(int(rng.choice([120, 200, 1000]))), [workload], **cell)
     totals = {}
     for window_s in (*parts, math.inf):
-        batch.serve([action], window_s)
+        batch.serve_each([action], window_s)
         for name in SUMS:
             totals[name] = totals.get(name, 0) + int(batch.counters[name][0])
         gaps = totals.setdefault("gaps", np.zeros_like(batch.counters["gap_histogram"][0]))
@@ -147,7 +147,7 @@ def test_expired_requests_do_not_count_as_load_wherever_windows_end():
         for parts in ([], [0.05] * 200):
             batch = SimulatorBatch(PROFILE, [workload], engines=3)
             for window_s in (*parts, math.inf):
-                batch.serve([action], window_s)
+                batch.serve_each([action], window_s)
             results.append([batch.outcomes[name].tolist() for name in RESULT])
         assert results[0] == results[1], seed
 
@@ -156,10 +156,10 @@ def test_bad_windows_and_batches_are_refused():
     batch = SimulatorBatch(PROFILE, [requests([0], 1, 1)])
     for window_s in (0.0, -1.0, float("nan")):
         with pytest.raises(InputError, match="window_s"):
-            batch.serve([ServeAction()], window_s)
+            batch.serve_each([ServeAction()], window_s)
     with pytest.raises(InputError, match="actions"):
-        batch.serve([], 1.0)
+        batch.serve_each([], 1.0)
     with pytest.raises(InputError, match="tenants"):
         SimulatorBatch(PROFILE, [requests([0], 1, 1), requests([0], 1, 1, tenants=(Tenant("other"),))])
-    assert batch.serve([ServeAction()], math.inf)[0].completed == 1
+    assert batch.serve_each([ServeAction()], math.inf)[0].completed == 1
     assert batch.engines["next_ps"][0, 0] <= NEVER_PS

@@ -23,7 +23,7 @@ def test_every_request_runs_forward_in_time():
         cost = batch._cost
         fastest_ps = cost.dense_ps[:, 1].min() + cost.head_ps[:, 1].min()
         for action, window_s in windows:
-            batch.serve([action], window_s)
+            batch.serve_each([action], window_s)
         out, req = batch.outcomes, batch.requests
         done = out["status"] == 4
         first = out["first_ps"] > 0

@@ -80,7 +80,7 @@ def test_a_shipped_task_loads(task_id):
     assert set(task.controls) >= {"batch_cap", "kv_budget_fraction"}
     missing = EpisodeBatch(task)
     missing.reset([0])
-    assert missing.simulator.not_applied(task.start) == {}
+    assert missing.backend.not_applied(task.start) == {}
 
 
 @pytest.mark.parametrize("task_id", list_tasks())
@@ -91,7 +91,7 @@ def test_the_levels_of_a_shipped_task_can_all_be_applied(task_id):
     batch.reset([0])
     for name, values in task.controls.items():
         for value in values:
-            assert batch.simulator.not_applied(ServeAction(**{name: value})) == {}, (name, value)
+            assert batch.backend.not_applied(ServeAction(**{name: value})) == {}, (name, value)
 
 
 @pytest.mark.parametrize("task_id", list_tasks())

@@ -150,7 +150,7 @@ class MPCAgent:
             )
             self._make_room(int(self._twins.cells["requests"][i]) + len(told.arrival_s))
             self._twins.tell(i, told)
-        self._twins.advance(self._actions, self._task.window_s, going)
+        self._twins.serve(self._actions, self._task.window_s, going)
 
     def _make_room(self, requests: int) -> None:
         assert self._task is not None
@@ -219,7 +219,7 @@ class MPCAgent:
         earned = np.zeros(len(which))
         for _ in range(self._steps):
             counts = slots.now_s < task.horizon_s
-            slots.advance(actions, self._step_s, which)
+            slots.serve(actions, self._step_s, which)
             components, _ = self._rewards.of(slots.windows, np.ones(len(which)))
             earned += np.where(counts, components.sum(axis=1), 0.0)
         self.rolled_s += used * self._horizon_s

@@ -178,7 +178,7 @@ def simulate(profile: Profile, workload: Workload, *, prefix_cache: bool = True)
     counts: list[int] = []
     over, idle_s = 0, 0.0
     while over < len(workload) and idle_s < _STALLED_S + workload.duration_s:
-        window = batch.advance(actions, window_s)[0]
+        window = batch.serve(actions, window_s)[0]
         over += int(window["completed"] + window["failed"] + window["cancelled"])
         iterations = int(window["iterations"])
         idle_s = 0.0 if iterations else idle_s + window_s

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import PositiveFloat, PositiveInt
 
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.hardware.profile import Record
-from llmserve_env.live.gateway.wire import StreamReader
+from llmserve_env.live.servers.stream import StreamReader
 from llmserve_env.live.traffic import Prompts
+from llmserve_env.net.http import JSON_HEADERS, bearer, open_session
 from llmserve_env.net.urls import server_url, without_credentials
 
 if TYPE_CHECKING:
@@ -175,9 +176,8 @@ async def _sender(target: Target) -> AsyncIterator[Send]:
     try:
         import aiohttp
     except ImportError as error:
-        raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
+        raise missing_package(error) from error
     url = f"{server_url(target.url)}/v1/completions"
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     failed = 0
 
     async def send(ids: list[int], answer: Answer) -> None:
@@ -195,8 +195,7 @@ async def _sender(target: Target) -> AsyncIterator[Send]:
             )
 
     timeout = aiohttp.ClientTimeout(total=target.timeout_s)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)  # vLLM closes idle ones after 5 s
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+    async with open_session(headers=bearer(url, target.api_key), timeout=timeout) as session:
         yield send
 
 
@@ -215,7 +214,7 @@ def _body(model: str, ids: Iterable[int], output_tokens: int) -> bytes:
 async def _follow(session: aiohttp.ClientSession, url: str, body: bytes, answer: Answer) -> None:
     reader, ended_s = StreamReader(), 0.0
     answer.sent_s = time.monotonic()
-    async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
+    async with session.post(url, data=body, headers=JSON_HEADERS) as response:
         if response.status != 200:
             answer.error = f"HTTP {response.status}: {(await response.text())[:200]}"
             return

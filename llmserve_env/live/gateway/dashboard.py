@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from llmserve_env import __version__
 from llmserve_env.live.gateway.exposition import GatewayMetrics, exposed
+from llmserve_env.report.version import __version__
 
 if TYPE_CHECKING:
     from llmserve_env.live.gateway.history import History

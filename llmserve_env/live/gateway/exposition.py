@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from llmserve_env import __version__
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.report.version import __version__
 from llmserve_env.schema import QuantizationTier
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import logging
 import math
@@ -31,8 +30,10 @@ from llmserve_env.live.gateway.exposition import merged
 from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.tenants import Tenants
-from llmserve_env.live.gateway.wire import RequestBody, StreamReader, as_error, error_event, error_json
-from llmserve_env.live.servers.upstreams import KEPT_S, Upstream
+from llmserve_env.live.gateway.wire import RequestBody, as_error, error_event, error_json
+from llmserve_env.live.servers.stream import StreamReader
+from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.net.http import open_session, payload
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -43,7 +44,6 @@ LOG = logging.getLogger(__name__)
 
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TICK_S = 0.1
-_LARGE = 1 << 20  # aiohttp sends what is larger in parts
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade".split()
@@ -158,8 +158,7 @@ class Proxy:
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
+            self._session = open_session(
                 timeout=self._timeout,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
@@ -302,9 +301,12 @@ class Proxy:
             passed = [each for each in passed if each[0] != "authorization"]
             passed.append(("authorization", f"Bearer {upstream.key}"))
         passed.append(("accept-encoding", "identity"))
-        data = io.BytesIO(content) if content and len(content) > _LARGE else content
         return await self._connected().request(
-            method, URL(upstream.url + url, encoded=True), headers=passed, data=data, allow_redirects=False
+            method,
+            URL(upstream.url + url, encoded=True),
+            headers=passed,
+            data=content and payload(content),
+            allow_redirects=False,
         )
 
     # ------------------------------------------------------------------------------- the upstreams themselves

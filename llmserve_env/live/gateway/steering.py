@@ -62,11 +62,9 @@ class RunningReward:
             window: WINDOW.
             unmeasured: fields of an observation that nobody tells.
         """
-        earning = window.reshape(1).copy()
         self._arrived.append(self._rewards.demand(window["tenant_arrived"][: self._tenants]))
-        if "kv_cache_occupancy" in unmeasured:
-            earning["mean_kv_occupancy"] = 1.0  # as if it were full
         demand = float(np.mean(self._arrived)) * self._windows
+        earning = self._rewards.earning(window.reshape(1), unmeasured)
         components, _ = self._rewards.of(earning, np.array([demand]))
         return float(components.sum())
 

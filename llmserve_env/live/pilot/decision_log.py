@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-import llmserve_env
 from llmserve_env.actions import to_array
-from llmserve_env.backend import WINDOW, window_field
+from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer
+from llmserve_env.recording import record_row
+from llmserve_env.report.version import __version__
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import Task
 
@@ -46,7 +47,7 @@ class Beginning(BaseModel):
     """Number of the file within the run."""
     time_s: float
     """When the run began (Unix time, s)."""
-    package_version: str = llmserve_env.__version__
+    package_version: str = __version__
     """Version of llmserve_env."""
     task: dict[str, Any]
     """The whole task."""
@@ -181,28 +182,6 @@ class DecisionLog:
                 newer.replace(older)
         self.path.unlink(missing_ok=True)  # where none are kept
         self._file = self._open()
-
-
-def record_values(window: NDArray[np.void], tenants: int) -> dict[str, Any]:
-    """A WINDOW record for JSON: None for nan, tenant fields cut to the number of tenants."""
-    return {name: _plain(window_field(window, name, tenants)) for name in WINDOW.names or ()}
-
-
-def record_row(values: dict[str, Any]) -> NDArray[np.void]:
-    """The WINDOW record of what `record_values` made.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is none.
-    """
-    row: NDArray[np.void] = np.zeros((), WINDOW)
-    for name in WINDOW.names or ():
-        value = values[name]
-        if isinstance(value, list):
-            found = np.array(value)
-            row[name][tuple(slice(count) for count in found.shape)] = found
-        else:
-            row[name] = np.nan if value is None else value
-    return row
 
 
 @dataclass(frozen=True)
@@ -379,9 +358,3 @@ def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
             )
         last = line
         yield line
-
-
-def _plain(value: Any) -> Any:
-    if value.ndim:
-        return [None if isinstance(each, float) and np.isnan(each) else each for each in value.tolist()]
-    return None if isinstance(value.item(), float) and np.isnan(value) else value.item()

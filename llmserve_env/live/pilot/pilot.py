@@ -15,10 +15,11 @@ from llmserve_env.actions import CONTROLS, to_action, to_array
 from llmserve_env.agents.granted import granted
 from llmserve_env.agents.shield import Shield
 from llmserve_env.errors import InputError
-from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed, record_values
+from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.live.pilot.limits import Limits, shipped_limits
 from llmserve_env.observation import Observer
+from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:

@@ -10,9 +10,11 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 from llmserve_env.live.servers.engine_settings import SCHEDULER_VERSIONS
 from llmserve_env.live.servers.metrics import METRICS, Scrape, read_metrics
+from llmserve_env.live.servers.stream import StreamReader
+from llmserve_env.net.http import open_client
 from llmserve_env.net.urls import server_url, without_credentials
 from llmserve_env.schema import ServeAction
 
@@ -112,12 +114,11 @@ def diagnose(
         import httpx
         import prometheus_client  # noqa: F401 - else a server would be said to have no metrics
     except ImportError as error:
-        raise InputError(f"the {error.name} package is missing: install llmserve-env[server]") from error
+        raise missing_package(error) from error
     base = server_url(url)
     found = Diagnosis(without_credentials(base))
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with httpx.Client(base_url=base, headers=headers, timeout=timeout_s) as client:
+        with open_client(base, api_key, timeout_s=timeout_s) as client:
             _look(client, found, model)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         what = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
@@ -325,20 +326,18 @@ def _completion(client: httpx.Client, found: Diagnosis, model: str) -> None:
         mend = "start with --scheduling-policy priority" if refused else "look at the server's log"
         found.add("completion", "missing", f"HTTP {answer.status_code}: {_shorten(answer.text)}", mend)
         return
-    events = [_parse(line[5:]) for line in answer.text.splitlines() if line.startswith("data:")]
-    error = next((event["error"] for event in events if isinstance(event.get("error"), dict)), None)
-    if error is not None:
-        found.add(
-            "completion", "missing", f"refused: {_shorten(str(error.get('message')))}", "read the refusal"
-        )
+    reader = StreamReader()
+    pieces = reader.feed(answer.content) + reader.finish()
+    if reader.error is not None:
+        refusal = _shorten(str(reader.error.get("message")))
+        found.add("completion", "missing", f"refused: {refusal}", "read the refusal")
         return
-    pieces = [event for event in events if event.get("choices")]
-    usage = next((event["usage"] for event in events if isinstance(event.get("usage"), dict)), None)
     if not pieces:
         found.add("completion", "missing", "the answer is no stream", "let vLLM's own answer through")
         return
-    found.add("completion", "ok", f"{TOKENS} tokens asked of {model}, {len(pieces)} piece(s) came")
-    if usage is None:
+    found.add("completion", "ok", f"{TOKENS} tokens asked of {model}, {pieces} piece(s) came")
+    usage = reader.usage
+    if not usage:
         mend = "lengths of answers are counted by pieces; newer vLLM takes stream_options"
         found.add("usage in streams", "note", "not told", mend)
     elif usage.get("completion_tokens") == TOKENS:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from math import inf, isfinite, nan
 from typing import TYPE_CHECKING, Literal
 
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -227,7 +227,7 @@ def read_metrics(text: str, at_s: float = 0.0) -> Scrape:
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError as error:
-        raise InputError("the prometheus_client package is missing: install llmserve-env[server]") from error
+        raise missing_package(error) from error
 
     series: dict[str, dict[Labels, float]] = defaultdict(dict)
     try:

@@ -22,12 +22,13 @@ from llmserve_env.live.servers.metrics import (
     read_metrics,
     weighted_mean,
 )
+from llmserve_env.net.http import bearer, open_session
 from llmserve_env.net.urls import server_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import httpx
+    import aiohttp
 
     from llmserve_env.live.servers.metrics import Labels
 
@@ -277,7 +278,7 @@ class Telemetry:
         stale_after_s: age of a server's last answer from which on it has no figures (s).
 
     Raises:
-        InputError: an argument is out of range; the `httpx` package is missing.
+        InputError: an argument is out of range; the `aiohttp` package is missing.
 
     Example:
         >>> async with Telemetry(["http://127.0.0.1:8101"]) as telemetry:
@@ -308,19 +309,15 @@ class Telemetry:
         self.interval_s = interval_s
         self.timeout_s = timeout_s
         self.replicas = [Replica(url, stale_after_s) for url in urls]
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._tasks: list[asyncio.Task[None]] = []
-        self._client: httpx.AsyncClient | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Telemetry:
         """Begin to scrape."""
-        try:
-            import httpx
-        except ImportError as error:
-            raise InputError("the httpx package is missing: install llmserve-env[server]") from error
-        self._client = httpx.AsyncClient(headers=self._headers, timeout=None)
+        self._session = open_session(trust_env=True)
         self._tasks = [
-            asyncio.create_task(self._poll(self._client, replica), name=f"telemetry {index}")
+            asyncio.create_task(self._poll(self._session, replica), name=f"telemetry {index}")
             for index, replica in enumerate(self.replicas)
         ]
         return self
@@ -330,18 +327,18 @@ class Telemetry:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._client is not None:
-            await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     def windows(self) -> list[TelemetryWindow]:
         """What each server did since this was last called, from the scrapes that there are."""
         now_s = time.monotonic()
         return [replica.window(now_s) for replica in self.replicas]
 
-    async def _poll(self, client: httpx.AsyncClient, replica: Replica) -> None:
+    async def _poll(self, session: aiohttp.ClientSession, replica: Replica) -> None:
         while True:
             began_s = time.monotonic()
-            asking = asyncio.ensure_future(scrape(client, replica.url))
+            asking = asyncio.ensure_future(scrape(session, replica.url, self._api_key))
             try:
                 # wait_for would do, but before Python 3.12 it can lose the cancellation at the end.
                 done, _ = await asyncio.wait({asking}, timeout=self.timeout_s)
@@ -356,31 +353,34 @@ class Telemetry:
             await asyncio.sleep(max(0.0, began_s + self.interval_s - time.monotonic()))
 
 
-async def scrape(client: httpx.AsyncClient, url: str) -> Scrape:
+async def scrape(session: aiohttp.ClientSession, url: str, api_key: str | None = None) -> Scrape:
     """Ask a server for its metrics.
 
     Args:
-        client: its timeout is the caller's choice.
-        url: of the server, without /v1.
+        session: HTTP client; its time limit is the caller's choice.
+        url: Server's address, without /v1.
+        api_key: Key that is sent as a bearer token.
 
     Raises:
         InputError: no answer came, or none that can be read.
     """
-    import httpx
+    import aiohttp
 
     at_s = time.monotonic()
     content = bytearray()
     try:
-        async with client.stream("GET", f"{url}/metrics") as answer:
-            if answer.status_code != httpx.codes.OK:
-                raise InputError(f"expected HTTP 200, found {answer.status_code}", field="/metrics")
-            async for piece in answer.aiter_bytes():
+        async with session.get(
+            f"{url}/metrics", headers=bearer(url, api_key), allow_redirects=False
+        ) as answer:
+            if answer.status != 200:
+                raise InputError(f"expected HTTP 200, found {answer.status}", field="/metrics")
+            async for piece in answer.content.iter_any():
                 content += piece
                 if len(content) > MAX_BYTES:
                     raise InputError(f"longer than {MAX_BYTES} bytes", field="/metrics")
-    except httpx.TimeoutException as error:
+    except asyncio.TimeoutError as error:
         raise InputError("no answer in time", field="/metrics") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (aiohttp.ClientError, OSError) as error:
         raise InputError(f"{type(error).__name__}: {error}", field="/metrics") from error
     # Not in the caller's loop, which may have streams to pass on.
     return await asyncio.to_thread(read_metrics, content.decode(errors="replace"), at_s)

@@ -11,8 +11,6 @@ from llmserve_env.schema import QuantizationTier
 
 MAX_DEPTH = 8
 MAX_ENGINES = 1024
-KEPT_S = 4.0
-"""Time for which an idle connection is used again (s): vLLM closes those that were idle for 5 s."""
 _OPTIONS = ("tier", "speculation", "engines", "control", "key")
 OPTIONS = "URL[,tier=FP16|INT8|INT4][,speculation=DEPTH][,engines=COUNT][,control=FOLDER][,key=APIKEY]"
 """How a server is written."""

@@ -34,11 +34,11 @@ def test_equals_the_cell_and_so_do_its_copies(task_id):
         for i, workload in enumerate(workloads):
             twins.tell(i, came(workload, window * span, (window + 1) * span))
         real.step(actions)
-        assert twins.advance(actions, span).tobytes() == real.windows.tobytes()
+        assert twins.serve(actions, span).tobytes() == real.windows.tobytes()
         if window > 20:  # copies of the second, in the middle of things
             for slot in (0, 2):
                 copies.tell(slot, came(workloads[1], window * span, (window + 1) * span))
-            copies.advance(np.repeat(actions[1:], 3), span, np.array([True, False, True]))
+            copies.serve(np.repeat(actions[1:], 3), span, np.array([True, False, True]))
             assert copies.windows[0].tobytes() == copies.windows[2].tobytes() == real.windows[1].tobytes()
         if window == 20:
             copies.copy_from(np.array([0, 2]), twins, 1)
@@ -49,12 +49,12 @@ def test_a_copy_forgets_what_it_was_rolled_through():
     workload, action = task.requests(3), task.grid.all()
     twins, copies = Twins(task, 1, len(workload)), Twins(task, 1, len(workload))
     twins.tell(0, came(workload, 0.0, 20.0))
-    twins.advance(action[:1], 20.0)
+    twins.serve(action[:1], 20.0)
     seen = []
     for tried in (action[-1:], action[:1], action[-1:]):
         copies.copy_from(np.array([0]), twins, 0)
         copies.tell(0, came(workload, 20.0, 60.0))
-        seen.append([copies.advance(tried, 10.0).tobytes() for _ in range(4)])
+        seen.append([copies.serve(tried, 10.0).tobytes() for _ in range(4)])
     assert seen[0] == seen[2] != seen[1]
 
 
@@ -64,11 +64,11 @@ def test_room_is_bounded_and_can_be_widened():
     first, rest = came(workload, 0.0, 5.0), came(workload, 5.0, 10.0)
     twins = Twins(task, 1, len(first.arrival_s))
     twins.tell(0, first)
-    twins.advance(task.grid.all()[:1], 5.0)
+    twins.serve(task.grid.all()[:1], 5.0)
     with pytest.raises(InputError, match="requests"):
         twins.tell(0, rest)
     more = wider(task, twins, 2000)
     more.tell(0, rest)
-    more.advance(task.grid.all()[:1], 5.0)
+    more.serve(task.grid.all()[:1], 5.0)
     assert more.windows["arrived"][0] == len(rest.arrival_s)
     assert more.now_s[0] == 10.0

@@ -17,9 +17,9 @@ from evaluate.jobs import Setting
 from evaluate.scores import setting_name
 from llmserve_env.actions import to_action
 from llmserve_env.agents.constant import ConstantAgent
-from llmserve_env.agents.play import play
 from llmserve_env.agents.tuned import tuned_constant
 from llmserve_env.errors import InputError
+from llmserve_env.play import play
 from llmserve_env.report.stats import Interval, paired_difference
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import TRAINING_SEEDS, load_task

@@ -8,11 +8,9 @@ import pytest
 
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.tenants import load_tenants
-from llmserve_env.live.gateway.wire import RequestBody, StreamReader, as_error
+from llmserve_env.live.gateway.wire import RequestBody, as_error
 from llmserve_env.live.servers.upstreams import parse_upstream
 from llmserve_env.schema import QuantizationTier
-
-from ..endpoint_server import event, piece, usage
 
 
 @pytest.mark.parametrize(
@@ -58,60 +56,6 @@ def test_what_is_no_json_object_is_refused_without_being_quoted(body):
 )
 def test_prompts_are_measured(body, tokens):
     assert RequestBody(json.dumps(body).encode()).prompt_tokens == tokens
-
-
-@pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_streams_are_read_however_they_are_cut(size):
-    chat = [
-        {"delta": {"role": "assistant", "content": ""}, "finish_reason": None},
-        {"delta": {"content": "é"}, "finish_reason": None},
-        {"delta": {"reasoning": "so"}, "finish_reason": None},
-        {"delta": {"content": ""}, "finish_reason": None},
-        {"delta": {"content": ""}, "finish_reason": "stop"},
-    ]
-    said = [event(json.dumps({"choices": [choice]}, ensure_ascii=False)) for choice in chat]
-    stream = b": ping\r\n\r\n" + b"".join(said) + event(usage(3, 9)) + event("[DONE]")
-    reader = StreamReader()
-    steps = sum(reader.feed(stream[at : at + size]) for at in range(0, len(stream), size))
-    # Half a character is a token without text; the role and the end are none.
-    assert (steps, reader.events, reader.ended, reader.error) == (3, 8, True, None)
-    assert reader.usage["completion_tokens"] == 9
-    assert not reader.within_event
-
-
-def test_streams_of_completions():
-    reader = StreamReader()
-    steps = [reader.feed(event(piece(*said))) for said in [("a",), ("",), ("b", "length"), ("", "stop")]]
-    assert steps == [1, 1, 1, 0]
-    assert reader.feed(b'data: {"choices": [{"text": "x"}') == 0
-    assert reader.within_event
-
-
-@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
-def test_the_short_way_of_reading_finds_what_the_long_one_does(separators):
-    texts = ["", "a", '"finish_reason": null', '"error"', '{"usage": {"completion_tokens": 1}}']
-    choices = [{"text": text} for text in texts] + [{"delta": {"content": text}} for text in texts]
-    choices += [{"delta": {"role": "assistant", **more}} for more in ({}, {"content": "a"})]
-    choices = [{**choice, "finish_reason": end} for choice in choices for end in (None, "stop")]
-    said = [{"choices": [choice], "usage": usage} for choice in choices for usage in (None, {"n": 1})]
-    said += [{"choices": choices[:2]}, {"choices": choices[:3]}, {"choices": []}, {"error": {"message": "m"}}]
-    for each in said:
-        data = json.dumps(each, separators=separators).encode()
-        short, long = StreamReader(), StreamReader()
-        assert short._event(data) == long._read(data), each
-        assert vars(short) == vars(long), each
-
-
-@pytest.mark.parametrize(
-    "said", ['{"error": {"message": "m"}}', '{"error": "m"}', '{"object": "error", "message": "m"}']
-)
-def test_errors_in_streams(said):
-    reader = StreamReader()
-    assert reader.feed(event(said)) == 0
-    assert reader.error["message"] == "m"
-    reader = StreamReader()
-    reader.feed(event(piece('"error"')))
-    assert reader.error is None
 
 
 def test_errors_that_are_none_get_a_form():

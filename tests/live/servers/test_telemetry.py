@@ -6,7 +6,7 @@ import asyncio
 import time
 from math import isnan
 
-import httpx
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -271,7 +271,7 @@ def test_servers_are_scraped_in_the_background_and_one_that_hangs_holds_nobody()
 )
 def test_what_cannot_be_read_is_told(reply, message):
     async def ask(url):
-        async with httpx.AsyncClient() as client:
+        async with aiohttp.ClientSession() as client:
             await scrape(client, url)
 
     with (

@@ -1,10 +1,10 @@
-"""Agents play episodes."""
+"""The loop in which an agent plays episodes, wherever they are served."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,10 +17,35 @@ if TYPE_CHECKING:
     from llmserve_env.agents.agent import Agent
     from llmserve_env.tasks import Task
 
-Watch = Callable[[EpisodeBatch, StepResult], object]
-"""Called after every window of a batch of episodes."""
 
-B = TypeVar("B", bound=EpisodeBatch)
+class Episodes(Protocol):
+    """What agents play: an `EpisodeBatch`, or episodes on a server; attributes and methods as there."""
+
+    task: Task
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """bool[n], episodes that have ended."""
+        ...
+
+    @property
+    def windows(self) -> NDArray[np.void]:
+        """WINDOW[n], records of the last window."""
+        ...
+
+    def reset(self, seeds: Sequence[int]) -> NDArray[np.float32]:
+        """Begin all episodes."""
+        ...
+
+    def step(self, actions: NDArray[np.void], which: NDArray[np.bool_] | None = None) -> StepResult:
+        """Serve one window of each episode."""
+        ...
+
+
+B = TypeVar("B", bound=Episodes)
+
+Watch = Callable[[Any, StepResult], object]
+"""Called with the episodes and what they gave back after every window."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,15 @@ class Played:
     components: NDArray[np.float64]
     requests: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, batches: Sequence[EpisodeBatch]) -> Played:
+        """What batches came to, in their order."""
+        return cls(
+            np.concatenate([batch.scores for batch in batches]),
+            np.concatenate([batch.totals for batch in batches]),
+            np.concatenate([batch.requests for batch in batches]),
+        )
+
 
 def play(
     agent: Agent,
@@ -47,7 +81,7 @@ def play(
     parallel: bool = False,
     watch: Watch | None = None,
 ) -> Played:
-    """Play an episode for each seed, to its end.
+    """Play a simulated episode for each seed, to its end.
 
     The result does not depend on `size` or `parallel`.
 
@@ -64,23 +98,20 @@ def play(
     """
     if not len(seeds):
         raise InputError("expected one or more, found none", field="seeds")
-    batches = [
-        play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
-        for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
-    ]
-    return Played(
-        np.concatenate([batch.scores for batch in batches]),
-        np.concatenate([batch.totals for batch in batches]),
-        np.concatenate([batch.requests for batch in batches]),
+    return Played.of(
+        [
+            play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
+            for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
+        ]
     )
 
 
 def play_batch(agent: Agent, batch: B, seeds: Sequence[int], watch: Watch | None = None) -> B:
-    """Play a batch of episodes to their ends; the batch, with what they came to.
+    """Play episodes side by side to their ends; the batch, with what they came to.
 
     Args:
         agent: plays.
-        batch: of as many episodes as there are seeds.
+        batch: as many episodes as there are seeds.
         seeds: of the episodes.
         watch: see `Watch`.
     """

@@ -36,7 +36,7 @@ def test_a_log_is_read_as_it_was_written(tmp_path, name):
     assert [each.name for each in tmp_path.iterdir()] == [name]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=20), st.integers(0, 2**63 - 1))
 def test_numbers_go_through_json_bit_for_bit(tmp_path_factory, rewards, seed):
     path = tmp_path_factory.getbasetemp() / "numbers.json"

@@ -168,7 +168,7 @@ def test_windows_after_the_end_are_refused():
         grade(forged(log, terminated=False))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_number_of_a_log_can_be_moved(data):
     """Whatever bit of a number is changed, the log is refused."""

@@ -206,7 +206,7 @@ def corrupted(draw: st.DrawFn) -> bytes:
     return data
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=corrupted(), skip_bad_rows=st.booleans())
 def test_corruption_is_refused_or_gives_a_valid_workload(tmp_path_factory, data, skip_bad_rows):
     path = tmp_path_factory.getbasetemp() / "corrupted"

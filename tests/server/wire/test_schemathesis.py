@@ -57,7 +57,6 @@ def attack(operation, http) -> str | None:
         max_examples=40,
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(case=right | wrong)

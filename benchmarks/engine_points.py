@@ -85,8 +85,8 @@ def engine_points(folder: tyro.conf.Positional[Path], /, *, json: Path | None = 
     """Compare the datacentre profiles with TPOT that others measured on real engines.
 
     Args:
-        folder: with silicon_sample.csv.gz and A100_H100_quant_all_results.csv.
-        json: also write the table there.
+        folder: folder of silicon_sample.csv.gz and A100_H100_quant_all_results.csv.
+        json: file for the table.
     """
     rows = compare(
         [

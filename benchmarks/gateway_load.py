@@ -49,13 +49,13 @@ def gateway_load(
     """Measure the gateway's cost.
 
     Args:
-        streams: at once.
-        tokens: of an answer.
+        streams: streams at once.
+        tokens: tokens of an answer.
         step_ms: time between two tokens of a stream (ms).
-        seconds: of a round, one with the gateway and one without.
-        rounds: of both.
+        seconds: length of a round, one with the gateway and one without (s).
+        rounds: rounds of both kinds.
         prompt_bytes: size of a prompt.
-        json: also write the figures there.
+        json: file for the figures.
     """
     report: dict[str, Any] = {"made_by": made_by(), "load_before": os.getloadavg()}
     found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}

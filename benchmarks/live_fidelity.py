@@ -26,7 +26,13 @@ from llmserve_env.files import write_atomic
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.model_config import read_model
 from llmserve_env.hardware.profile import save_profile
-from llmserve_env.live.calibrate.calibration import find_limits, fit_profile, measure, ordinary_tokens, report
+from llmserve_env.live.calibrate.calibration import (
+    find_engine_limits,
+    fit_profile,
+    measure,
+    ordinary_tokens,
+    report,
+)
 from llmserve_env.live.calibrate.comparison import compare, simulate
 from llmserve_env.live.calibrate.load import Target
 from llmserve_env.report.provenance import made_by
@@ -60,17 +66,17 @@ def live_fidelity(
     """Calibrate on a server, compare on other loads, and say which errors are within their limits.
 
     Args:
-        url: of the server.
-        iteration_log: the file that its output goes to.
+        url: URL of the server.
+        iteration_log: file that the server's output goes to.
         model_config: config.json of its model, for a calibration.
-        profile: in place of a calibration: one made before.
-        save: where to keep the profile of the calibration.
-        hardware: what the server runs on, in words.
-        minutes: of the calibration.
-        json: also write all figures there.
+        profile: profile made before, in place of a calibration.
+        save: file for the profile of the calibration.
+        hardware: hardware of the server, in words.
+        minutes: time of the calibration (min).
+        json: file for all figures.
     """
     found: dict[str, Any] = {"made_by": made_by(), "load_before": os.getloadavg()}
-    limits = find_limits(url, iteration_log)
+    limits = find_engine_limits(url, iteration_log)
     if profile is not None:
         calibrated = load_profile(profile)
     elif model_config is not None:

@@ -53,14 +53,14 @@ def server_load(
     """Measure the service.
 
     Args:
-        url: of a service that runs (default: one is started for each part).
+        url: URL of a service that runs (default: one is started for each part).
         only: parts to measure.
         runs: repetitions of the speed measurements.
-        connections: at once, in `many`.
-        seconds: that they play, and that each abuse lasts a quarter of.
-        sessions: open at once, in `sessions`.
-        episodes: of the test of memory, half of them over one connection.
-        json: also write the figures there.
+        connections: connections at once, in `many`.
+        seconds: time that they play, and four times that of each abuse (s).
+        sessions: sessions open at once, in `sessions`.
+        episodes: episodes of the test of memory, half of them over one connection.
+        json: file for the figures.
     """
     if url is not None and not set(only) <= {"one", "many"}:
         raise SystemExit("--url: expected --only one many, what the other parts watch is on this machine")

@@ -40,7 +40,7 @@ def choose_seeds(episodes: int, first_seed: int | None, other_seeds: bool) -> li
     """Seeds to play: the first ones of evaluation unless others are asked for.
 
     Args:
-        episodes: how many, 2 or more.
+        episodes: number of episodes, 2 or more.
         first_seed: where they begin.
         other_seeds: that seeds which are none of evaluation are meant.
 
@@ -157,17 +157,17 @@ class Arguments:
     """What to play.
 
     Attributes:
-        agent: its name, or the folder of a policy.
+        agent: name of an agent, or folder of a policy.
         task: id of a task, path of a task file, or all.
-        episodes: how many, 2 or more.
+        episodes: number of episodes, 2 or more.
         workload: URI that takes the place of the task's traffic.
         profile: hardware and model that take the place of the task's.
         load: factor on all arrival rates, 0.5 to 2.
-        jobs: processes.
+        jobs: number of processes.
         ray: address of a Ray cluster to play on, auto or HOST:PORT; local starts one of `jobs` processes.
         out: folder of the results.
-        first_seed: where the seeds begin (default: those of evaluation).
-        other_seeds: that they are none of evaluation; the results are marked so.
+        first_seed: first seed (default: the first of evaluation).
+        other_seeds: whether seeds may be none of evaluation; the results are marked so.
     """
 
     agent: str
@@ -219,7 +219,7 @@ def open_settings(
     """Every task with every profile and load."""
     from pydantic import ValidationError
 
-    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.errors import as_input_error
 
     try:
         return [
@@ -229,7 +229,7 @@ def open_settings(
             for load in loads
         ]
     except ValidationError as error:
-        raise refusal(error) from error
+        raise as_input_error(error) from error
 
 
 def agent_labels(agents: Sequence[str]) -> dict[str, str]:

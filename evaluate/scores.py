@@ -17,9 +17,8 @@ from evaluate.llm import Asked, describe_llm
 from llmserve_env.agents.find import policy_folder
 from llmserve_env.agents.llm import LLM
 from llmserve_env.agents.policy import CONFIG, WEIGHTS
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
-from llmserve_env.hardware.profile import refusal
 from llmserve_env.play import Played
 from llmserve_env.report.provenance import made_by
 from llmserve_env.rewards import COMPONENTS
@@ -114,7 +113,7 @@ def read_scores(path: Path) -> Scores:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", file=str(path)) from error
     except ValidationError as error:
-        raise refusal(error, str(path)) from error
+        raise as_input_error(error, str(path)) from error
 
 
 def begin_scores(

@@ -201,9 +201,9 @@ class Arguments:
 
     Attributes:
         task: id of a task, or a task file.
-        out: where the tuned parameters go, as a table of agents/data/tuned.toml.
-        episodes: budget.
-        seeds: how many seeds every rule is judged on in the end: 0, 1, ...
+        out: file of the tuned parameters, a table as in agents/data/tuned.toml.
+        episodes: budget of episodes.
+        seeds: number of seeds on which every rule is judged in the end: 0, 1, ...
     """
 
     task: str

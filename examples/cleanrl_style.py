@@ -25,12 +25,12 @@ class Arguments:
     """What to learn, and for how long.
 
     Attributes:
-        task_id: of a task.
+        task_id: id of a task.
         steps: windows to learn from.
         envs: episodes side by side.
         rollout: windows of each between two updates.
         gamma: discount of a window.
-        seed: of the network and the first episodes.
+        seed: random seed of the network and the first episodes.
     """
 
     task_id: str = "bursty_workload"

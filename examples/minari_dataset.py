@@ -27,9 +27,9 @@ class Arguments:
     """What to record, and how much to learn from it.
 
     Attributes:
-        task_id: of a task.
-        agent: its name, or the folder of a policy.
-        episodes: to record.
+        task_id: id of a task.
+        agent: name of an agent, or folder of a policy.
+        episodes: number of episodes to record.
         epochs: passes over the data.
         out: folder of datasets (default: one that is removed at the end).
     """

@@ -21,14 +21,14 @@ class Arguments:
     """What to learn, and for how long.
 
     Attributes:
-        task_id: of a task.
-        iterations: of collecting and learning.
+        task_id: id of a task.
+        iterations: rounds of collecting and learning.
         batch: windows of an iteration.
         runners: processes that play, none to play in this one.
         ray: address of the cluster; local starts one here.
-        envs: episodes side by side in each.
+        envs: episodes side by side in each process.
         horizon_s: length of an episode (default: the task's).
-        seed: of the networks and the episodes.
+        seed: random seed of the networks and the episodes.
     """
 
     task_id: str = "bursty_workload"

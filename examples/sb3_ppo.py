@@ -24,12 +24,12 @@ class Arguments:
     """What to learn, and for how long.
 
     Attributes:
-        task_id: of a task.
+        task_id: id of a task.
         steps: windows to learn from.
         envs: episodes side by side.
         rollout: windows of each between two updates.
         minibatches: parts of the data of an update.
-        seed: of the network, the actions and the first episodes.
+        seed: random seed of the network, the actions and the first episodes.
     """
 
     task_id: str = "bursty_workload"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):
@@ -39,6 +42,14 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Whole when it crosses to another process."""
         return _error, (self.reason, self.file, self.line, self.field)
+
+
+def as_input_error(error: ValidationError, file: str | None = None) -> InputError:
+    """The first fault that pydantic found in a record, by its field."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or None
+    found = f", found {first['input']!r}" if isinstance(first["input"], (str, int, float)) else ""
+    return InputError(f"{first['msg'].removeprefix('Value error, ')}{found}", file=file, field=field)
 
 
 def missing_package(error: ImportError, extra: str = "server") -> InputError:

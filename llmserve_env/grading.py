@@ -21,9 +21,8 @@ from pydantic import ValidationError
 
 from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
-from llmserve_env.hardware.profile import refusal
 from llmserve_env.recording import record_bytes
 from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
@@ -96,7 +95,7 @@ def read_log(path: str | Path) -> EpisodeLog:
     try:
         return EpisodeLog.model_validate_json(content)
     except ValidationError as error:
-        refused = _refusal(error)
+        refused = _log_error(error)
         raise InputError(refused.reason, file=str(path), field=refused.field) from error
 
 
@@ -218,7 +217,7 @@ def _of_the_task() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        refused = _refusal(error)
+        refused = _log_error(error)
         raise InputError(
             refused.reason, field=f"task.{refused.field}" if refused.field else "task"
         ) from error
@@ -227,8 +226,8 @@ def _of_the_task() -> Iterator[None]:
         raise InputError(error.reason, file=error.file, line=error.line, field=field) from error
 
 
-def _refusal(error: ValidationError) -> InputError:
+def _log_error(error: ValidationError) -> InputError:
     """The first fault, with indices as the log's readers write them: actions[3].batch_cap."""
-    refused = refusal(error)
+    refused = as_input_error(error)
     field = re.sub(r"\.(\d+)", r"[\1]", refused.field) if refused.field else None
     return InputError(refused.reason, field=field)

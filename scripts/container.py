@@ -38,13 +38,13 @@ class Arguments:
     """How to build and run the image."""
 
     engine: Literal["auto", "docker", "podman", "buildah"] = "auto"
-    """What builds and runs it; auto takes the first of these that there is."""
+    """Program that builds and runs the image; auto takes the first of these that there is."""
     image: str = "llmserve"
-    """Its name."""
+    """Name of the image."""
     base: str | None = None
     """Base image (default: the Dockerfile's)."""
     debian_base: bool = False
-    """Make a base image of Debian and its Python by debootstrap (root, once)."""
+    """Whether to make a base image of Debian and its Python by debootstrap (root, once)."""
     mirror: str | None = None
     """Debian's mirror for that (default: this machine's)."""
     pip_conf: Path | None = None

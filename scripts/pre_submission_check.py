@@ -39,7 +39,7 @@ class Arguments:
     space_url: str | None = None
     """Address of a deployed server; nothing else is checked then."""
     container: bool = False
-    """Also build the image and run it, as `python scripts/container.py` does."""
+    """Whether to build the image and run it, too, as `python scripts/container.py` does."""
 
 
 def main(arguments: Arguments) -> int:

@@ -34,11 +34,11 @@ class Arguments:
     """Pictures of the page."""
 
     folder: Path = _IMAGES
-    """Where they go."""
+    """Folder of the pictures."""
     task: str = "bursty_workload"
-    """What is played."""
+    """Task that is played."""
     agent: str = "reactive"
-    """Who plays it."""
+    """Agent that plays it."""
     scheme: str = "light"
     """Colours: light or dark."""
 

@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     from server.messages.models import ServiceAction, ServiceObservation, ServiceState
     from server.service import Service
     from server.wire import http, ws
-    from server.wire.limits import BodyLimit
+    from server.wire.bodies import BodyLimit
     from server.wire.mcp import mount_mcp
 
     settings = settings or Settings()

@@ -28,7 +28,7 @@ class Arguments:
     """Play the tasks and say what they score."""
 
     mode: Literal["deterministic", "openai"] = "deterministic"
-    """Who plays: the reference agents and the trained policy, or a language model."""
+    """Players: the reference agents and the trained policy, or a language model."""
     task: tuple[str, ...] = ()
     """Tasks by their ids (default: all)."""
     episodes: int | None = None
@@ -39,7 +39,7 @@ class Arguments:
     """JSON file of results, written after each episode. One that exists and has the same settings is gone on
     with."""
     runtime: Literal["in-process", "http"] = "in-process"
-    """Where episodes are played: here, or through the HTTP service."""
+    """Place where episodes are played: here, or through the HTTP service."""
     base_url: str = "http://127.0.0.1:8000"
     """The HTTP service that --runtime http plays through."""
     endpoint: str | None = None
@@ -56,11 +56,11 @@ class Arguments:
     max_answer_tokens: int = 512
     """Bound of an answer."""
     temperature: float | None = 0.0
-    """Of sampling; None leaves it to the endpoint."""
+    """Sampling temperature; None leaves it to the endpoint."""
     timeout_s: float = 60.0
-    """Bound of one try (s)."""
+    """Bound of one attempt (s)."""
     max_retries: int = 4
-    """Further tries after no connection, 408, 409, 429 or 5xx, with exponential back-off or Retry-After."""
+    """More attempts after no connection, 408, 409, 429 or 5xx, with exponential back-off or Retry-After."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from llmserve_env.controls import to_array
 from llmserve_env.episode import EpisodeBatch
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.grading import grade
-from llmserve_env.hardware.profile import refusal
 from llmserve_env.schema import EpisodeLog, GradeResult
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS, Task, list_tasks, load_task
 from llmserve_env.tasks.catalog import catalog
@@ -55,7 +54,7 @@ def requested_task(request: ResetRequest) -> Task:
     try:
         task = Task.model_validate({**shipped.model_dump(mode="json"), **changes})
     except ValidationError as error:
-        raise refusal(error) from error
+        raise as_input_error(error) from error
     refuse_files(task)
     return task
 

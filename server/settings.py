@@ -35,7 +35,7 @@ class Settings:
     web: bool = True
     """Whether the page at /web is served."""
     mode: Literal["simulated", "real"] = field(default_factory=_mode)
-    """Who serves the requests: the simulator, or an OpenAI-compatible endpoint (LLMSERVE_MODE)."""
+    """Server of the requests: the simulator, or an OpenAI-compatible endpoint (LLMSERVE_MODE)."""
     endpoint: EndpointSettings = field(default_factory=_endpoint)
     """The endpoint in mode real (OPENAI_BASE_URL, OPENAI_MODEL; its key is OPENAI_API_KEY unless given)."""
     journal: Path | None = None
@@ -43,9 +43,9 @@ class Settings:
     max_sessions: int = 1024
     """Sessions open at once."""
     session_timeout_s: float = 3600.0
-    """A session that nobody used for so long is closed (s). Set it far above the slowest policy."""
+    """Time after which an unused session is closed (s). Set it far above the slowest policy."""
     reclaim_after_s: float = 300.0
-    """At capacity, a new session takes the place of the one idle longest, if that is so long and no WebSocket
+    """Time after which an idle session gives its place to a new one, at capacity and if no WebSocket
     holds it (s).
     """
     max_body_bytes: int = 4 * 1024 * 1024

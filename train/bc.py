@@ -78,11 +78,11 @@ class Arguments:
     decisions: list[Path] = field(default_factory=list)
     """Decision logs to learn from: task and actions are theirs, there is one round."""
     rounds: int = 6
-    """The first one watches the teacher, the clone plays in the others."""
+    """Rounds: the first one watches the teacher, the clone plays in the others."""
     episodes: int = 64
-    """Played in each round."""
+    """Episodes played in each round."""
     held_out: float = 0.1
-    """Share of them that the network does not learn from."""
+    """Share of the episodes that the network does not learn from."""
     epochs: int = 60
     """Passes of a round over all windows so far, at most."""
     patience: int = 6
@@ -90,17 +90,17 @@ class Arguments:
     batch: int = 512
     """Windows of a step; episodes' worth of them with a GRU."""
     learning_rate: float = 1e-3
-    """Of Adam."""
+    """Learning rate of Adam."""
     seed: int = 1
-    """Of everything that is drawn; training seeds are counted from here."""
+    """Random seed; training seeds are counted from here."""
     hidden: int = 128
     """Width of the layers."""
     frames: int = 1
     """Observations that the policy sees at once."""
     recurrent: bool = False
-    """Give the policy a GRU."""
+    """Whether the policy has a GRU."""
     resume: bool = False
-    """Go on from OUT's checkpoint, with its arguments."""
+    """Whether to go on from OUT's checkpoint, with its arguments."""
 
 
 @dataclass

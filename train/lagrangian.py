@@ -48,9 +48,9 @@ class Arguments(ppo.Arguments):
     cost_budget: float = 0.1
     """Mean cost of an episode that is allowed, 0..1."""
     multiplier: float = 0.0
-    """At first."""
+    """Multiplier of the cost at first."""
     multiplier_rate: float = 1.0
-    """How fast it moves."""
+    """Rate at which the multiplier moves."""
 
 
 class Trainer(ppo.Trainer):

@@ -58,7 +58,8 @@ class Arguments(ppo.Arguments):
     out: Path = Path("out/mo")
     """Folder of the policy, the checkpoint and the log."""
     concentration: float = 1.0
-    """Of the Dirichlet distribution: at 1 all weights are equally likely, below it extreme ones more so."""
+    """Concentration of the Dirichlet distribution: at 1 all weights are equally likely, below it extreme ones
+    are likelier."""
     init: Path | None = None
     """Folder of a policy of this script to begin with."""
 

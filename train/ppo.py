@@ -69,11 +69,11 @@ class Arguments:
     minutes: float = 0.0
     """Wall time after which to stop (min); 0 for none."""
     seed: int = 1
-    """Of everything that is drawn."""
+    """Random seed."""
     envs: int = 256
     """Episodes side by side."""
     threads: int = 1
-    """That serve them."""
+    """Simulator threads."""
     rollout: int = 32
     """Windows between two updates."""
     epochs: int = 2
@@ -81,42 +81,42 @@ class Arguments:
     minibatches: int = 8
     """Parts of a pass."""
     learning_rate: float = 1.5e-3
-    """Of Adam, falling to zero in a straight line."""
+    """Learning rate of Adam, falling to zero in a straight line."""
     gamma: float = 0.99
     """Discount of a window."""
     gae_lambda: float = 0.95
-    """Of generalised advantages."""
+    """Lambda of the generalised advantages."""
     clip: float = 0.2
-    """Of the ratio of probabilities."""
+    """PPO clip range of the probability ratio."""
     entropy: float = 0.01
     """Weight of the entropy, falling to zero in a straight line."""
     value: float = 0.5
     """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
-    """Longest gradient."""
+    """Largest norm of a gradient; longer ones are scaled down to it."""
     hidden: int = 128
     """Width of the layers."""
     frames: int = 1
     """Observations that the policy sees at once."""
     recurrent: bool = False
-    """Give the policy a GRU."""
+    """Whether the policy has a GRU."""
     unseen: list[str] = field(default_factory=list)
-    """Entries of the observation that it is not to see, such as what a live service does not tell: in its
-    file they have so great a spread that they count as nothing, wherever it plays."""
+    """Entries of the observation that the policy is not to see, such as what a live service does not tell: in
+    its file they have so great a spread that they count as nothing, wherever it plays."""
     init: Path | None = None
     """Folder of a policy to begin with, such as a clone."""
     init_kl: float = 1.0
-    """Weight of the divergence from it, falling to zero over the first half."""
+    """Weight of the divergence from that policy, falling to zero over the first half."""
     init_warmup: int = 10
     """Updates of the critic alone, before its policy changes."""
     validations: int = 10
-    """How often to measure and keep the best policy."""
+    """Number of times that the policy is measured, to keep the best."""
     device: str = "auto"
-    """cpu, cuda; auto takes CUDA where it is."""
+    """Device of the network: cpu or cuda; auto takes CUDA where it is."""
     wandb: str | None = None
     """Project at Weights & Biases to log to, beside TensorBoard."""
     resume: bool = False
-    """Go on from OUT's checkpoint, with its arguments."""
+    """Whether to go on from OUT's checkpoint, with its arguments."""
 
 
 @dataclass

@@ -54,8 +54,8 @@ class Arguments:
     results: Path = Path("evaluate/results/showdown")
     """Folder that `evaluate.experiments.showdown` wrote."""
     commit: str | None = None
-    """That the runs were trained with (default: as they say themselves). A run that does not say on what
-    machine is taken to have been made on this one."""
+    """Commit that the runs were trained with (default: as they say themselves). A run that does not say on
+    what machine is taken to have been made on this one."""
     weights: Path = Path("weights")
     """Folder to ship to."""
 

@@ -72,51 +72,51 @@ class Arguments:
     minutes: float = 0.0
     """Wall time after which to stop (min); 0 for none."""
     seed: int = 1
-    """Of everything that is drawn."""
+    """Random seed."""
     envs: int = 64
     """Episodes side by side."""
     threads: int = 1
-    """That serve them."""
+    """Simulator threads."""
     first: int = 50_000
     """Windows of the first part, in which random settings are held and nothing is learned."""
     held: float = 0.004
     """Probability that a control's random setting gives way to another in a window."""
     explorers: float = 0.125
-    """Share of the episodes side by side in which they go on being held."""
+    """Share of the episodes side by side in which random settings go on being held."""
     replay: int = 300_000
     """Windows that are remembered."""
     updates: int = 8
-    """Between two windows of all episodes."""
+    """Updates between two windows of all episodes."""
     batch: int = 256
     """Windows of an update."""
     learning_rate: float = 1e-3
-    """Of Adam, falling to zero in a straight line."""
+    """Learning rate of Adam, falling to zero in a straight line."""
     gamma: float = 0.99
     """Discount of a window."""
     tau: float = 0.01
-    """How far the targets follow the critics in an update."""
+    """Share of the way that the targets follow the critics in an update."""
     warmup: int = 600
     """Updates of the critics alone, before the policy changes."""
     temperature: float = 0.1
-    """What a nat of divergence costs at first, in the scaled reward's unit."""
+    """Cost of a nat of divergence at first, in the scaled reward's unit."""
     temperature_least: float = 0.01
-    """And at least, however little of the budget is used."""
+    """Least cost of a nat, however little of the budget is used."""
     temperature_rate: float = 3e-3
-    """Of Adam, for its logarithm."""
+    """Learning rate of Adam for the temperature's logarithm."""
     nats: float = 1.0
     """Divergence that the temperature allows in a window, in the mean."""
     max_grad_norm: float = 10.0
-    """Longest gradient."""
+    """Largest norm of a gradient; longer ones are scaled down to it."""
     hidden: int = 128
     """Width of the layers."""
     validations: int = 10
-    """How often to measure and keep the best policy."""
+    """Number of times that the policy is measured, to keep the best."""
     device: str = "auto"
-    """cpu, cuda; auto takes CUDA where it is."""
+    """Device of the network: cpu or cuda; auto takes CUDA where it is."""
     wandb: str | None = None
     """Project at Weights & Biases to log to, beside TensorBoard."""
     resume: bool = False
-    """Go on from OUT's checkpoint, with its arguments."""
+    """Whether to go on from OUT's checkpoint, with its arguments."""
 
 
 class Actor(nn.Module):

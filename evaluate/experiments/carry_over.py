@@ -37,9 +37,8 @@ from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.agents.shield import RULES
 from llmserve_env.controls import to_action
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
-from llmserve_env.hardware.profile import refusal
 from llmserve_env.live.episode import LiveEpisode
 from llmserve_env.live.settings import EndpointSettings
 from llmserve_env.play import play_batch
@@ -75,19 +74,19 @@ class Arguments:
     """What to play.
 
     Attributes:
-        live: the server, with what may follow its URL as for `llmserve gateway --upstream`; none for the
+        live: URL of the server, with what may follow it as for `llmserve gateway --upstream`; none for the
             simulator alone.
-        model: its name at the server.
-        token_ids: prompts are random token ids, from the first to below the last.
+        model: name of the model at the server.
+        token_ids: range of the random token ids that prompts hold, from the first to below the last.
         control: folder of the server's LiveScheduler, where it was started with one.
-        profile: of the simulator (default: the task's).
-        episodes: of each agent, 2 or more.
-        choose: search the constant and tune the rule, write them to FOLDER/agents.toml, and end.
-        folder: of task.toml, agents.toml and policy.
+        profile: profile of the simulator (default: the task's).
+        episodes: episodes of each agent, 2 or more.
+        choose: whether to search the constant and tune the rule, write them to FOLDER/agents.toml, and end.
+        folder: folder of task.toml, agents.toml and policy.
         json: file of the results; episodes are kept beside it, in a file that ends in .jsonl.
         picture: file to draw to.
-        first_seed: where the seeds begin (default: those of evaluation).
-        other_seeds: that they are none of evaluation; the results are marked so.
+        first_seed: first seed (default: the first of evaluation).
+        other_seeds: whether seeds may be none of evaluation; the results are marked so.
     """
 
     live: str | None = None
@@ -417,7 +416,7 @@ def _read_chosen(path: Path) -> Chosen:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot be read: {error}", file=str(path)) from error
     except ValidationError as error:
-        raise refusal(error, str(path)) from error
+        raise as_input_error(error, str(path)) from error
 
 
 def _toml(chosen: Chosen, scores: dict[str, float]) -> str:

@@ -47,23 +47,23 @@ class Arguments:
     """Who plays where.
 
     Attributes:
-        policies: of several training seeds; their mean is reported as "ppo". "{task}" in a folder stands for
-            the task's id.
-        references: whom to show beside them and the best constant.
+        policies: folders of policies of several training seeds, whose mean is reported as "ppo"; "{task}" in
+            them stands for the task's id.
+        references: names of agents to show beside them and the best constant.
         tasks: ids of tasks, or paths of task files.
         azure: Azure's conversation trace of 2023.
         mooncake: Mooncake's conversation trace.
         servegen: ServeGen's client table.
-        servegen_lengths: its clients' length quantiles.
-        servegen_model: the model in them.
+        servegen_lengths: ServeGen's table of its clients' length quantiles.
+        servegen_model: name of the model in ServeGen's tables.
         profiles: hardware and model that take the place of a task's; its own is left out.
         loads: factors on all arrival rates, 0.5 to 2.
-        episodes: of each agent in each place, 2 or more.
+        episodes: episodes of each agent in each place, 2 or more.
         constants: configurations that are tried anew in each place, for a constant that fits it; 0 for none.
-        jobs: processes.
+        jobs: number of processes.
         out: folder of the results.
-        first_seed: where the seeds begin (default: those of evaluation).
-        other_seeds: that they are none of evaluation; the results are marked so.
+        first_seed: first seed (default: the first of evaluation).
+        other_seeds: whether seeds may be none of evaluation; the results are marked so.
     """
 
     policies: tuple[str, ...] = ("ppo-1", "ppo-2", "ppo-3")

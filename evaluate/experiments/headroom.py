@@ -69,7 +69,7 @@ def main(
 
     Args:
         settings: what is searched, and how hard.
-        jobs: processes.
+        jobs: number of processes.
         out: file of the results (default: evaluate/results/headroom-TASK.json).
     """
     if settings.seeds < 2:

@@ -63,17 +63,17 @@ class Arguments:
     """What to play.
 
     Attributes:
-        policy: its folder.
+        policy: folder of a policy.
         task: id of a task, or path of a task file.
-        divisions: parts of which a preference is made: with n, every weight is 0/n, 1/n, .. n/n.
-        constants: how many, drawn from the task's grid; all of them if it has no more.
+        divisions: number of parts of which a preference is made: with n, every weight is 0/n, 1/n, .. n/n.
+        constants: number of constants drawn from the task's grid; all of them if it has no more.
         agents: reference agents by name.
-        episodes: of each, 2 or more.
+        episodes: episodes of each, 2 or more.
         resamples: bootstrap samples.
-        jobs: processes.
+        jobs: number of processes.
         out: folder of the results.
-        first_seed: where the seeds begin (default: those of evaluation).
-        other_seeds: that they are none of evaluation; the results are marked so.
+        first_seed: first seed (default: the first of evaluation).
+        other_seeds: whether seeds may be none of evaluation; the results are marked so.
     """
 
     policy: Path

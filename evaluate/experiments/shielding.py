@@ -70,13 +70,13 @@ class Arguments:
     Attributes:
         task: id of a task, or path of a task file.
         agents: names or folders of policies, each with LABEL= before it if it is to be called otherwise.
-        episodes: of each agent with and without the shield, 2 or more.
-        jobs: processes.
+        episodes: episodes of each agent with and without the shield, 2 or more.
+        jobs: number of processes.
         out: folder of shielding-TASK.md and .json.
         picture: file to draw an episode to.
-        episode: which of them is drawn.
-        first_seed: where the seeds begin (default: those of evaluation).
-        other_seeds: that they are none of evaluation; the results are marked so.
+        episode: index of the episode that is drawn.
+        first_seed: first seed (default: the first of evaluation).
+        other_seeds: whether seeds may be none of evaluation; the results are marked so.
     """
 
     task: str = "death_spiral"

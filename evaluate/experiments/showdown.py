@@ -30,20 +30,20 @@ class Arguments:
     """Who plays what.
 
     Attributes:
-        agents: names, folders of policies ("{task}" in them stands for the task's id) and llm:MODEL@URL, each
-            with LABEL= before it if it is to be reported under another name.
+        agents: names of agents, folders of policies ("{task}" in them stands for the task's id) and
+            llm:MODEL@URL, each with LABEL= before it if it is to be reported under another name.
         tasks: ids of tasks, or paths of task files.
-        episodes: of each agent in each setting, 2 or more.
-        llm_episodes: of them that a language model plays, the first ones, 2 or more.
+        episodes: episodes of each agent in each setting, 2 or more.
+        llm_episodes: episodes of them that a language model plays, the first ones, 2 or more.
         workload: URI that takes the place of the tasks' traffic.
-        profiles: hardware and model; "own" for the task's.
+        profiles: names of hardware and model; "own" for the task's.
         loads: factors on all arrival rates, 0.5 to 2.
         baseline: label of the agent with which the others are compared.
-        jobs: processes.
+        jobs: number of processes.
         ray: address of a Ray cluster to play on, auto or HOST:PORT; local starts one of `jobs` processes.
         out: folder of the results.
-        first_seed: where the seeds begin (default: those of evaluation).
-        other_seeds: that they are none of evaluation; the results are marked so.
+        first_seed: first seed (default: the first of evaluation).
+        other_seeds: whether seeds may be none of evaluation; the results are marked so.
     """
 
     agents: tuple[str, ...] = (*AGENTS, *CONTROLLERS, *SHIPPED)

@@ -45,7 +45,7 @@ def main(*, seeds: int = 20, picture: Path | None = None, episode: int = 2) -> N
     Args:
         seeds: evaluation seeds that are played.
         picture: file to draw to.
-        episode: which of them is drawn.
+        episode: index of the episode that is drawn.
     """
     task = load_task(TASK)
     chosen = list(EVALUATION_SEEDS[:seeds])

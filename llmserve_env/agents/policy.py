@@ -14,9 +14,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmserve_env.controls import CONTROLS, to_array
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
-from llmserve_env.hardware.profile import refusal
 from llmserve_env.objectives import OBJECTIVES, Objectives
 from llmserve_env.observation import FEATURES, Reader, feature_names
 
@@ -363,7 +362,7 @@ def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, 
         config = kind.model_validate_json(config_path.read_bytes())
         weights = load(weights_path.read_bytes())
     except ValidationError as error:
-        raise refusal(error, str(config_path)) from error
+        raise as_input_error(error, str(config_path)) from error
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", file=error.filename) from error
     except (SafetensorError, ValueError, KeyError) as error:

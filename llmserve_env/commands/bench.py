@@ -49,7 +49,7 @@ def bench(
         requests: numbers of requests to serve.
         task: task whose environments are stepped.
         runs: repetitions of each measurement.
-        json: also write the figures to this file.
+        json: file for the figures.
     """
     check_folders(json)
     if runs < 1:

@@ -11,7 +11,7 @@ import tyro
 
 if TYPE_CHECKING:
     from llmserve_env.hardware.profile import Profile
-    from llmserve_env.live.calibrate.calibration import Limits
+    from llmserve_env.live.calibrate.calibration import EngineLimits
     from llmserve_env.live.calibrate.comparison import Comparison
 
 UNITS = {"ttft": ("TTFT", "ms", 1e3, 1), "itl": ("ITL", "ms", 1e3, 2), "e2e": ("E2E", "ms", 1e3, 0)}
@@ -36,15 +36,15 @@ def compare(
     engine on the same requests at the times at which they were sent. A key is taken from OPENAI_API_KEY.
 
     Args:
-        url: of the server, with or without /v1.
+        url: URL of the server, with or without /v1.
         profile: a profile that `llmserve calibrate live` wrote for it, or the name of a shipped one.
         trace: a trace file, or a URI such as "poisson://?rate=8&duration=60&lengths=fixed:128,32".
         iteration_log: the file that the server's output goes to, where it was started with
             --enable-logging-iteration-details: also compares the time of each iteration.
-        model: its name at the server (default: the first that it lists).
-        seed: of the prompts.
-        json_file: also write the figures there, as JSON.
-        picture: draw the distributions to this file (png, svg or pdf).
+        model: name of the model at the server (default: the first that it lists).
+        seed: random seed of the prompts.
+        json_file: file for the figures, as JSON.
+        picture: picture of the distributions (png, svg or pdf).
 
     Raises:
         InputError: the server, the trace, the log or a file cannot be used.
@@ -53,7 +53,7 @@ def compare(
     from llmserve_env.commands.shared.serving import announce_compilation
     from llmserve_env.hardware import load_profile
     from llmserve_env.live.calibrate import comparison
-    from llmserve_env.live.calibrate.calibration import find_limits, ordinary_tokens
+    from llmserve_env.live.calibrate.calibration import find_engine_limits, ordinary_tokens
     from llmserve_env.live.calibrate.load import Target
     from llmserve_env.report.figures import check_suffix
     from llmserve_env.report.provenance import made_by
@@ -66,7 +66,7 @@ def compare(
     workload = open_workload(trace)
     key = os.environ.get("OPENAI_API_KEY")
     engine = hardware.engine
-    limits = find_limits(
+    limits = find_engine_limits(
         url,
         iteration_log,
         model=model,
@@ -85,7 +85,7 @@ def compare(
         _draw(found, picture)
 
 
-def differences(profile: Profile, limits: Limits) -> list[str]:
+def differences(profile: Profile, limits: EngineLimits) -> list[str]:
     """Where a server is known to differ from the engine of a profile."""
     from llmserve_env.hardware.memory import kv_blocks
 

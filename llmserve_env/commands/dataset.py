@@ -56,11 +56,12 @@ def dataset(
 
     Args:
         task: id of a shipped task.
-        agent: its name, or the folder of a trained policy (default: reactive).
-        episodes: how many (default: 100).
-        first_seed: where their seeds begin; all must be seeds of training (default: 0).
+        agent: name of an agent, or folder of a trained policy (default: reactive).
+        episodes: number of episodes (default: 100).
+        first_seed: first seed of the episodes; all must be seeds of training (default: 0).
         decisions: files of decision logs, in place of all of the above.
-        name: of the dataset (default: llmserve/TASK/AGENT-v0, of decision logs llmserve/TASK/AGENT-live-v0).
+        name: name of the dataset (default: llmserve/TASK/AGENT-v0, of decision logs
+            llmserve/TASK/AGENT-live-v0).
         out: folder of datasets (default: Minari's own, where `minari.load_dataset(NAME)` looks).
     """
     if decisions:
@@ -187,7 +188,7 @@ class OnGrid:
     """An agent that sets the nearest points of the task's grid; it keeps what it saw and set.
 
     Args:
-        agent: whose choices are taken there.
+        agent: agent whose choices are taken there.
 
     Attributes:
         name: the agent's.
@@ -288,8 +289,8 @@ def _storage(folder: Path, task: Task, *, spec: bool) -> Any:
     """An empty dataset.
 
     Args:
-        folder: of it.
-        task: whose actions it has.
+        folder: folder of the dataset.
+        task: task whose actions it has.
         spec: whether an environment can play its episodes again.
     """
     import gymnasium

@@ -30,10 +30,10 @@ def doctor(
     reached.
 
     Args:
-        url: of a server, with or without /v1; once for each.
-        model: that the completion is asked of (default: the first that a server lists).
-        timeout_s: that an answer may take (s).
-        json_file: also write what was found there, as JSON.
+        url: URL of a server, with or without /v1; once for each.
+        model: model that the completion is asked of (default: the first that a server lists).
+        timeout_s: time that an answer may take (s).
+        json_file: file for what was found, as JSON.
 
     Raises:
         InputError: a URL or the file cannot be used.

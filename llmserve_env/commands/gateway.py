@@ -45,13 +45,13 @@ class Steering:
     """Id of the task that the agent plays, or a task's .toml file: tenants and what they were promised, the
     window, the fields that the agent sets and their values."""
     seed: int = 0
-    """The agent's."""
+    """Random seed of the agent."""
     shield: bool = True
-    """Put a shield around the agent."""
+    """Shield around the agent."""
     decide_limit_s: float | None = None
     """Time that the agent has for a decision (s; default: half of the window)."""
     dry_run: bool = False
-    """Only tell what would be done."""
+    """Dry run: decisions are told and not applied."""
     decisions: Path | None = None
     """Log of all decisions, to be appended to."""
 
@@ -81,19 +81,19 @@ def gateway(
         upstream: URL of a server, with ,tier=FP16|INT8|INT4 and ,speculation=DEPTH what it was started with,
             with ,engines=N how many it has, with ,control=FOLDER the folder of its LiveScheduler, and with
             ,key=KEY its API key; once for each server.
-        action: the configuration, with an agent that of the start.
-        steering: who changes it.
-        safe: comes into force when the agent cannot be relied on.
+        action: configuration in force, with an agent that of the start.
+        steering: agent that changes the configuration.
+        safe: configuration for when the agent cannot be relied on.
         host: address to listen on.
-        port: to listen on; 0 for a free one.
-        tenants: TOML file of who may call (default: everybody, as one tenant; with a task of several, each by
+        port: port to listen on; 0 for a free one.
+        tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
         metrics: whether the servers' metrics are read.
         max_waiting: requests in the queue, at most.
         max_body_mb: size of a request, at most (MB).
-        queue_timeout_s: a request that waited so long is refused (s).
-        idle_timeout_s: a request whose upstream or client did nothing for so long is ended (s).
+        queue_timeout_s: time after which a waiting request is refused (s).
+        idle_timeout_s: time after which a request is ended whose upstream or client does nothing (s).
 
     Raises:
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
@@ -109,11 +109,11 @@ def gateway(
         raise missing_package(error) from error
     import logging
 
+    from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
     from llmserve_env.live.gateway.proxy import Proxy
-    from llmserve_env.live.gateway.tenants import Tenants, load_tenants, task_tenants
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
     from llmserve_env.net.sockets import listen
@@ -127,7 +127,7 @@ def gateway(
     if tenants is not None:
         known = load_tenants(tenants, None if task is None else task.tenants)
     else:
-        known = Tenants() if task is None else task_tenants(task.tenants)
+        known = Callers() if task is None else task_tenants(task.tenants)
     here = Gateway(
         upstreams,
         known.all,
@@ -271,8 +271,7 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
     from pydantic import ValidationError
 
     from llmserve_env.agents.find import find_agent
-    from llmserve_env.errors import InputError
-    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.errors import InputError, as_input_error
     from llmserve_env.live.gateway.steering import RunningReward, warm_up
     from llmserve_env.live.pilot.decision_log import DecisionLog
     from llmserve_env.live.pilot.pilot import Pilot
@@ -287,7 +286,7 @@ def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> P
     try:
         safe_action = ServeAction(**(action.model_dump() | given))
     except ValidationError as error:
-        refused = refusal(error)
+        refused = as_input_error(error)
         raise InputError(refused.reason, field=f"safe.{refused.field}") from error
     agent = find_agent(steering.agent, task)
     warm_up(agent, task)
@@ -310,7 +309,7 @@ class _Teller:
     """Prints a line for a window in which something happened, and for a decision that is another one.
 
     Args:
-        action: in force.
+        action: configuration in force.
     """
 
     def __init__(self, action: ServeAction) -> None:

@@ -16,7 +16,7 @@ def grade(file: Path, /, *, allow_files: bool = False) -> None:
 
     Args:
         file: a log that `llmserve_env.grading.write_log` wrote, gzip'ed if it ends in .gz.
-        allow_files: let the log's task name files of this machine, such as a trace of your own.
+        allow_files: whether the log's task may name files of this machine, such as a trace of your own.
 
     Raises:
         InputError: the file cannot be read, or the log does not match its replay.

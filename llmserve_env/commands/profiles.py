@@ -32,7 +32,7 @@ def profiles(
 
     Args:
         name: a shipped profile or the path of a .toml file; all shipped ones when left out.
-        json_file: also write the figures there, as JSON.
+        json_file: file for the figures, as JSON.
     """
     chosen = [load_profile(each) for each in (list_profiles() if name is None else [name])]
     figures = [_figures(profile) for profile in chosen]

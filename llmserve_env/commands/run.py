@@ -32,13 +32,13 @@ class Piloting:
     """What stands between agent and service."""
 
     pilot: Literal["live", "always", "never"] = "live"
-    """When to put shield, limits on change and fallback there: before live servers, in the simulator, too."""
+    """Services with a pilot (shield, limits on change, fallback): live ones, the simulator, too, or none."""
     shield: bool = True
-    """A shield, where there is a pilot."""
+    """Shield, where there is a pilot."""
     decide_limit_s: float | None = None
     """Time that the agent has for a decision (s; default: half of the window)."""
     dry_run: bool = False
-    """Only tell what would be done."""
+    """Dry run: decisions are told and not applied."""
     decisions: Path | None = None
     """Log of all decisions, to be appended to."""
 
@@ -48,19 +48,19 @@ class Endpoint:
     """What is sent to live servers."""
 
     model: str | None = None
-    """Its name (default: the first that the first server lists)."""
+    """Name of the model (default: the first that the first server lists)."""
     precision: Literal["FP16", "INT8", "INT4"] | None = None
-    """Of the weights behind servers that state none; without it nothing is earned for quality."""
+    """Precision of the weights behind servers that state none; without it nothing is earned for quality."""
     max_requests_per_step: int = 100
     """Requests that arrive in a window; further ones are left out of the episode."""
     max_prompt_tokens: int = 1024
-    """Longer prompts are shortened to it."""
+    """Longest prompt (tokens); longer ones are shortened to it."""
     max_completion_tokens: int = 256
-    """Longer answers are shortened to it."""
+    """Longest answer (tokens); longer ones are shortened to it."""
     request_timeout_s: float = 120.0
-    """A request that is not finished so long after it was sent has failed (s)."""
+    """Time after which an unfinished request has failed (s)."""
     token_ids: tuple[int, int] | None = None
-    """Prompts are random token ids from the first to before the second (default: words)."""
+    """Random token ids that prompts hold, from the first to below the second (default: random words)."""
 
 
 def run(
@@ -86,13 +86,13 @@ def run(
         live: URL of a running vLLM server, with ,tier=FP16|INT8|INT4 and ,speculation=DEPTH what it was
             started with, ,engines=N how many it has, ,control=FOLDER the folder of its LiveScheduler, and
             ,key=KEY its API key (default: OPENAI_API_KEY's); once for each (default: the simulator serves).
-        seed: of the episode.
+        seed: random seed of the episode.
         window_s: time between two decisions (s; default: the task's).
         horizon_s: length of the episode (s; default: the task's).
-        workload: what is asked, as a URI (default: the task's).
+        workload: URI of the workload (default: the task's).
         log: file for the episode's log, gzip'ed if it ends in .gz.
-        piloting: between agent and service.
-        endpoint: of live servers.
+        piloting: pilot between agent and service.
+        endpoint: bounds of what live servers are asked.
 
     Raises:
         InputError: the task, the agent, a server, an option or a file cannot be used.
@@ -160,7 +160,7 @@ class _Run:
     Args:
         agent: decides.
         episode: is played, whoever serves it.
-        piloting: what stands between the two.
+        piloting: pilot between the two.
         live: whether running servers serve it.
 
     Attributes:

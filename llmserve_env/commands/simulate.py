@@ -51,8 +51,8 @@ def simulate(
         tp: GPUs of one engine, to make sure that the profile has them.
         engines: like engines that share the requests.
         prefix_cache: whether blocks of finished or preempted requests can be found again.
-        skip_bad_rows: skip and count rows of the trace that cannot be read, rather than refuse it.
-        json_file: also write the summary there, as JSON.
+        skip_bad_rows: whether rows of the trace that cannot be read are skipped and counted, not refused.
+        json_file: file for the summary, as JSON.
     """
     from llmserve_env.commands.shared.report import check_folders, write_json
     from llmserve_env.commands.shared.serving import Cell, serve, write_requests
@@ -124,11 +124,11 @@ def _check_tp(profile: Profile, tp: int | None) -> None:
 def _action(**values: object) -> ServeAction:
     from pydantic import ValidationError
 
-    from llmserve_env.hardware.profile import refusal
+    from llmserve_env.errors import as_input_error
     from llmserve_env.schema import ServeAction
 
     try:
         return ServeAction.model_validate(values)
     except ValidationError as error:
-        refused = refusal(error)
+        refused = as_input_error(error)
         raise InputError(refused.reason, field=flag(str(refused.field))) from error

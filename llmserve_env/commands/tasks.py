@@ -24,8 +24,8 @@ def tasks(
 
     Args:
         name: a shipped task, or the path of a .toml file; all shipped ones when left out.
-        markdown: print Markdown tables.
-        picture: draw the task's episode of seed 1 to this file (png, svg or pdf): its traffic, and what is
+        markdown: whether to print Markdown tables.
+        picture: picture of the task's episode of seed 1 (png, svg or pdf): its traffic, and what is
             in flight under the configuration that it starts with.
 
     Raises:

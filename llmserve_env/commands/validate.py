@@ -36,8 +36,8 @@ def validate(
     Args:
         run_dir: folder with requests.jsonl and, where there is one, meta.json.
         profile: hardware and model: a shipped profile, or the path of a .toml file.
-        json_file: also write the figures there, as JSON.
-        picture: draw the distributions to this file (png, svg or pdf).
+        json_file: file for the figures, as JSON.
+        picture: picture of the distributions (png, svg or pdf).
     """
     from llmserve_env.commands.shared.measured import Latencies, read_run
     from llmserve_env.commands.shared.report import check_folders, write_json

@@ -23,10 +23,10 @@ def workload(
 
     Args:
         source: a trace file, or a URI such as "gamma://?rate=8&shape=0.25".
-        picture: draw it to this file (png, svg or pdf).
-        json: write the numbers to this file.
-        skip_bad_rows: skip and count rows that cannot be read, rather than refuse the file.
-        seed: goes before the URI's own seed.
+        picture: picture of the workload (png, svg or pdf).
+        json: file for the numbers.
+        skip_bad_rows: whether rows that cannot be read are skipped and counted, rather than refused.
+        seed: random seed, in place of the URI's own.
 
     Raises:
         InputError: the source cannot be used, or a file cannot be written.

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.hardware.calibrate import Calibration
 from llmserve_env.hardware.gpus import gpu_facts
-from llmserve_env.hardware.profile import Engine, Gpu, Link, Model, Profile, refusal
+from llmserve_env.hardware.profile import Engine, Gpu, Link, Model, Profile
 from llmserve_env.hardware.tiers import tiers_for
 
 if sys.version_info >= (3, 11):
@@ -60,7 +60,7 @@ def assemble(
             latency=calibration.latency,
         )
     except ValidationError as error:
-        raise refusal(error) from error
+        raise as_input_error(error) from error
 
 
 def default_engine(kv_blocks: int | None = None) -> Engine:
@@ -72,7 +72,7 @@ def default_engine(kv_blocks: int | None = None) -> Engine:
     try:
         return Engine(**settings, kv_blocks=kv_blocks)
     except ValidationError as error:
-        raise refusal(error) from error
+        raise as_input_error(error) from error
 
 
 def gpus_named(name: str | None, count: int, memory_gb: float | None) -> Gpu:
@@ -91,7 +91,7 @@ def gpus_named(name: str | None, count: int, memory_gb: float | None) -> Gpu:
         try:
             return Gpu(name=name or "unknown", count=count, memory_bytes=memory, source="as given")
         except ValidationError as error:
-            raise refusal(error) from error
+            raise as_input_error(error) from error
     if name is None:
         raise InputError("meta.yaml names no gpu: give the memory of one GPU", field="gpu-memory-gb")
     try:

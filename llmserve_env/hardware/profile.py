@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
 from llmserve_env.schema import QuantizationTier
 
@@ -368,15 +368,7 @@ def parse_profile(text: str, file: str) -> Profile:
         at = re.search(r"at line (\d+)", str(error))
         raise InputError(f"is not TOML: {error}", file=file, line=int(at[1]) if at else None) from error
     except ValidationError as error:
-        raise refusal(error, file) from error
-
-
-def refusal(error: ValidationError, file: str | None = None) -> InputError:
-    """The first fault that a record of this module found, by its field."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or None
-    found = f", found {first['input']!r}" if isinstance(first["input"], (str, int, float)) else ""
-    return InputError(f"{first['msg'].removeprefix('Value error, ')}{found}", file=file, field=field)
+        raise as_input_error(error, file) from error
 
 
 def save_profile(profile: Profile, path: Path | str) -> None:

@@ -21,20 +21,21 @@ class EndpointSettings:
     """An OpenAI-compatible endpoint, of one server or several, and the bounds of what is sent to it.
 
     Attributes:
-        base_url: with its /v1; `/completions` below it has to stream. Options may follow, as
+        base_url: URL with its /v1; `/completions` below it has to stream. Options may follow, as
             `upstreams.parse_upstream` takes them: `http://gpu-1:8000/v1,tier=FP16,control=FOLDER`.
-        model: its name at the endpoint.
-        api_key: sent as a bearer token (default: none).
+        model: name of the model at the endpoint.
+        api_key: key that is sent as a bearer token (default: none).
         more: further servers, likewise.
         max_requests_per_step: requests that arrive in a window, at most; further ones are left out of the
             episode.
-        max_prompt_tokens: longer prompts are shortened to it (tokens).
-        max_completion_tokens: longer answers are shortened to it (tokens).
-        request_timeout_s: a request that is not finished so long after it was sent has failed (s).
-        token_ids: prompts are random token ids from [first, last), of exactly the length asked. Choose
-            ordinary ones of the model's vocabulary (default: random English words, most of them one token).
-        precision: of the weights behind servers that state no tier, which no answer tells: without it nothing
-            is earned for quality.
+        max_prompt_tokens: longest prompt; longer ones are shortened to it (tokens).
+        max_completion_tokens: longest answer; longer ones are shortened to it (tokens).
+        request_timeout_s: time after which an unfinished request has failed (s).
+        token_ids: range [first, last) of the random token ids of prompts, which have just the length asked.
+            Choose ordinary ones of the model's vocabulary (default: random English words, most of them one
+            token).
+        precision: precision of the weights behind servers that state no tier, which no answer tells: without
+            it nothing is earned for quality.
     """
 
     base_url: str = field(repr=False)

@@ -22,9 +22,9 @@ from pydantic import (
 )
 
 from llmserve_env.controls import CONTROLS, SPECS, ActionGrid
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.hardware import load_profile
-from llmserve_env.hardware.profile import TIERS, Profile, refusal
+from llmserve_env.hardware.profile import TIERS, Profile
 from llmserve_env.schema import EXTRA_GROUPS, ServeAction
 from llmserve_env.workloads import open_workload
 from llmserve_env.workloads.generators.servegen import table_end_s
@@ -287,7 +287,7 @@ def load_task(source: str | Path, **changes: Any) -> Task:
         task = Task.model_validate(table)
         task.grid, task.profile, task.tenants, task.quality  # noqa: B018 - what they refuse is refused here
     except ValidationError as error:
-        refused = refusal(error)
+        refused = as_input_error(error)
         raise InputError(refused.reason, file=str(path), field=refused.field) from error
     except InputError as error:
         raise InputError(error.reason, file=error.file or str(path), field=error.field) from error

@@ -29,12 +29,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import llmserve_env
 from llmserve_env.envs.tool_env import ServeToolEnv
-from llmserve_env.errors import InputError
-from llmserve_env.hardware.profile import refusal
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.tasks.catalog import TaskInfo, catalog, task_info
 from server.messages.refusals import AtCapacity, Conflict, Refusal
 from server.messages.requests import ResetRequest
-from server.wire.limits import read_json
+from server.wire.bodies import read_json
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -142,7 +141,7 @@ class Mcp:
         try:
             request = JsonRpcRequest.model_validate(content)
         except ValidationError as error:
-            return _error(JsonRpcErrorCode.INVALID_REQUEST, f"Invalid request: {refusal(error)}")
+            return _error(JsonRpcErrorCode.INVALID_REQUEST, f"Invalid request: {as_input_error(error)}")
         handlers = {
             "openenv/session/create": self._create,
             "openenv/session/close": self._close,
@@ -308,7 +307,7 @@ class _OwnSession:
             request = ResetRequest.model_validate({k: v for k, v in asked.items() if v is not None})
             return from_thread.run(self._service.reset, _session.get(), request)
         except ValidationError as error:
-            raise refusal(error) from error
+            raise as_input_error(error) from error
         except Refusal as error:
             raise InputError(error.detail) from error
 

@@ -19,7 +19,7 @@ from server.messages.errors import message
 from server.messages.models import json_bytes, single, steps
 from server.messages.refusals import AtCapacity, Conflict, Refusal
 from server.messages.requests import GradeData, ResetRequest, StepsData
-from server.wire.limits import read_json
+from server.wire.bodies import read_json
 
 if TYPE_CHECKING:
     from server.service import Service

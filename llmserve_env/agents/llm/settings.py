@@ -22,16 +22,16 @@ class LLMSettings:
     """How a model is asked.
 
     Attributes:
-        model: its name at the endpoint.
+        model: name of the model at the endpoint.
         endpoint: base URL with its /v1 (default: OpenAI's).
-        api_key: for it; an endpoint that is named may need none.
+        api_key: key for the endpoint; one that is named may need none.
         windows_per_call: windows for which an answer holds.
         history: windows that a prompt shows, at most.
         max_prompt_chars: bound of a prompt; the oldest windows are left out to keep it (characters).
         max_answer_tokens: bound of an answer (tokens).
-        temperature: of sampling; None leaves it to the endpoint, as some models demand.
-        timeout_s: bound of one try (s).
-        max_retries: further tries after no connection, 408, 409, 429 or 5xx. The client waits 0.5 s, twice as
+        temperature: sampling temperature; None leaves it to the endpoint, as some models demand.
+        timeout_s: bound of one attempt (s).
+        max_retries: more attempts after no connection, 408, 409, 429 or 5xx. The client waits 0.5 s, twice as
             long each time, up to 8 s, with jitter, or what Retry-After says up to two minutes.
         give_up_after: calls in a row without any answer after which the episode is given up: it would show
             what the configuration in force does, not what the model does.

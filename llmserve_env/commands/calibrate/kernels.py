@@ -40,12 +40,12 @@ def kernels(
         name: name of the profile.
         out: the TOML file to write.
         tp: GPUs that share the model by tensor parallelism, as in the run that measured the tables.
-        link_latency_us: of one all-reduce between them (us).
-        link_bandwidth_gbps: of each GPU to the others in one direction (GB/s).
+        link_latency_us: latency of one all-reduce between the GPUs (us).
+        link_bandwidth_gbps: bandwidth of each GPU to the others in one direction (GB/s).
         gpu_memory_gb: memory of one GPU (1e9 bytes); not needed for a GPU that gpus.toml knows.
         kv_blocks: num_gpu_blocks that a real engine reported; computed when not given.
-        source: where the tables were published.
-        json_file: also write the errors of the fit there, as JSON.
+        source: place where the tables were published.
+        json_file: file for the errors of the fit, as JSON.
     """
     from llmserve_env.files import write_atomic
     from llmserve_env.hardware.assemble import assemble, gpus_named

@@ -37,20 +37,20 @@ def live(
     was measured, and writes the profile. A key is taken from OPENAI_API_KEY.
 
     Args:
-        url: of the server, with or without /v1.
+        url: URL of the server, with or without /v1.
         model_config: config.json of the model that it serves.
         out: the TOML file to write.
         iteration_log: the file that the server's output goes to, where it was started with
             --enable-logging-iteration-details; without it the fit rests on client timings.
-        name: of the profile (default: the output file's).
-        model: its name at the server (default: the first that it lists).
-        hardware: what it runs on, in words.
-        minutes: of load.
-        max_num_seqs: as the server was started (default: as its log says, else vLLM's default).
-        max_num_batched_tokens: the same.
-        async_scheduling: whether it decides a batch while one runs (default: not on CPUs, by its log).
-        json_file: also write the figures of the fit there, as JSON.
-        picture: draw predicted against measured iterations to this file (png, svg or pdf).
+        name: name of the profile (default: the output file's).
+        model: name of the model at the server (default: the first that it lists).
+        hardware: hardware of the server, in words.
+        minutes: time under load (min).
+        max_num_seqs: running sequences that the server was started for (default: its log's, else vLLM's).
+        max_num_batched_tokens: token budget of an iteration, likewise.
+        async_scheduling: whether the server decides a batch while one runs (default: its log's, else yes).
+        json_file: file for the figures of the fit, as JSON.
+        picture: picture of predicted against measured iterations (png, svg or pdf).
 
     Raises:
         InputError: the server, its log or a file cannot be used.
@@ -59,7 +59,7 @@ def live(
     from llmserve_env.hardware.model_config import read_model
     from llmserve_env.hardware.profile import save_profile
     from llmserve_env.live.calibrate.calibration import (
-        find_limits,
+        find_engine_limits,
         fit_profile,
         measure,
         ordinary_tokens,
@@ -76,7 +76,7 @@ def live(
         raise InputError(f"expected more than 0, found {minutes}", field="minutes")
     shape = read_model(model_config)
     key = os.environ.get("OPENAI_API_KEY")
-    limits = find_limits(
+    limits = find_engine_limits(
         url,
         iteration_log,
         model=model,

@@ -42,10 +42,10 @@ def predictions(
 
     Args:
         grid: CSV file with the columns sys, k ("d" decode or "p" prefill), B, ctx, ms.
-        system: whose rows of it, such as h100_sxm.
+        system: system whose rows are taken, such as h100_sxm.
         model_config: the model's Hugging Face config.json.
-        name: of the profile.
-        gpu: as the driver names it, such as "NVIDIA H100 80GB HBM3".
+        name: name of the profile.
+        gpu: name of the GPU as the driver tells it, such as "NVIDIA H100 80GB HBM3".
         out: the TOML file to write.
         points: CSV file with the columns sys, be, q, kind, n, ms, for --scale-to.
         scale_to: a system that only `points` has, such as h200_sxm: the grid is scaled by the ratio of vLLM's
@@ -53,10 +53,10 @@ def predictions(
         base_model_config: config.json of the model that the grid is of, where the profile is of another one,
             on `tp` GPUs: its times are derived.
         tp: GPUs that share the model by tensor parallelism.
-        link_latency_us: of an all-reduce between them (us).
-        link_bandwidth_gbps: of each GPU to the others in one direction (GB/s, bytes).
-        link_source: where the link's figures come from.
-        source: where the predictions were published.
+        link_latency_us: latency of an all-reduce between the GPUs (us).
+        link_bandwidth_gbps: bandwidth of each GPU to the others in one direction (GB/s, bytes).
+        link_source: source of the link's figures.
+        source: place where the predictions were published.
 
     Raises:
         InputError: a file or an argument cannot be used.

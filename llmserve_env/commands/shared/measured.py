@@ -49,9 +49,9 @@ class Measured:
     """What a run folder holds.
 
     Attributes:
-        workload: its requests, under their own names.
-        latencies: as the engine's clock had them.
-        preemptions: of all requests; None where they were not recorded.
+        workload: requests of the run, under their own names.
+        latencies: latencies by the engine's clock.
+        preemptions: preemptions of all requests; None where they were not recorded.
     """
 
     workload: Workload
@@ -110,7 +110,7 @@ class Meta:
     What is absent or null is None, and so is everything where there is no such file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
         InputError: names the file and the line or field; so do the methods.

@@ -25,8 +25,8 @@ def draw_validation(measured: Latencies, simulated: Latencies, title: str, path:
     Args:
         measured: the real engine's.
         simulated: the replay's, of the same requests.
-        title: of the picture.
-        path: its file; the suffix is the format.
+        title: title of the picture.
+        path: file of the picture; the suffix is the format.
 
     Raises:
         InputError: the file cannot be written.

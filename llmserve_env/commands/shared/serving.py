@@ -70,10 +70,10 @@ class Served:
     """A workload that has been served to its end.
 
     Attributes:
-        workload: what was asked for.
-        cell: what served it.
-        outcomes: of each request.
-        windows: what happened, window by window.
+        workload: requests that were asked for.
+        cell: cell that served it.
+        outcomes: outcome of each request.
+        windows: records of what happened, window by window.
     """
 
     workload: Workload
@@ -96,9 +96,9 @@ def serve(workload: Workload, cell: Cell, *, windows: int = 200, name: str = "se
 
     Args:
         workload: at least one request.
-        cell: what serves it.
-        windows: into how many the time until the last arrival is divided.
-        name: what the progress bar says.
+        cell: cell that serves it.
+        windows: number of windows into which the time until the last arrival is divided.
+        name: label of the progress bar.
 
     Raises:
         InputError: the cell cannot do what the action asks for.

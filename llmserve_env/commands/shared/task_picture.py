@@ -32,8 +32,8 @@ def draw_task(task: Task, path: Path) -> None:
     """Draw the episode of a training seed: arrivals, prompt tokens and requests in flight, by tenant.
 
     Args:
-        task: what is drawn; its cell stays in the configuration that it starts with.
-        path: of the picture; its suffix is the format.
+        task: task that is drawn; its cell stays in the configuration that it starts with.
+        path: file of the picture; its suffix is the format.
 
     Raises:
         InputError: the file cannot be written.

@@ -49,7 +49,7 @@ def shipped_plan() -> list[Load]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """Settings of the engine that the simulator must share.
 
     Attributes:
@@ -77,7 +77,7 @@ class Limits:
     logged: tuple[str, ...] = ()
 
 
-def find_limits(
+def find_engine_limits(
     url: str,
     log: Path | None = None,
     *,
@@ -86,7 +86,7 @@ def find_limits(
     max_num_seqs: int | None = None,
     max_num_batched_tokens: int | None = None,
     async_scheduling: bool | None = None,
-) -> Limits:
+) -> EngineLimits:
     """Ask a server, and read what it logged at its start; what is given goes before.
 
     Args:
@@ -119,7 +119,7 @@ def find_limits(
     )
     config = found.scrape.config
     block_tokens = int(config.get("block_size", BLOCK_TOKENS))
-    return Limits(
+    return EngineLimits(
         model=name,
         **limits,
         async_scheduling=True if asynchronous is None else bool(asynchronous),
@@ -187,7 +187,7 @@ class Fit:
 
 def measure(
     target: Target,
-    limits: Limits,
+    limits: EngineLimits,
     log: Path | None,
     *,
     minutes: float,
@@ -231,7 +231,7 @@ def measure(
     return phases
 
 
-def _within(load: Load, limits: Limits) -> Load:
+def _within(load: Load, limits: EngineLimits) -> Load:
     longest = limits.max_model_len - load.output_tokens[1]
     low, high = (max(1, min(each, longest)) for each in load.prompt_tokens)
     return load.model_copy(
@@ -239,7 +239,7 @@ def _within(load: Load, limits: Limits) -> Load:
     )
 
 
-def fit_profile(phases: Sequence[Phase], limits: Limits, model: Model, name: str, hardware: str) -> Fit:
+def fit_profile(phases: Sequence[Phase], limits: EngineLimits, model: Model, name: str, hardware: str) -> Fit:
     """Make a profile of what was measured.
 
     Args:
@@ -341,7 +341,7 @@ def _from_clients(phases: Sequence[Phase]) -> Iterations:
 
 
 def _profile(
-    name: str, hardware: str, model: Model, limits: Limits, *, latency: Latency, server: Server | None
+    name: str, hardware: str, model: Model, limits: EngineLimits, *, latency: Latency, server: Server | None
 ) -> Profile:
     held = model.weight_bytes + limits.kv_tokens * model.kv_bytes_per_token
     return Profile(

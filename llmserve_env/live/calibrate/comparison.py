@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmserve_env.hardware.profile import Profile
-    from llmserve_env.live.calibrate.calibration import Limits
+    from llmserve_env.live.calibrate.calibration import EngineLimits
     from llmserve_env.workloads.workload import Workload
 
 QUANTILES = (50, 90, 99)
@@ -75,7 +75,7 @@ class Comparison:
 
 def compare(
     target: Target,
-    limits: Limits,
+    limits: EngineLimits,
     profile: Profile,
     workload: Workload,
     *,

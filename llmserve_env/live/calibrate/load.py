@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from llmserve_env.workloads.workload import Workload
 
-REFUSALS = 5
+MOST_FAILURES = 5
 """Requests in a row without an answer after which a run is given up."""
 
 
@@ -187,7 +187,7 @@ async def _sender(target: Target) -> AsyncIterator[Send]:
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             answer.error = f"{type(error).__name__}: {error}"
         failed = failed + 1 if answer.error else 0
-        if failed >= REFUSALS:
+        if failed >= MOST_FAILURES:
             raise InputError(
                 f"{without_credentials(target.url)} gave no answer to {failed} requests in a row; "
                 f"the last: {answer.error}",

@@ -25,11 +25,11 @@ import aiohttp
 from yarl import URL
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.callers import Callers
 from llmserve_env.live.gateway.dashboard import PATHS, Dashboard
 from llmserve_env.live.gateway.exposition import merged
 from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
 from llmserve_env.live.gateway.history import History
-from llmserve_env.live.gateway.tenants import Tenants
 from llmserve_env.live.gateway.wire import RequestBody, as_error, error_event, error_json
 from llmserve_env.live.servers.stream import StreamReader
 from llmserve_env.live.servers.upstreams import Upstream
@@ -77,7 +77,7 @@ class Proxy:
     def __init__(
         self,
         gateway: Gateway,
-        tenants: Tenants,
+        tenants: Callers,
         *,
         history: History | None = None,
         max_body_bytes: int = 8 << 20,

@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
-from llmserve_env.errors import InputError
-from llmserve_env.hardware.profile import refusal
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer, Reader, feature_names, features
 from llmserve_env.recording import record_row
@@ -249,7 +248,7 @@ def logged_task(beginning: Beginning) -> Task:
     try:
         return Task.model_validate(beginning.task)
     except ValidationError as error:
-        raise refusal(error) from error
+        raise as_input_error(error) from error
 
 
 def one_task(stretches: Sequence[Stretch]) -> Task:
@@ -350,7 +349,9 @@ def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
                 note(f"{path}:{number}: left out, it was not written to its end")
                 continue
             raise InputError(
-                f"expected a line of a decision log: {refusal(error).reason}", file=str(path), line=number
+                f"expected a line of a decision log: {as_input_error(error).reason}",
+                file=str(path),
+                line=number,
             ) from error
         if last is None and not isinstance(line, Beginning):
             raise InputError("expected a decision log, whose first line begins a run", file=str(path), line=1)

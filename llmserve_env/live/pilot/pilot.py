@@ -14,9 +14,9 @@ import numpy as np
 from llmserve_env.agents.shield import Shield, ShieldFilter, shield_settings
 from llmserve_env.controls import CONTROLS, to_action, to_array
 from llmserve_env.errors import InputError
+from llmserve_env.live.pilot.change_limits import ChangeLimits, shipped_limits
 from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
-from llmserve_env.live.pilot.limits import Limits, shipped_limits
 from llmserve_env.observation import Observer, feature_names
 from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
@@ -80,7 +80,7 @@ class Pilot:
         *,
         safe: ServeAction | None = None,
         shield: bool = True,
-        limits: Limits | None = None,
+        limits: ChangeLimits | None = None,
         decide_limit_s: float = 1.0,
         dry_run: bool = False,
         endless: bool = False,

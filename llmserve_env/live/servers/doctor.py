@@ -330,8 +330,8 @@ def _completion(client: httpx.Client, found: Diagnosis, model: str) -> None:
     reader = StreamReader()
     pieces = reader.feed(answer.content) + reader.finish()
     if reader.error is not None:
-        refusal = _shorten(str(reader.error.get("message")))
-        found.add("completion", "missing", f"refused: {refusal}", "read the refusal")
+        reason = _shorten(str(reader.error.get("message")))
+        found.add("completion", "missing", f"refused: {reason}", "read the refusal")
         return
     if not pieces:
         found.add("completion", "missing", "the answer is no stream", "let vLLM's own answer through")

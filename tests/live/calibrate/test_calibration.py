@@ -17,7 +17,7 @@ from llmserve_env.hardware.latency import compile_latency, iteration_time
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.model_config import read_model
 from llmserve_env.live.calibrate import calibration
-from llmserve_env.live.calibrate.calibration import Limits, Phase, find_limits, fit_profile
+from llmserve_env.live.calibrate.calibration import EngineLimits, Phase, find_engine_limits, fit_profile
 from llmserve_env.live.calibrate.iterations import read_iterations
 from llmserve_env.live.calibrate.load import Answer, Load, Target, closed_loop
 
@@ -34,7 +34,7 @@ LOG = Path(__file__).parent / "logs" / "vllm-0.32.log"
 settings, and 120 iterations while 1 client, then 16, asked for 64 tokens after prompts of 128."""
 
 KV_TOKENS, BLOCK = 131072, 32
-LIMITS = Limits("tiny", 64, 2048, False, KV_TOKENS - BLOCK, BLOCK, 4096, False, "as given")
+LIMITS = EngineLimits("tiny", 64, 2048, False, KV_TOKENS - BLOCK, BLOCK, 4096, False, "as given")
 
 CONFIG = {
     "num_hidden_layers": 8,
@@ -253,16 +253,16 @@ def test_the_engine_is_the_server_s(config):
 
 def test_settings_come_from_the_log_and_the_server():
     with serving(VllmEndpoint()) as url:
-        logged = find_limits(url, LOG)
+        logged = find_engine_limits(url, LOG)
         assert (logged.max_num_seqs, logged.async_scheduling) == (64, False)
         assert logged.logged == ("max_num_seqs", "async")
         assert "max_num_batched_tokens: an assumption" in logged.told
         assert (logged.kv_tokens, logged.block_tokens) == (159 * 32, 32)
         assert logged.prefix_cache is True  # of this server
-        given = find_limits(url, LOG, max_num_seqs=7, max_num_batched_tokens=99, async_scheduling=True)
+        given = find_engine_limits(url, LOG, max_num_seqs=7, max_num_batched_tokens=99, async_scheduling=True)
         assert (given.max_num_seqs, given.max_num_batched_tokens, given.async_scheduling) == (7, 99, True)
         with pytest.raises(InputError, match="expected one of tiny, found 'huge'"):
-            find_limits(url, model="huge")
+            find_engine_limits(url, model="huge")
 
 
 def test_clients_send_again_when_they_are_answered():

@@ -12,11 +12,11 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmserve_env.live.gateway.callers import Caller, Callers
 from llmserve_env.live.gateway.deployment import Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.proxy import Proxy
-from llmserve_env.live.gateway.tenants import Caller, Tenants
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.servers.upstreams import Upstream
@@ -258,7 +258,7 @@ def test_what_grafana_asks_for_is_there_and_all_of_it_is_described():
     async def main():
         endpoint = ScriptedEndpoint(answering, others={"/metrics": vllm_metrics("0.32-idle").encode()})
         async with Running(endpoint) as server:
-            gateway, tenants = Gateway([Upstream(server.url)]), Tenants()
+            gateway, tenants = Gateway([Upstream(server.url)]), Callers()
             telemetry = Telemetry([server.url])
             history = History(gateway, Deployment(gateway, telemetry))
             proxy = Proxy(gateway, tenants, history=history)

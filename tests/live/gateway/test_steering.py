@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from llmserve_env.backend import WINDOW
+from llmserve_env.live.gateway.callers import Callers, task_tenants
 from llmserve_env.live.gateway.deployment import Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.gateway.steering import RunningReward, steer
-from llmserve_env.live.gateway.tenants import Tenants, task_tenants
+from llmserve_env.live.pilot.change_limits import ChangeLimits
 from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
-from llmserve_env.live.pilot.limits import Limits
 from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings, write_settings
 from llmserve_env.live.servers.telemetry import Telemetry
@@ -45,14 +45,14 @@ class Service:
 
     def __init__(self, endpoint, url, *answers, control=None, metrics=False, **options):
         self.endpoint = endpoint
-        known = task_tenants(TASK.tenants) if TASK.tenants else Tenants()
+        known = task_tenants(TASK.tenants) if TASK.tenants else Callers()
         upstream = Upstream(url, control=control)
         telemetry = Telemetry([url], interval_s=0.02, stale_after_s=0.3) if metrics else None
         self.gateway = Gateway([upstream], known.all, START)
         self.deployment = Deployment(self.gateway, telemetry)
         self.proxy = Proxy(self.gateway, known)
         self.agent = Scripted(list(answers))
-        options = {"limits": Limits(), "decide_limit_s": 30.0, "shield": False, **options}
+        options = {"limits": ChangeLimits(), "decide_limit_s": 30.0, "shield": False, **options}
         self.pilot = Pilot(self.agent, TASK, START, safe=SAFE, endless=True, **options)
         self.told = asyncio.Queue()
 
@@ -145,7 +145,7 @@ def test_an_agent_that_errs_jumps_and_hangs_never_stops_the_service():
     async def scenario():
         hangs = threading.Event()
         answers = [RuntimeError("boom"), ServeAction(batch_cap=1), hangs]
-        limits = Limits.model_validate({"batch_cap": {"most_factor": 2}})
+        limits = ChangeLimits.model_validate({"batch_cap": {"most_factor": 2}})
         async with serving(*answers, limits=limits, decide_limit_s=0.05) as here:
             first = await here.until(lambda decision: True)
             assert (first.by, first.rule, first.applied) == ("fallback", "exception", SAFE)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llmserve_env.errors import InputError
-from llmserve_env.live.gateway.tenants import load_tenants
+from llmserve_env.live.gateway.callers import load_tenants
 from llmserve_env.live.gateway.wire import RequestBody, as_error
 from llmserve_env.live.servers.upstreams import parse_upstream
 from llmserve_env.schema import QuantizationTier

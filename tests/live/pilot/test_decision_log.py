@@ -13,8 +13,8 @@ import pytest
 
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
+from llmserve_env.live.pilot.change_limits import ChangeLimits
 from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
-from llmserve_env.live.pilot.limits import Limits
 from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
@@ -38,7 +38,7 @@ sys.stdin.read()
 def steer(path, windows, *, stale=(), close=True, **log):
     """A run of so many windows; caps 8, 16, 8, ..."""
     agent = Scripted([ServeAction(batch_cap=8 << (k % 2)) for k in range(windows)])
-    pilot = Pilot(agent, TASK, START, limits=Limits(), log=DecisionLog(path, **log))
+    pilot = Pilot(agent, TASK, START, limits=ChangeLimits(), log=DecisionLog(path, **log))
     row = np.zeros((), WINDOW)
     for k in range(windows):
         pilot.decide(row, "lost" if k in stale else None)

@@ -7,14 +7,14 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve_env.agents import Shield
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
+from llmserve_env.live.pilot.change_limits import ChangeLimits
 from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
-from llmserve_env.live.pilot.limits import Limits
 from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.observation import FEATURES
 from llmserve_env.schema import ServeAction
@@ -37,7 +37,7 @@ def window(end_s, **values):
 
 
 def pilot(*answers, task=TASK, limits=None, **options):
-    limits = limits or Limits()
+    limits = limits or ChangeLimits()
     return Pilot(Scripted(list(answers)), task, START, safe=SAFE, limits=limits, **options)
 
 
@@ -78,7 +78,7 @@ def test_it_sees_what_is_in_force_and_no_end():
 
 
 def test_jumps_are_held_back_and_told():
-    one = pilot(own(batch_cap=512), limits=Limits.model_validate({"batch_cap": {"most_factor": 2}}))
+    one = pilot(own(batch_cap=512), limits=ChangeLimits.model_validate({"batch_cap": {"most_factor": 2}}))
     found = decided(one, None, None, None, None)
     assert [each.applied.batch_cap for each in found] == [128, 256, 512, 512]
     assert [each.by for each in found] == ["limit", "limit", "agent", "agent"]
@@ -96,7 +96,7 @@ def test_the_shield_overrides_and_knows_what_is_in_force():
 
 
 def test_what_the_limits_hold_back_of_the_shield_says_both():
-    one = pilot(own(batch_cap=8), limits=Limits.model_validate({"batch_cap": {"most_factor": 2}}))
+    one = pilot(own(batch_cap=8), limits=ChangeLimits.model_validate({"batch_cap": {"most_factor": 2}}))
     last = decided(one, *[None] * 7, waiting=1000)[-1]
     assert (last.by, last.rule) == ("limit", "batch_cap")
     assert "after rescue" in last.reason
@@ -108,7 +108,7 @@ def test_without_shield_the_agent_stands_alone_and_a_shielded_agent_is_shielded_
     alone = pilot(own(batch_cap=8), shield=False)
     assert {each.by for each in decided(alone, *[None] * 6, waiting=1000)} == {"agent"}
     agent = Scripted([own(batch_cap=8)])
-    one = Pilot(Shield(agent), TASK, START, shield=False, limits=Limits())
+    one = Pilot(Shield(agent), TASK, START, shield=False, limits=ChangeLimits())
     assert decided(one, *[None] * 6, waiting=1000)[-1].by == "shield"
     assert len(agent.seen) == 6
 
@@ -201,7 +201,7 @@ WINDOWS = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.lists(WINDOWS, min_size=2, max_size=25))
 def test_what_is_applied_keeps_to_the_limits_or_is_the_safe_configuration(steps):
     one = Pilot(Scripted([action for action, stale, _ in steps if stale is None]), TASK, START, safe=SAFE)

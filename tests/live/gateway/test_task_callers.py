@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmserve_env.errors import InputError
-from llmserve_env.live.gateway.tenants import load_tenants, task_tenants
+from llmserve_env.live.gateway.callers import load_tenants, task_tenants
 from llmserve_env.workloads.workload import Tenant
 
 OF = (

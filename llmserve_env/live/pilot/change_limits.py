@@ -56,7 +56,7 @@ _KINDS: dict[str, type[BaseModel]] = {"log": Factor, "linear": Step, "whole": St
 """The limit of a control, by its scale."""
 
 
-class Limits(RootModel[dict[str, Factor | Step | Pause]]):
+class ChangeLimits(RootModel[dict[str, Factor | Step | Pause]]):
     """By control; a control without one changes freely. Those of the package are in data/limits.toml."""
 
     model_config = ConfigDict(frozen=True)
@@ -126,9 +126,9 @@ class Limits(RootModel[dict[str, Factor | Step | Pause]]):
 
 
 @lru_cache(maxsize=1)
-def shipped_limits() -> Limits:
+def shipped_limits() -> ChangeLimits:
     """The limits of data/limits.toml."""
-    return Limits.model_validate(tomllib.loads(PATH.read_text(encoding="utf-8")))
+    return ChangeLimits.model_validate(tomllib.loads(PATH.read_text(encoding="utf-8")))
 
 
 def _rate(new: float | None, old: float | None, factor: float, asked_rate: float) -> float | None:

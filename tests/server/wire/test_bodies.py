@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from websockets.exceptions import ConnectionClosed
 
 from server.messages.requests import GradeData, StepsData
-from server.wire.limits import read_json
+from server.wire.bodies import read_json
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 
 MOST = 20_000

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmserve_env.backend import MAX_TENANTS
-from llmserve_env.errors import InputError
-from llmserve_env.hardware.profile import refusal
+from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.workloads.workload import Tenant
 
 if sys.version_info >= (3, 11):
@@ -56,7 +55,7 @@ class _File(BaseModel):
     tenants: list[Caller] = Field(min_length=1, max_length=MAX_TENANTS)
 
 
-class Tenants:
+class Callers:
     """The callers that a gateway knows.
 
     Args:
@@ -118,7 +117,7 @@ class Tenants:
         return found, False
 
 
-def load_tenants(path: Path | str, of: Sequence[Tenant] | None = None) -> Tenants:
+def load_tenants(path: Path | str, of: Sequence[Tenant] | None = None) -> Callers:
     """Tenants of a TOML file: a table [[tenants]] each, with the fields of `Caller`, and `header`.
 
     Args:
@@ -135,20 +134,20 @@ def load_tenants(path: Path | str, of: Sequence[Tenant] | None = None) -> Tenant
         raise InputError(f"cannot be read: {error}", file=str(path)) from error
     try:
         file = _File.model_validate(table)
-        return Tenants(file.tenants if of is None else _matched(file.tenants, of), file.header)
+        return Callers(file.tenants if of is None else _matched(file.tenants, of), file.header)
     except ValidationError as error:
-        refused = refusal(error)
+        refused = as_input_error(error)
         reason = error.errors()[0]["msg"] if "key" in (refused.field or "") else refused.reason
         raise InputError(reason, file=str(path), field=refused.field) from error
     except InputError as error:
         raise InputError(error.reason, file=str(path), field=error.field) from error
 
 
-def task_tenants(of: Sequence[Tenant]) -> Tenants:
+def task_tenants(of: Sequence[Tenant]) -> Callers:
     """A task's tenants without a file: each by its name in the header, a single one is everybody."""
     alone = len(of) == 1
     named = [Caller(name=each.name, value=None if alone else each.name) for each in of]
-    return Tenants(_matched(named, of))
+    return Callers(_matched(named, of))
 
 
 def _matched(callers: Sequence[Caller], of: Sequence[Tenant]) -> list[Caller]:

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmserve_env.controls import CONTROLS
-from llmserve_env.live.pilot.limits import Limits, shipped_limits
+from llmserve_env.live.pilot.change_limits import ChangeLimits, shipped_limits
 from llmserve_env.schema import QuantizationTier, ServeAction
 from tests.strategies import actions
 
-LIMITS = Limits.model_validate(
+LIMITS = ChangeLimits.model_validate(
     {
         "batch_cap": {"most_factor": 2.0},
         "admission_rate": {"most_factor": 2.0},

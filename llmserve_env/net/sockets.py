@@ -8,7 +8,7 @@ from llmserve_env.errors import InputError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; port 0 for a free one.
+    """A socket that listens on an address; port 0 for a free one. Who connects waits to be served.
 
     Raises:
         InputError: the address cannot be had.
@@ -18,6 +18,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", field="port") from error

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llmserve_env.agents import AIMDAgent, AIMDRule, load_agent, play
 from llmserve_env.backend import WINDOW
-from llmserve_env.controls import ACTION, to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
@@ -17,7 +17,6 @@ TASK = load_task("static_workload", window_s=1.0)
 SLO = TASK.tenants[0]
 RULE = AIMDRule(memory_s=1.0, release=0.5, increase_per_s=4.0, decrease=0.5, pause_s=3.0)
 BASE = ServeAction(batch_cap=64, speculation_depth=2)
-ADMITS = "admission_rate" in (ACTION.names or ())
 
 
 def window(n=1, ttft=0.0, gap=0.0, wait=0.0):
@@ -92,7 +91,6 @@ def test_controls_that_are_not_granted_stay():
     assert action["kv_budget_fraction"] == 0.5
 
 
-@pytest.mark.skipif(not ADMITS, reason="actions have no admission rate")
 def test_admission_rate_is_cut_while_late_and_given_back_whole():
     task = load_task("static_workload", controls={"admission_rate": [2.0, 10.0, None]})
     rule = RULE.model_copy(update={"admit_decrease": 0.5, "admit_increase_per_s": 1.0})

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from llmserve_env.agents import AGENTS, Shield, ShieldSettings, load_agent, play, shield_settings
 from llmserve_env.agents.shield import RULES
 from llmserve_env.backend import WINDOW
-from llmserve_env.controls import ACTION, to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
@@ -19,7 +19,6 @@ from llmserve_env.tasks import load_task
 TASK = load_task("adversarial_multitenant")
 ENGINES = TASK.cell.engines
 TPOT_S = min(tenant.tpot_slo_s for tenant in TASK.tenants)
-ADMITS = "admission_rate" in (ACTION.names or ())
 SETTINGS = ShieldSettings.model_validate(
     {
         "rescue": {
@@ -166,7 +165,6 @@ def test_panic_goes_before_rescue_and_sheds():
     assert (action["batch_cap"], action["kv_budget_fraction"]) == (16, 0.2)
 
 
-@pytest.mark.skipif(not ADMITS, reason="actions have no admission rate")
 def test_panic_lets_in_a_share_of_what_is_completed():
     task = load_task(TASK.id, controls={**TASK.controls, "admission_rate": [1.0, 100.0, None]})
     played = Played(task=task)

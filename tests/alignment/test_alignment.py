@@ -140,7 +140,7 @@ def check_equal(batch, twin):
             )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     workload=workloads(),
     actions=st.lists(ACTIONS, min_size=1, max_size=5),

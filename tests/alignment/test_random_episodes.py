@@ -75,12 +75,22 @@ LEAST = {
     "prefix hits": 20, "evictions": 10, "speculation of several classes": 20, "transfers": 20,
     "drain or reload": 40, "failed": 40, "batch cap drains": 25, "cancelled": 5, "tenants": 50,
 }  # fmt: skip
+# of 240 episodes
+LEAST_OF_RETRIES = {"retries": 120, "timeouts": 120, "refused": 80, "cancelled": 30, "preemptions": 8}
+# of 160 episodes
+LEAST_SYNCHRONOUS = {"preemptions": 8, "drain or reload": 40, "transfers": 30, "retries": 30, "evictions": 8}
 
 
 @pytest.mark.parametrize("seed", [375, 821, 1286, 1655, 2436, 3267])
 def test_kernel_equals_twin_where_they_once_differed(seed):
     """Rerouting around a drain, preemption in a second prefill, a prefill engine that becomes another."""
     compare(seed)
+
+
+def check_reached(least, reached):
+    seen = Counter(name for names in reached for name in names)
+    for name, episodes in least.items():
+        assert seen[name] >= episodes, (name, seen)
 
 
 @pytest.mark.parametrize("start", range(0, 240, 20))
@@ -90,11 +100,7 @@ def test_kernel_equals_twin(start):
 
 
 def test_the_episodes_reach_every_state():
-    seen = Counter()
-    for seed in range(240):
-        seen.update(compare(seed))
-    for name, episodes in LEAST.items():
-        assert seen[name] >= episodes, (name, seen)
+    check_reached(LEAST, [compare(seed) for seed in range(240)])
 
 
 @pytest.mark.parametrize("start", range(0, 240, 20))
@@ -108,3 +114,11 @@ def test_kernel_equals_twin_without_asynchronous_scheduling(start):
     for seed in range(start, start + 20):
         compare(seed, synchronous=True)
         compare(10_000 + seed, retries=True, synchronous=True)
+
+
+def test_episodes_of_either_kind_reach_their_states():
+    coming_back = [compare(10_000 + seed, retries=True) for seed in range(240)]
+    check_reached(LEAST_OF_RETRIES, coming_back)
+    synchronous = [compare(seed, synchronous=True) for seed in range(80)]
+    synchronous += [compare(10_000 + seed, retries=True, synchronous=True) for seed in range(80)]
+    check_reached(LEAST_SYNCHRONOUS, synchronous)

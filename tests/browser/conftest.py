@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ def serving(*options: str) -> Iterator[str]:
             assert server.stdout is not None
             url = server.stdout.readline().removeprefix("listening on ").strip()
             assert url, "the server did not start: its reason is on stderr"
-            _wait_for(url)
+            urllib.request.urlopen(f"{url}/health", timeout=_START_S).close()  # it is ready
             yield url
         finally:
             server.terminate()
@@ -74,7 +73,7 @@ def visit(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda told: faults.append(told.text) if told.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
         ours = (host, url.removesuffix("/web/"), "data:", "blob:")
@@ -87,14 +86,3 @@ def visit(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert not faults
-
-
-def _wait_for(url: str) -> None:
-    until = time.monotonic() + _START_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=_START_S):
-                return
-        except OSError:
-            assert time.monotonic() < until, "the server does not answer"
-            time.sleep(0.05)

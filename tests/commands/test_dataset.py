@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import minari
 import numpy as np
 import pytest
 
@@ -23,8 +24,6 @@ TASK = "bursty_workload"
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    minari = pytest.importorskip("minari")
-    pytest.importorskip("h5py")
     out = tmp_path_factory.mktemp("datasets")
     asked = ["--task", TASK, "--agent", "best-constant", "--episodes", "3", "--first-seed", "7"]
     assert main(["dataset", *asked, "--out", str(out)]) == 0
@@ -82,9 +81,6 @@ def test_what_is_there_stays(recorded, capsys):
 
 
 def test_an_interrupted_recording_leaves_nothing(tmp_path, monkeypatch):
-    pytest.importorskip("minari")
-    pytest.importorskip("h5py")
-
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -103,8 +99,6 @@ def logs(tmp_path):
 
 
 def test_decision_logs_become_episodes(tmp_path, logs, capsys):
-    minari = pytest.importorskip("minari")
-    pytest.importorskip("h5py")
     assert main(["dataset", "--decisions", *logs, "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert "left out, it was not written to its end" in captured.err

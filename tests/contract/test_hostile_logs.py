@@ -37,7 +37,7 @@ def places(value, path=()):
         yield from places(part, (*path, key))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_log_with_anything_anywhere_is_graded_or_refused(data):
     table = copy.deepcopy(data.draw(st.sampled_from(LOGS)))

@@ -62,7 +62,7 @@ def test_who_serves_scores_more_than_who_does_not(task_id):
     assert (failed[:, idle] > 1.5 * failed[:, :1]).all(), "patience ran out in the queues"
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), task_id=st.sampled_from(list_tasks()), data=st.data())
 def test_rewards_are_bounded_under_any_actions(seed, task_id, data):
     windows, episodes = 6, 3

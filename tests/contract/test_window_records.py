@@ -158,4 +158,5 @@ def test_a_window_record_holds_the_fields_of_its_row():
     assert record.ttft_histogram.tolist() == batch.counters["ttft_histogram"][0].tolist()
     before = record.tenant_arrived.copy()
     batch.serve_each([action], window_s)
+    assert batch.windows[0]["tenant_arrived"][:count].tolist() != before.tolist()
     assert record.tenant_arrived.tolist() == before.tolist(), "a record lasts"

@@ -136,7 +136,8 @@ def test_a_snapshot_goes_on_alike():
 
 
 def test_mo_gymnasium_takes_it():
-    mo = pytest.importorskip("mo_gymnasium")
+    import mo_gymnasium as mo
+
     task = short()
     weights = Objectives(task).weights
     env = mo.wrappers.LinearReward(

@@ -5,16 +5,12 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
-
-from llmserve_env.errors import InputError
-from llmserve_env.tasks import TRAINING_SEEDS, load_task
-
-pytest.importorskip("stable_baselines3")
-
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from llmserve_env.envs.sb3 import SB3VecEnv
+from llmserve_env.errors import InputError
+from llmserve_env.tasks import TRAINING_SEEDS, load_task
 
 COUNT = 3
 

@@ -194,7 +194,7 @@ def test_a_snapshot_of_another_task_is_refused():
 # Any action
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), task_id=st.sampled_from(list_tasks()))
 def test_rewards_and_observations_stay_in_their_bounds(data, seed, task_id):
     env = _short_of(task_id)

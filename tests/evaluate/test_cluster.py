@@ -14,8 +14,6 @@ from evaluate.runners import play_jobs
 from evaluate.scores import read_scores
 from llmserve_env.errors import InputError
 
-pytest.importorskip("ray")
-
 SETTING = Setting(task="static_workload")
 JOBS = [
     Job(agent, SETTING, tuple(range(low, low + 5))) for agent in ("random", "aimd") for low in range(0, 30, 5)

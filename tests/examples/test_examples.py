@@ -31,7 +31,8 @@ def _one_thread():
 
 
 def test_stable_baselines_learns_from_whole_episodes():
-    sb3_ppo = pytest.importorskip("examples.sb3_ppo")
+    from examples import sb3_ppo
+
     arguments = sb3_ppo.Arguments(steps=2 * WINDOWS, envs=2, rollout=WINDOWS)
     model, scores = sb3_ppo.main(arguments)
     assert model.num_timesteps == arguments.steps
@@ -58,7 +59,8 @@ def test_cleanrl_style_counts_whole_episodes():
 
 
 def test_a_clone_of_a_constant_is_that_constant():
-    minari_dataset = pytest.importorskip("examples.minari_dataset")
+    from examples import minari_dataset
+
     found = minari_dataset.main(minari_dataset.Arguments(TASK, "best-constant", episodes=2, epochs=40))
     task = load_task(TASK)
     player = OnGrid(load_agent("best-constant", task))
@@ -68,7 +70,6 @@ def test_a_clone_of_a_constant_is_that_constant():
 
 
 def test_rllib_sees_whole_episodes():
-    pytest.importorskip("ray")
     # A process of its own: RLlib's imports warn, and Ray's processes end with it.
     given = ["--iterations", "1", "--batch", "60", "--envs", "2", "--horizon-s", "50"]
     done = subprocess.run(

@@ -326,7 +326,12 @@ class Running:
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
-            app, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=1, server_header=False
+            app,
+            log_level="critical",
+            lifespan=lifespan,
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=600,  # no client has to be quick to use a connection again
+            server_header=False,
         )
         self._server = _Server(config)
         self._server.capture_signals = nullcontext

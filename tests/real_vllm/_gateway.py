@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.servers.upstreams import Upstream
 from tests.live.endpoint_server import Running
 
-from .conftest import ROOT, STEP_S, completion, prompt, wait_for
+from .conftest import ROOT, START_S, STEP_S, TRIES, completion, prompt, wait_for
 
 CALLERS = (
     Caller(name="paid", key="k-paid", priority=0),
@@ -34,15 +35,20 @@ LONG = 1900
 
 
 @asynccontextmanager
-async def standing(server, action=None, *, url=None, control=True, limits=None, **bounds):
-    """A gateway before the server, with a client of it; `deployment` steers and watches both."""
+async def standing(server, action=None, *, url=None, control=True, lost_after_s=START_S):
+    """A gateway before the server, with a client of it; `deployment` steers and watches both.
+
+    Nobody in it loses patience: how long anything takes is the machine's.
+    """
     async with AsyncExitStack() as stack:
         tenants = Callers(CALLERS)
         upstream = Upstream(url or server.url, control=server.control if control else None)
-        gateway = Gateway([upstream], tenants.all, **bounds)
-        telemetry = Telemetry([server.url], interval_s=0.1, timeout_s=1.0, stale_after_s=3.0)
+        gateway = Gateway([upstream], tenants.all, queue_timeout_s=START_S, idle_timeout_s=START_S)
+        telemetry = Telemetry(
+            [server.url], interval_s=0.1, timeout_s=lost_after_s, stale_after_s=lost_after_s
+        )
         deployment = await stack.enter_async_context(Deployment(gateway, telemetry))
-        proxy = Proxy(gateway, tenants, **(limits or {}))
+        proxy = Proxy(gateway, tenants, body_timeout_s=STEP_S, connect_timeout_s=lost_after_s)
         here = await stack.enter_async_context(Running(proxy, lifespan="on"))
         here.gateway, here.deployment, here.replica = gateway, deployment, telemetry.replicas[0]
         here.client = await stack.enter_async_context(
@@ -59,6 +65,24 @@ async def standing(server, action=None, *, url=None, control=True, limits=None, 
 
 async def until(condition):
     await asyncio.to_thread(wait_for, condition)
+
+
+async def scraped(here):
+    """Until the metrics are known as they are now, or later."""
+    now_s = time.monotonic()
+    await until(lambda: here.replica.last.at_s > now_s)
+
+
+async def ran_together(server, send, count):
+    """Send a load until so many of its requests have been in one iteration; the most that were."""
+    first = server.last_iteration()
+    for _ in range(TRIES):
+        await send()
+        await until(lambda: server.metric("num_requests_running") == 0)
+        most = max(each.running for each in server.iterations(first))
+        if most >= count:
+            break
+    return most
 
 
 def post(here, body, key=None):
@@ -114,7 +138,10 @@ def failures(here):
 def gateway_process(server, folder, *flags):
     """`llmserve gateway` before the server: its URL, what it prints, and its process."""
     upstream = f"{server.url},control={server.control}"
-    command = [sys.executable, "-m", "llmserve_env", "gateway", "--upstream", upstream, "--port", "0"]
+    command = [
+        sys.executable, "-m", "llmserve_env", "gateway", "--upstream", upstream, "--port", "0",
+        "--queue-timeout-s", str(START_S), "--idle-timeout-s", str(START_S),
+    ]  # fmt: skip
     out = folder / "gateway.txt"
     with out.open("wb") as file:
         process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

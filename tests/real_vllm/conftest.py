@@ -27,8 +27,10 @@ from llmserve_env.live.servers.engine_settings import (
 ROOT = Path(__file__).parents[2]
 START_S = 600
 """Time that a server has to start (s). On an idle machine it takes half a minute."""
-STEP_S = 120
+STEP_S = 600
 """Time that anything has which takes a moment (s): only a server that hangs runs into it."""
+TRIES = 20
+"""Times that a load is sent which need not be served at once on a machine that is busy with other things."""
 
 BLOCKS, BLOCK_TOKENS = 64, 32
 MAX_QUEUED = 48
@@ -102,7 +104,11 @@ class Server:
         self._read, self._iterations = 0, []
         with self.log_file.open("wb") as file:
             self.process = subprocess.Popen(
-                self.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                self.command,
+                env={**os.environ, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(STEP_S)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait_ready(self) -> None:

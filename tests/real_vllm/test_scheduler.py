@@ -15,7 +15,7 @@ import pytest
 
 from llmserve_env.live.servers.engine_settings import AppliedSettings, EngineSettings
 
-from .conftest import BLOCK_TOKENS, ROOT, START_S, STEP_S, completion, prompt, wait_for
+from .conftest import BLOCK_TOKENS, ROOT, START_S, STEP_S, TRIES, completion, prompt, wait_for
 
 STARTED = AppliedSettings(batch_cap=64, kv_budget_fraction=1.0, speculation_depth=4)
 
@@ -163,8 +163,8 @@ def test_lowering_the_batch_cap_drains(server):
 
 
 def test_the_kv_budget_gates_admissions(server):
-    # 150 tokens and 8 more stay within 5 blocks: 3 requests fit into a quarter of 64 blocks, 12 into all.
-    with load(server, clients=14, prompt_tokens=150, tokens=8):
+    # 130 tokens and 28 more stay within 5 blocks: 3 requests fit into a quarter of 64 blocks, 12 into all.
+    with load(server, clients=14, prompt_tokens=130, tokens=28):
         server.set(kv_budget_fraction=0.25, speculation_depth=0)
         gated = first_within(server, 3, server.last_iteration())
         iterations_at(server, running=3, count=15)
@@ -189,8 +189,11 @@ def test_running_requests_are_preempted_when_they_outgrow_the_cache_and_not_unde
             return list(pool.map(lambda ids: complete(server, ids, 2 * BLOCK_TOKENS), prompts))
 
     before = server.metric("num_preemptions_total")
-    assert all_served() == 12 * [2 * BLOCK_TOKENS]
-    pressed = server.metric("num_preemptions_total")
+    for _ in range(TRIES):  # until they meet in the cache
+        assert all_served() == 12 * [2 * BLOCK_TOKENS]
+        pressed = server.metric("num_preemptions_total")
+        if pressed > before:
+            break
     assert pressed > before
 
     server.set(kv_budget_fraction=0.5)  # 6 are admitted at most, and 6 at their longest fit

@@ -63,7 +63,9 @@ def ok(response: httpx.Response) -> Any:
 def open_ws(url: str, session_id: str | None = None) -> ClientConnection:
     """A connection, in a session of its own unless one is named."""
     query = f"?session_id={session_id}" if session_id else ""
-    return connect(url.replace("http", "ws", 1) + f"/ws{query}", compression=None, max_size=None)
+    return connect(
+        url.replace("http", "ws", 1) + f"/ws{query}", compression=None, max_size=None, open_timeout=60
+    )
 
 
 def ask(ws: ClientConnection, kind: str, data: dict[str, Any] | None = None) -> dict[str, Any]:

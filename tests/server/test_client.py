@@ -235,7 +235,7 @@ def test_connections_have_sessions_of_their_own(server_url, env):
 
 
 def test_a_session_can_be_attached_to_and_is_left_open(server_url):
-    with httpx.Client(base_url=server_url) as http:
+    with httpx.Client(base_url=server_url, timeout=60) as http:
         asked = {"task_id": TASK, "seed": 5, "horizon_s": 20.0}
         session_id = http.post("/reset", json=asked).headers["x-session-id"]
         http.post("/step", json={"session_id": session_id, "action": ACTIONS[0].model_dump(mode="json")})

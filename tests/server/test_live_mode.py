@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import httpx
-
 from llmserve_env.grading import grade
 from llmserve_env.schema import EpisodeLog
 from tests.live.endpoint_server import CompletionEndpoint, serving
+from tests.server._playing import client
 from tests.server.conftest import running
 
 
@@ -14,7 +13,7 @@ def test_an_episode_is_served_by_the_endpoint():
     endpoint = CompletionEndpoint()
     with serving(endpoint) as url:
         options = ["--mode", "real", "--endpoint.base-url", url, "--endpoint.model", "m"]
-        with running(*options, "--endpoint.precision", "FP16") as here, httpx.Client(base_url=here) as http:
+        with running(*options, "--endpoint.precision", "FP16") as here, client(here) as http:
             task = {"task_id": "static_workload", "seed": 1, "horizon_s": 2.0}
             assert http.post("/reset", json=task).status_code == 200
             assert not endpoint.requests

@@ -124,13 +124,66 @@ def test_resumed_is_as_if_never_stopped(tmp_path):
         assert torch.equal(value, resumed["net"][name]), name
 
 
-def test_ctrl_c_keeps_the_best(tmp_path, monkeypatch):
-    def stop(*_):
+@pytest.fixture
+def rounds(monkeypatch):
+    """Rounds that agree with the teacher as told, and write into the weights which round it was."""
+
+    def play(*agreements, then=None):
+        def learn(cloner, bar):
+            if cloner.round == len(agreements):
+                raise then
+            torch.manual_seed(cloner.round)
+            with torch.no_grad():
+                for weights in cloner.net.parameters():
+                    weights.normal_()
+                cloner.net.stay.fill_(cloner.round + 1)
+            return {"loss": 0.0}
+
+        left = iter(agreements)
+        monkeypatch.setattr(Cloner, "learn", learn)
+        monkeypatch.setattr(bc.Watched, "agreement", lambda _: {"agreement": next(left), "moves": 0.0})
+
+    return play
+
+
+def round_of(folder):
+    """The round that a policy of `rounds` is of."""
+    (number,) = np.unique(load_policy(folder).weights["stay"])
+    return number
+
+
+@pytest.mark.parametrize(
+    ("agreements", "best"),
+    [((0.5, 0.8, 0.7), 2), ((0.9, 0.8, 0.7), 1), ((0.5, 0.6, 0.7), 3), ((0.8, 0.8), 1)],
+)
+def test_the_round_that_agrees_most_is_kept_and_its_score_told(tmp_path, rounds, agreements, best):
+    rounds(*agreements)
+    score = clone(small(tmp_path, rounds=len(agreements)))
+    assert round_of(tmp_path) == best
+    told = torch.load(tmp_path / "checkpoint.pt", weights_only=False)["told"]
+    assert [each["agreement"] for each in told] == list(agreements)
+    assert score == told[best - 1]["validation"]
+    assert len({each["validation"] for each in told}) == len(told)
+
+
+def test_ctrl_c_keeps_the_best(tmp_path, rounds):
+    rounds(0.8, 0.7, then=KeyboardInterrupt)
+    clone(small(tmp_path, rounds=4))
+    assert round_of(tmp_path) == 1
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["round"] == 2
+
+
+def test_ctrl_c_in_the_first_round_keeps_it_as_far_as_it_came(tmp_path, monkeypatch):
+    def stop(cloner, bar):
+        with torch.no_grad():
+            cloner.net.stay.fill_(5.0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Cloner, "learn", stop)
-    clone(small(tmp_path / "first"))
-    load_policy(tmp_path / "first")  # of a round that was not finished: as far as it came
+    score = clone(small(tmp_path))
+    kept = load_policy(tmp_path)
+    assert (kept.weights["stay"] == 5.0).all()
+    assert score == play(PolicyAgent(kept), TASK, VALIDATION[:4]).scores.mean()
 
 
 @pytest.mark.parametrize("seed", [-1, 2_148])

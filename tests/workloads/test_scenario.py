@@ -293,7 +293,7 @@ def test_a_duration_that_cannot_be_covered_is_refused(duration_s):
     assert caught.value.field == "duration"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rates=st.lists(st.tuples(st.floats(0, 30), st.floats(0, 30)), min_size=1, max_size=4),
     stay=st.tuples(st.floats(1, 60), st.floats(0, 60)),

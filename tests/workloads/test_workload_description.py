@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import trace_samples
 
 from llmserve_env.commands.workload import workload as command
 from llmserve_env.errors import InputError
-from llmserve_env.workloads import Workload, describe, open_workload
+from llmserve_env.report.figures import new_figure
+from llmserve_env.workloads import Workload, describe, open_workload, picture
 from llmserve_env.workloads.description import window_counts
 
 
@@ -119,9 +121,68 @@ def test_command_reports_a_trace(tmp_path, capsys):
     assert json.loads(numbers.read_text())["load"]["bad_rows"] == 1
 
 
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws a workload: its axes by their titles."""
+
+    def draw(workload):
+        with new_figure((9.0, 6.2)) as figure, monkeypatch.context() as patched:
+            patched.setattr(picture, "picture_file", lambda path, size: nullcontext(figure))
+            picture.draw(workload, describe(workload), tmp_path / "none.png")
+            return {axes.get_title("left"): axes for axes in figure.axes}
+
+    return draw
+
+
+def bars(axes):
+    """Left edge, width and height of the bars of a histogram."""
+    return np.array([(bar.get_x(), bar.get_width(), bar.get_height()) for bar in axes.containers[0]]).T
+
+
+def test_the_picture_shows_what_the_workload_holds(drawn):
+    workload = open_workload("gamma://?requests=400&shape=0.3")
+    facts, shown = describe(workload), drawn(workload)
+    since, gaps = workload.arrival_s - workload.arrival_s[0], np.diff(workload.arrival_s)
+
+    rates = [part.get_data() for part in shown["Arrivals"].patches]
+    assert [rate.edges[1] for rate in rates] == [1, 2]  # s
+    for rate in rates:
+        counted = rate.values * np.diff(rate.edges)
+        expected = [((since >= low) & (since < low + rate.edges[1])).sum() for low in rate.edges[:-1]]
+        np.testing.assert_allclose(counted, expected)
+    (mean,) = shown["Arrivals"].lines
+    assert set(mean.get_ydata()) == {facts.rate_rps}
+
+    left, width, share = bars(shown["Inter-arrival times"])
+    for edge, size, found in zip(left, width, share, strict=True):
+        assert found == pytest.approx(((gaps >= edge) & (gaps < edge + size)).mean())
+    assert share.sum() == pytest.approx(1, abs=2 / len(gaps))  # but for the least gap
+    (poisson,) = [part for part in shown["Inter-arrival times"].patches if hasattr(part, "get_data")]
+    edges = np.append(left, left[-1] + width[-1])
+    np.testing.assert_allclose(poisson.get_data().values, -np.diff(np.exp(-edges / gaps.mean())))
+
+    for title, tokens, statistics in (
+        ("Prompt lengths", workload.prompt_tokens, facts.prompt),
+        ("Output lengths", workload.output_tokens, facts.output),
+    ):
+        left, width, share = bars(shown[title])
+        assert share.sum() == pytest.approx(1)
+        assert (left[0], left[-1] + width[-1]) == pytest.approx((tokens.min(), tokens.max() + 1))
+        assert [line.get_xdata()[0] for line in shown[title].lines] == [statistics.p50, statistics.p99]
+        assert [text.get_text().split()[0] for text in shown[title].texts] == ["p50", "p99"]
+
+
 @pytest.mark.parametrize("requests", [1, 2, 3])
-def test_a_picture_of_hardly_anything(tmp_path, requests):
-    command(f"poisson://?requests={requests}&lengths=fixed:5,6", picture=tmp_path / "w.png")
+def test_a_picture_of_hardly_anything(tmp_path, drawn, requests):
+    source, path = f"poisson://?requests={requests}&lengths=fixed:5,6", tmp_path / "w.png"
+    command(source, picture=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    shown = drawn(open_workload(source))
+    assert bool(shown["Inter-arrival times"].patches) == (requests > 1)
+    for title, length in (("Prompt lengths", 5), ("Output lengths", 6)):
+        left, width, share = bars(shown[title])
+        assert share.tolist() == [1]
+        assert left[0] < length < left[0] + width[0]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

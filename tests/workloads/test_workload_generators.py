@@ -65,7 +65,7 @@ def test_requests_is_a_limit(address, scheme):
     assert len(open_workload(f"{address(scheme)}requests=5&duration=600")) == 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rate=st.floats(0.01, 100), shape=st.floats(0.1, 5), seed=st.integers(0, 2**32), duration=st.floats(1, 100)
 )

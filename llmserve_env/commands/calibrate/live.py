@@ -48,7 +48,7 @@ def live(
         minutes: time under load (min).
         max_num_seqs: running sequences that the server was started for (default: its log's, else vLLM's).
         max_num_batched_tokens: token budget of an iteration, likewise.
-        async_scheduling: whether the server decides a batch while one runs (default: as its log says, else yes).
+        async_scheduling: whether the server decides a batch while one runs (default: its log's, else yes).
         json_file: file for the figures of the fit, as JSON.
         picture: picture of predicted against measured iterations (png, svg or pdf).
 

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve_env.agents import Shield
@@ -201,7 +201,7 @@ WINDOWS = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.lists(WINDOWS, min_size=2, max_size=25))
 def test_what_is_applied_keeps_to_the_limits_or_is_the_safe_configuration(steps):
     one = Pilot(Scripted([action for action, stale, _ in steps if stale is None]), TASK, START, safe=SAFE)

@@ -34,7 +34,7 @@ INITIALIZE = {
 
 @pytest.fixture
 def http(server_url):
-    with httpx.Client(base_url=server_url) as client:
+    with httpx.Client(base_url=server_url, timeout=60) as client:
         yield client
 
 
@@ -170,7 +170,7 @@ def test_a_client_that_closes_frees_its_session(single_url):
         for _ in range(3):
             async with Client(f"{url}/mcp") as client:
                 await client.call_tool("start_episode", EPISODE)
-                async with httpx.AsyncClient(base_url=url) as http:
+                async with httpx.AsyncClient(base_url=url, timeout=60) as http:
                     refused = await http.post("/mcp", json=INITIALIZE, headers=STREAMS)
                     found.append(refused.status_code)
                     assert int(refused.headers["retry-after"]) >= 1
@@ -180,7 +180,7 @@ def test_a_client_that_closes_frees_its_session(single_url):
 
 
 def test_initialize_that_is_refused_holds_no_session(single_url):
-    with httpx.Client(base_url=single_url) as http:
+    with httpx.Client(base_url=single_url, timeout=60) as http:
         refused = http.post("/mcp", json=INITIALIZE, headers={"Accept": "text/plain"})
         assert refused.status_code == 406
         assert "mcp-session-id" not in refused.headers
@@ -207,9 +207,10 @@ def test_a_client_goes_on_after_a_restart(tmp_path):
         request = {"jsonrpc": "2.0", "id": 2, "method": "tools/call"}
         request["params"] = {"name": name, "arguments": arguments}
         headers = {**STREAMS, "Mcp-Session-Id": session_id}
-        return httpx.post(f"{url}/mcp", json=request, headers=headers).json()["result"]["content"][0]["text"]
+        answer = httpx.post(f"{url}/mcp", json=request, headers=headers, timeout=60)
+        return answer.json()["result"]["content"][0]["text"]
 
-    with running("--journal", str(tmp_path)) as url, httpx.Client(base_url=url) as http:
+    with running("--journal", str(tmp_path)) as url, httpx.Client(base_url=url, timeout=60) as http:
         session_id = opened(http)
         answers = [call(url, session_id, "start_episode", EPISODE)]
         answers.append(call(url, session_id, "set_serving_config", {**CONFIG, "windows": 2}))

@@ -57,7 +57,6 @@ def attack(operation, http) -> str | None:
         max_examples=40,
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(case=right | wrong)
@@ -66,7 +65,7 @@ def attack(operation, http) -> str | None:
         ok(http.post("/reset", json=BEGIN))
         named = {"X-Session-Id": http.cookies["llmserve_session"]}
         try:
-            case.call_and_validate(checks=checks, headers=named, timeout=30)
+            case.call_and_validate(checks=checks, headers=named, timeout=60)
         finally:
             http.delete("/session")
 

@@ -82,9 +82,7 @@ def witness(tight_url):
         assert [bare(answer["data"]) for answer in answers] == local()[0][1:]
 
 
-@settings(
-    max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=60, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(sent=st.lists(SENT, min_size=1, max_size=12))
 def test_every_message_has_one_answer_and_harms_nobody(tight_url, witness, sent):
     with open_ws(tight_url) as ws:
@@ -92,7 +90,7 @@ def test_every_message_has_one_answer_and_harms_nobody(tight_url, witness, sent)
             if is_close(message):
                 continue
             ws.send(message)
-            text = ws.recv(timeout=30, decode=False)
+            text = ws.recv(timeout=60, decode=False)
             answer = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
             assert answer.keys() == {"type", "data"}
             if answer["type"] == "error":

@@ -298,12 +298,14 @@ class EpisodeBatch:
         rewards: NDArray[np.float64],
         terminated: NDArray[np.bool_],
     ) -> None:
-        columns = (windows, self.actions, self.components, rewards, terminated)
         if self.num_episodes == 1:
-            self.recordings[0].add(*columns)
+            self.recordings[0].add(windows, self.actions, self.components, rewards, terminated)
             return
         for i in np.flatnonzero(served).tolist():
-            self.recordings[i].add(*(column[i : i + 1] for column in columns))
+            row = slice(i, i + 1)
+            self.recordings[i].add(
+                windows[row], self.actions[row], self.components[row], rewards[row], terminated[row]
+            )
 
 
 _NOT_KEPT = ("task", "_open", "_backend")

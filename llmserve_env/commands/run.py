@@ -82,7 +82,7 @@ def run(
     Ctrl-C and SIGTERM end it: what was played is scored and logged, and settings of engines return.
 
     Args:
-        agent: name of an agent, or folder of a policy.
+        agent: name of an agent, llm:MODEL@URL, or folder of a policy.
         task: id of a task, or its .toml file.
         live: URL of a running vLLM server, with ,tier=FP16|INT8|INT4 and ,speculation=DEPTH what it was
             started with, ,engines=N how many it has, ,control=FOLDER the folder of its LiveScheduler, and

@@ -349,7 +349,7 @@ class SimulatorBatch:
     def ignored(self, episode: int, action: NDArray[np.void]) -> dict[str, str]:
         """Fields of an episode's last action that had no effect: as `not_applied`, in every window."""
         codes = action.item()  # at once: field by field takes five times as long
-        return self._missing(codes[_BATCH_CAP], TIERS[codes[_TIER]], codes[_SPLIT])
+        return self._missing(codes[_BATCH_CAP], TIERS[codes[_TIER]], bool(codes[_SPLIT]))
 
     def _missing(self, batch_cap: int, tier: str, split: bool) -> dict[str, str]:
         missing = {}

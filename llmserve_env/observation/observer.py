@@ -25,6 +25,10 @@ _WINDOW, _ACTION = 0, 2
 """Records in which a place can lie; 1 more where the word is a float64 and no int64."""
 
 
+_ROWS = 64
+"""Episodes whose features are computed together: their records stay in the cache meanwhile."""
+
+
 class Observer:
     """Turns records into observations of a task.
 
@@ -130,42 +134,48 @@ def _places(feature: Feature, names: Sequence[str], tenants: int) -> list[int]:
 
 @njit(cache=True, error_model="numpy")
 def _fill(windows, actions, progress, columns, places, bounds, numbers, observations):  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0917
-    ints = windows.reshape(len(observations), windows.size // max(len(observations), 1))
-    set_ints = actions.reshape(len(observations), actions.size // max(len(observations), 1))
+    episodes = len(observations)
+    ints = windows.reshape(episodes, windows.size // max(episodes, 1))
+    set_ints = actions.reshape(episodes, actions.size // max(episodes, 1))
     floats, set_floats = ints.view(np.float64), set_ints.view(np.float64)
-    # Column by column: which way a branch goes then depends on the feature alone.
-    count = len(observations)
-    sums = np.empty((2, count))  # what a feature reads, and what it is a share of
-    values = sums[0]
-    for k in range(len(columns)):
-        constant, without, divisor, factor, code, half = numbers[k]
-        sums[0], sums[1] = constant, 0.0
-        for m in range(bounds[2 * k], bounds[2 * k + 2]):
-            record, word = places[m] & 3, places[m] >> 2
-            total = sums[0] if m < bounds[2 * k + 1] else sums[1]
-            if places[m] < 0:
-                total += progress
-            elif record == 0:
+    parts = np.empty(_ROWS)  # what a feature reads
+    wholes = np.empty(_ROWS)  # what it is a share of
+    for first in range(0, episodes, _ROWS):
+        count = min(_ROWS, episodes - first)
+        # Column by column: which way a branch goes then depends on the feature alone.
+        for k in range(len(columns)):
+            constant, without, divisor, factor, code, half = numbers[k]
+            middle, last = bounds[2 * k + 1], bounds[2 * k + 2]
+            parts[:count] = constant
+            if middle < last:
+                wholes[:count] = 0.0
+            for m in range(bounds[2 * k], last):
+                record, word = places[m] & 3, places[m] >> 2
+                total = parts if m < middle else wholes
+                if places[m] < 0:
+                    for i in range(count):
+                        total[i] += progress[first + i]
+                elif record == 0:
+                    for i in range(count):
+                        total[i] += ints[first + i, word]
+                elif record == 1:
+                    for i in range(count):
+                        total[i] += floats[first + i, word]
+                elif record == 2:
+                    for i in range(count):
+                        total[i] += set_ints[first + i, word]
+                else:
+                    for i in range(count):
+                        total[i] += set_floats[first + i, word]
+            if middle < last:
                 for i in range(count):
-                    total[i] += ints[i, word]
-            elif record == 1:
+                    parts[i] = parts[i] / wholes[i] if wholes[i] > 0.0 else without
+            if code >= 0.0:
                 for i in range(count):
-                    total[i] += floats[i, word]
-            elif record == 2:
-                for i in range(count):
-                    total[i] += set_ints[i, word]
-            else:
-                for i in range(count):
-                    total[i] += set_floats[i, word]
-        if bounds[2 * k + 1] < bounds[2 * k + 2]:
+                    parts[i] = 1.0 if parts[i] == code else 0.0
             for i in range(count):
-                values[i] = values[i] / sums[1, i] if sums[1, i] > 0.0 else without
-        if code >= 0.0:
-            for i in range(count):
-                values[i] = 1.0 if values[i] == code else 0.0
-        for i in range(count):
-            value = values[i] / divisor * factor
-            value = value if value > 0.0 else 0.0  # nan, too
-            if half > 0.0:
-                value = value / (value + half) if value < np.inf else 1.0
-            observations[i, columns[k]] = min(value, 1.0)
+                value = parts[i] / divisor * factor
+                value = value if value > 0.0 else 0.0  # nan, too
+                if half > 0.0:
+                    value = value / (value + half) if value < np.inf else 1.0
+                observations[first + i, columns[k]] = min(value, 1.0)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import llmserve_env
 from evaluate.jobs import Setting
 from evaluate.scores import setting_name
-from evaluate.search import Player, best_constants
+from evaluate.search import PlanPlayer, best_constants
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.tuned import tuned_constant
 from llmserve_env.controls import CONTROLS, to_action, to_array
@@ -102,7 +102,7 @@ def first_tries(task: Task, tried: int) -> NDArray[np.void]:
 
 def _search(setting: Setting, seeds: Sequence[int], tried: int) -> dict[str, Any]:
     task = setting.open()
-    player = Player(task)
+    player = PlanPlayer(task)
     training = TRAINING_SEEDS[:12]
     tries = first_tries(task, tried)
     rungs = ((2, max(tried // 4, 1)), (6, max(tried // 16, 1)), (len(training), 1))

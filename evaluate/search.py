@@ -27,7 +27,7 @@ def _ignore(episodes: int) -> None:
     """Show no progress."""
 
 
-class Player:
+class PlanPlayer:
     """Plays plans on episodes of a task, many at once.
 
     Args:
@@ -85,7 +85,7 @@ def candidates(task: Task, at_least: int, seed: int) -> NDArray[np.void]:
 
 
 def best_constants(
-    player: Player,
+    player: PlanPlayer,
     seeds: Sequence[int],
     *,
     at_least: int = 2048,
@@ -117,7 +117,7 @@ def best_constants(
 
 
 def clairvoyant(
-    player: Player,
+    player: PlanPlayer,
     seed: int,
     starts: NDArray[np.void],
     *,

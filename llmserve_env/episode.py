@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,8 +55,7 @@ def simulate(
     )
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What n episodes give back for one action each.
 
     Attributes:
@@ -116,6 +114,7 @@ class EpisodeBatch:
         self._rewards = Rewards(task)
         self._observer = Observer(task)
         self._start = to_array([task.start])
+        self._horizon = task.windows
         self.actions = np.repeat(self._start, num_episodes)
         self.steps = np.zeros(num_episodes, np.int64)
         self.seeds = np.zeros(num_episodes, np.int64)
@@ -199,7 +198,7 @@ class EpisodeBatch:
             InputError: no episode has begun, or one of them is over.
         """
         backend = self.backend
-        if (self.over if which is None else self.over & which).any():
+        if np.count_nonzero(self.over if which is None else self.over & which):  # any() takes 1 us more
             raise InputError("the episode is over: call reset")
         windows = backend.serve(actions, self.task.window_s, which)
         earning = self._rewards.earning(windows, backend.unmeasured)
@@ -213,16 +212,15 @@ class EpisodeBatch:
         served = self._all if which is None else which
         self.steps += served
         rewards = self._rewards.add(windows, served, self.components, self.totals, self.requests)
-        truncated = (self.steps >= self.task.windows) & served
+        truncated = (self.steps >= self._horizon) & served
         terminated = np.zeros(self.num_episodes, bool)
         if self.task.max_in_flight is not None:
             terminated = (windows["in_flight"] > self.task.max_in_flight) & served & ~truncated
-        ended = truncated | terminated
-        self.over |= ended
+        self.over |= truncated | terminated
         if self.recorded:
             self._record(windows, served, rewards, terminated)
         self.observed = self._observe()
-        if ended.any() and self.over.all():
+        if np.count_nonzero(self.over) == self.num_episodes:
             backend.close()
         return StepResult(self.observed, rewards, terminated, truncated)
 
@@ -300,10 +298,13 @@ class EpisodeBatch:
         rewards: NDArray[np.float64],
         terminated: NDArray[np.bool_],
     ) -> None:
+        if self.num_episodes == 1:
+            self.recordings[0].add(windows, self.actions, self.components, rewards, terminated)
+            return
         for i in np.flatnonzero(served).tolist():
             row = slice(i, i + 1)
             self.recordings[i].add(
-                windows[row], self.actions[row], self.components[row], float(rewards[i]), bool(terminated[i])
+                windows[row], self.actions[row], self.components[row], rewards[row], terminated[row]
             )
 
 

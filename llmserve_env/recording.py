@@ -107,8 +107,8 @@ class Recording:
         window: NDArray[np.void],
         action: NDArray[np.void],
         components: NDArray[np.float64],
-        reward: float,
-        terminated: bool,
+        reward: NDArray[np.float64],
+        terminated: NDArray[np.bool_],
     ) -> None:
         """Keep a window.
 
@@ -116,14 +116,14 @@ class Recording:
             window: WINDOW[1].
             action: ACTION[1], under which it was served.
             components: float64[1, 5], parts of its reward.
-            reward: of it.
-            terminated: whether the task ended the episode with it.
+            reward: float64[1].
+            terminated: bool[1], whether the task ended the episode with it.
         """
         self._windows += window.tobytes()
         self._actions += action.tobytes()
         self._components += components.tobytes()
-        self.rewards.append(reward)
-        self.terminated = terminated
+        self.rewards.append(reward.item())
+        self.terminated = terminated.item()
 
     @property
     def windows(self) -> NDArray[np.void]:

@@ -22,7 +22,7 @@ from server.baseline_results import Results
 Progress = Callable[[float, int, str], object]
 """Called with the episodes that are over (and the share of one being played), of how many, and which."""
 
-PLAYERS = (*AGENTS, "ppo")
+BASELINES = (*AGENTS, "ppo")
 """Reference agents, and the trained policy on the tasks that there are weights for."""
 
 _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
@@ -37,7 +37,7 @@ def deterministic_suite(
     session: Session | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Play tasks with `PLAYERS`.
+    """Play tasks with `BASELINES`.
 
     Args:
         task_ids: shipped tasks (default: all).
@@ -65,7 +65,7 @@ def deterministic_suite(
         Results(settings, output),
         play_one,
         task_ids,
-        PLAYERS,
+        BASELINES,
         range(seed, seed + episodes),
         progress=progress,
     )
@@ -154,7 +154,7 @@ def _run(
 
 def _without_weights() -> dict[str, str]:
     """Players who do not play all tasks, and which ones not; the same whatever is asked for."""
-    lacking = {name: [task for task in list_tasks() if lacks_weights(name, task)] for name in PLAYERS}
+    lacking = {name: [task for task in list_tasks() if lacks_weights(name, task)] for name in BASELINES}
     return {name: f"has no weights for {', '.join(tasks)}" for name, tasks in lacking.items() if tasks}
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from evaluate.evaluate import choose_seeds
 from evaluate.experiments.carry_over_report import Compared, draw, table
-from evaluate.search import Player, best_constants
+from evaluate.search import PlanPlayer, best_constants
 from evaluate.tune import tune_rule
 from llmserve_env import __version__
 from llmserve_env.agents import ReactiveAgent, ReactiveRule, Shield, play, shield_settings
@@ -157,7 +157,7 @@ class LiveResult:
 
 def choose(task: Task, *, episodes: int = 6000, seeds: int = 24) -> tuple[Chosen, dict[str, float]]:
     """The best constant and the tuned rule, and their mean scores on the seeds that they were chosen on."""
-    player = Player(task)
+    player = PlanPlayer(task)
     training = TRAINING_SEEDS[:seeds]
     constants, means = best_constants(player, training)
     with tqdm(total=episodes, unit="episode", desc="rule") as bar:

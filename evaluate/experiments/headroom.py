@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from evaluate.search import Player, best_constants, clairvoyant
+from evaluate.search import PlanPlayer, best_constants, clairvoyant
 from llmserve_env.agents import load_agent
 from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
@@ -129,7 +129,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 
 def _best_constant(task: Task, settings: Settings) -> dict[str, Any]:
     with tqdm(unit="episode", desc="constant actions", disable=None) as progress:
-        player = Player(task, progress=progress.update)
+        player = PlanPlayer(task, progress=progress.update)
         actions, scores = best_constants(player, list(TRAINING_SEEDS[:16]), at_least=settings.constants)
     return {
         "action": to_action(actions[0]).model_dump(mode="json"),
@@ -143,7 +143,7 @@ def _best_constant(task: Task, settings: Settings) -> dict[str, Any]:
 def _episode(settings: Settings, starts: list[ServeAction], seed: int) -> dict[str, float]:
     """Scores of the best constant, the clairvoyant plan, and that with each control fixed."""
     task = load_task(settings.task)
-    player = Player(task)
+    player = PlanPlayer(task)
     constants = to_array([*starts, task.start])[:, None]
     scores = {"best_constant": float(player.play([seed], constants[:1])[0])}
     plan, _ = clairvoyant(player, seed, constants, rounds=settings.rounds, children=settings.children)

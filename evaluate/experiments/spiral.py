@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tyro
 
-from evaluate.search import Player
+from evaluate.search import PlanPlayer
 from llmserve_env.agents import load_agent
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.controls import to_action
@@ -74,7 +74,7 @@ def _everybody(task: Task) -> Agent:
     grid = task.grid.all()
     grid = grid[np.isinf(grid["admission_rate"])]
     seeds = list(TRAINING_SEEDS[:16])
-    player = Player(task)
+    player = PlanPlayer(task)
     scores = [player.play(seeds, np.repeat(row[None, None], len(seeds), axis=0)).mean() for row in grid]
     return ConstantAgent(to_action(grid[int(np.argmax(scores))]), "everybody")
 

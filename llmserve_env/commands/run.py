@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from llmserve_env.errors import InputError
+from llmserve_env.schema import QuantizationTier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,7 @@ class Endpoint:
 
     model: str | None = None
     """Name of the model (default: the first that the first server lists)."""
-    precision: Literal["FP16", "INT8", "INT4"] | None = None
+    precision: QuantizationTier | None = None
     """Precision of the weights behind servers that state none; without it nothing is earned for quality."""
     max_requests_per_step: int = 100
     """Requests that arrive in a window; further ones are left out of the episode."""
@@ -81,7 +82,7 @@ def run(
     Ctrl-C and SIGTERM end it: what was played is scored and logged, and settings of engines return.
 
     Args:
-        agent: name of an agent, or folder of a policy.
+        agent: name of an agent, llm:MODEL@URL, or folder of a policy.
         task: id of a task, or its .toml file.
         live: URL of a running vLLM server, with ,tier=FP16|INT8|INT4 and ,speculation=DEPTH what it was
             started with, ,engines=N how many it has, ,control=FOLDER the folder of its LiveScheduler, and

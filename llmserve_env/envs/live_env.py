@@ -152,10 +152,13 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             InputError: an index out of its range; no episode has begun, or it is over.
         """
         result = self.episode.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
-        reward, terminated, truncated = (
-            each[0].item() for each in (result.rewards, result.terminated, result.truncated)
+        return (
+            result.observations[0],
+            result.rewards.item(),
+            result.terminated.item(),
+            result.truncated.item(),
+            self._info(),
         )
-        return result.observations[0], reward, terminated, truncated, self._info()
 
     def action_masks(self) -> NDArray[np.bool_]:
         """bool[sum(nvec)], the values of the grid that the servers can take now, control after control.

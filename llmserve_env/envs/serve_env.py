@@ -169,10 +169,13 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
             InputError: an index out of its range; no episode has begun, or it is over.
         """
         result = self.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
-        reward, terminated, truncated = (
-            each[0].item() for each in (result.rewards, result.terminated, result.truncated)
+        return (
+            result.observations[0],
+            result.rewards.item(),
+            result.terminated.item(),
+            result.truncated.item(),
+            self._info(),
         )
-        return result.observations[0], reward, terminated, truncated, self._info()
 
     @property
     def recording(self) -> Recording:

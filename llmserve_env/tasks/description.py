@@ -101,7 +101,7 @@ def _episode(task: Task, traffic: np.ndarray[Any, Any]) -> Table:
         ("window", f"{task.window_s:g} s between two actions"),
         ("ends after", end),
         ("requests", f"about {_about(traffic[:, 0].sum())} (mean of {_of_seeds()})"),
-        ("configurations", f"{' x '.join(map(str, task.grid.nvec))} = {task.grid.nvec.prod():,}"),
+        ("configurations", f"{' x '.join(map(str, task.grid.nvec))} = {task.grid.size:,}"),
     ]
     return Table("Episode", ("", ""), rows, left=2)
 

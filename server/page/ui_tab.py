@@ -18,7 +18,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.schema import EpisodeLog, ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS
 from llmserve_env.tasks.catalog import TaskInfo, catalog
-from server.baseline_suites import PLAYERS
+from server.baseline_suites import BASELINES
 from server.hosted import DEFAULT_TASK
 from server.messages.errors import message
 from server.messages.refusals import Refusal
@@ -285,7 +285,7 @@ def _agent_row() -> tuple[Any, Any, Any]:
 
 def _agents(task_id: str, chosen: str) -> dict[str, Any]:
     """Who plays a task; the one that was chosen if it does."""
-    names = [name for name in PLAYERS if not lacks_weights(name, task_id)]
+    names = [name for name in BASELINES if not lacks_weights(name, task_id)]
     return {"choices": names, "value": chosen if chosen in names else _FIRST_AGENT}
 
 

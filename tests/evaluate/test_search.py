@@ -9,7 +9,7 @@ import pytest
 
 from evaluate.experiments.headroom import Settings, main
 from evaluate.experiments.headroom_report import scores_of
-from evaluate.search import Player, best_constants, candidates, clairvoyant
+from evaluate.search import PlanPlayer, best_constants, candidates, clairvoyant
 from llmserve_env.agents import load_agent, play
 from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError
@@ -21,7 +21,7 @@ START = to_array([TASK.start])
 
 
 def test_a_player_scores_as_an_agent_that_plays_the_same():
-    player = Player(TASK, size=3)  # neither one batch nor a whole number of them
+    player = PlanPlayer(TASK, size=3)  # neither one batch nor a whole number of them
     scores = player.play([5, 6, 7, 8], np.repeat(START[None], 4, axis=0))
     assert scores == pytest.approx(play(load_agent("defaults", TASK), TASK, [5, 6, 7, 8]).scores, abs=1e-12)
     assert player.episodes == 4
@@ -40,7 +40,7 @@ def test_best_constants_come_with_their_means_best_first():
     small = load_task(
         "static_workload", horizon_s=12.0, controls={"batch_cap": [8, 64], "speculation_depth": [0, 2]}
     )
-    player = Player(small, size=8)
+    player = PlanPlayer(small, size=8)
     actions, means = best_constants(player, range(3), at_least=1, rungs=((1, 4), (3, 2)))
     assert (np.diff(means) <= 0).all()
     for action, mean in zip(actions, means, strict=True):
@@ -50,7 +50,7 @@ def test_best_constants_come_with_their_means_best_first():
 
 @pytest.mark.parametrize("fixed", [(), ("batch_cap", "quantization_tier")])
 def test_a_plan_is_at_least_its_start_and_keeps_what_is_fixed(fixed):
-    player = Player(TASK, size=16)
+    player = PlanPlayer(TASK, size=16)
     start = to_array([ServeAction(batch_cap=8)])
     plan, score = clairvoyant(player, 3, start[None], rounds=2, children=16, width=4, fixed=fixed)
     assert score >= player.play([3], start[None])[0]

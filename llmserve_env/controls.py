@@ -157,7 +157,7 @@ def to_array(actions: Sequence[ServeAction]) -> NDArray[np.void]:
 
 def to_action(row: NDArray[np.void]) -> ServeAction:
     """The ServeAction of one ACTION record."""
-    return ServeAction(**to_values(row))
+    return ServeAction(**{name: spec.value(row[name].item()) for name, spec in SPECS.items()})
 
 
 def to_values(row: NDArray[np.void]) -> dict[str, Any]:

@@ -158,9 +158,15 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         lost = self.task.unavailable
         return {name: "not on this cell" for name, found in lost.items() if values[name] in found}
 
-    @staticmethod
-    def _vector(observation: ServeObservation) -> NDArray[np.float32]:
-        return np.array(observation.metadata["features"], np.float32)
+    def _vector(self, observation: ServeObservation) -> NDArray[np.float32]:
+        vector = np.array(observation.metadata["features"], np.float32)
+        if vector.shape != self.observation_space.shape:
+            raise InputError(
+                f"expected {self.observation_space.shape} features, as this package has them, found "
+                f"{vector.shape}: the server runs another version",
+                field="features",
+            )
+        return vector
 
     @staticmethod
     def _info(observation: ServeObservation) -> dict[str, Any]:

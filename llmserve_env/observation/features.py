@@ -318,7 +318,7 @@ _TENANT = (
 def _settings(spec: ControlSpec) -> list[Feature]:
     """The features that tell what is set: of an enumeration one for each member but the first."""
     declared = spec.declared
-    label = spec.label_in_text
+    label, name = spec.label_in_text, declared.short or spec.name
     rows: list[tuple[str, str, int | None]]
     if spec.options and spec.type is not bool:
         rows = [
@@ -327,17 +327,17 @@ def _settings(spec: ControlSpec) -> list[Feature]:
             if code
         ]
     elif spec.options:
-        rows = [(declared.short or spec.name, f"1 if {spec.name} is set", None)]
+        rows = [(name, f"1 if {spec.name} is set", None)]
     elif declared.half is None:
         of = f", of {spec.high:g}" if spec.high != 1 else ""
-        rows = [(spec.name, f"{label} that is set{of}", None)]
+        rows = [(name, f"{label} that is set{of}", None)]
     else:
         per_engine = ", per engine" if declared.of_cell else ""
         none = "; 1 for none" if spec.optional else ""
-        rows = [(spec.name, f"{label} that is set{per_engine} ({declared.unit}){none}", None)]
+        rows = [(name, f"{label} that is set{per_engine} ({declared.unit}){none}", None)]
     return [
         Feature(
-            f"set_{name}",
+            f"set_{shown}",
             meaning,
             declared.group,
             (spec.name,),
@@ -347,7 +347,7 @@ def _settings(spec: ControlSpec) -> list[Feature]:
             code=code,
             source="action",
         )
-        for name, meaning, code in rows
+        for shown, meaning, code in rows
     ]
 
 

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from pydantic import ValidationError
 
 from llmserve_env.errors import InputError
+from llmserve_env.net.http import open_client
 from llmserve_env.net.urls import without_credentials
 from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
 from llmserve_env.tasks.catalog import TaskInfo
@@ -26,8 +27,8 @@ class HttpSession:
     """Plays through the HTTP service: /tasks, /reset, /step, /grader, /log, in one session.
 
     Args:
-        base_url: of the service.
-        timeout_s: for one answer (s).
+        base_url: URL of the service.
+        timeout_s: time for one answer (s).
         sleep: waits some seconds, where the service is full and says for how long.
     """
 
@@ -39,7 +40,7 @@ class HttpSession:
         self._url = without_credentials(base_url)
         self._sleep = sleep
         try:
-            self._client = httpx.Client(base_url=base_url, timeout=timeout_s)
+            self._client = open_client(base_url, timeout_s=timeout_s)
         except httpx.InvalidURL as error:
             raise InputError(f"expected the service's URL, found {base_url!r}", field="base_url") from error
         self._session: dict[str, str] = {}

@@ -84,7 +84,7 @@ class Sender:
 
     async def begin(self) -> None:
         """Find out which servers show metrics, and begin to watch them; none is sent a request."""
-        self._session = open_session(trust_env=True)
+        self._session = open_session(trust_env=True)  # the environment may name a proxy
         servers = list(self._roots)
         found = await asyncio.gather(*(self._probe(each) for each in servers))
         telling = [(each, scrape) for each, scrape in zip(servers, found, strict=True) if scrape is not False]

@@ -1,1 +1,1 @@
-"""URLs and sockets."""
+"""URLs, sockets and HTTP clients."""

@@ -162,18 +162,52 @@ def test_what_nobody_can_apply_is_told(live):
         assert here.stale is None  # it has no metrics to be stale
 
 
+class TimeLimits:
+    """The limits of time of a backend's clients, which are over when the test says so."""
+
+    def __init__(self, backend):
+        self.backend, self.given = backend, []
+        later, give_up = backend._loop.call_later, backend._sender._give_up
+
+        def call_later(delay_s, callback, *args, **options):
+            if callback != give_up:
+                return later(delay_s, callback, *args, **options)
+            self.given.append((delay_s, args))
+            return None
+
+        backend._loop.call_later = call_later
+
+    def are_over(self):
+        for _, args in self.given:
+            self.backend._loop.call_soon_threadsafe(self.backend._sender._give_up, *args)
+
+
 @pytest.mark.parametrize("cap", [1, 2])
 def test_clients_without_a_first_token_lose_patience(live, cap):
     endpoint = CompletionEndpoint(held=True)
     impatient = Tenant("impatient", patience_s=1.0)
     with serving(endpoint) as url:
         here = live(url, requests(0.0, 0.0, tenants=(impatient,)))
-        records = served_out(here, ServeAction(batch_cap=cap))
+        limits = TimeLimits(here)
+        records = served(here, ServeAction(batch_cap=cap))
+        while len(endpoint.requests) < cap:
+            records += served(here, ServeAction(batch_cap=cap))
+        assert (total(records, "failed"), records[-1].in_flight) == (0, 2)
+        assert [args[1] for _, args in limits.given] == ["patience", "patience"]
+        assert all(delay_s <= 1.0 for delay_s, _ in limits.given)  # they count from when it was due
+        limits.are_over()
+        records += served_out(here, ServeAction(batch_cap=cap))
         assert endpoint.hung_up.wait(30)  # the endpoint need not go on
         assert here.told()["failures"] == {"patience": 2}
     assert total(records, "failed") == total(records, "arrived") == 2
-    assert len(records) > 4  # not before its time
     assert len(endpoint.requests) == cap  # with one at the endpoint, the other never gets there
+
+
+def test_patience_ends_by_itself(live):
+    with serving(CompletionEndpoint(held=True)) as url:
+        here = live(url, requests(0.0, tenants=(Tenant("impatient", patience_s=0.1),)))
+        assert total(served_out(here), "failed") == 1
+        assert here.told()["failures"] == {"patience": 1}
 
 
 def in_two_parts(go_on):
@@ -191,7 +225,13 @@ def test_a_first_token_keeps_the_client(live):
     go_on = threading.Event()
     with serving(CompletionEndpoint(lines=in_two_parts(go_on))) as url:
         here = live(url, requests(0.0, tenants=(Tenant(patience_s=1.0),)))
-        records = served(here, windows=6)
+        limits = TimeLimits(here)
+        records = served(here)
+        while not total(records, "first_tokens"):
+            records += served(here)
+        limits.are_over()
+        records += served(here)
+        assert records[-1].in_flight == 1
         go_on.set()
         records += served_out(here)
     assert (total(records, "completed"), total(records, "failed")) == (1, 0)
@@ -201,7 +241,12 @@ def test_a_deadline_is_of_the_whole_answer(live):
     go_on = threading.Event()
     with serving(CompletionEndpoint(lines=in_two_parts(go_on))) as url:
         here = live(url, requests(0.0, tenants=(Tenant(deadline_s=1.0),)))
-        records = served_out(here)
+        limits = TimeLimits(here)
+        records = served(here)
+        while not total(records, "first_tokens"):
+            records += served(here)
+        limits.are_over()
+        records += served_out(here)
         go_on.set()
         assert here.told()["failures"] == {"deadline": 1}
     assert total(records, "failed") == total(records, "timeouts") == total(records, "first_tokens") == 1

@@ -315,7 +315,7 @@ class Telemetry:
 
     async def __aenter__(self) -> Telemetry:
         """Begin to scrape."""
-        self._session = open_session(trust_env=True)
+        self._session = open_session(trust_env=True)  # the environment may name a proxy
         self._tasks = [
             asyncio.create_task(self._poll(self._session, replica), name=f"telemetry {index}")
             for index, replica in enumerate(self.replicas)

@@ -146,11 +146,12 @@ def test_an_agent_that_errs_jumps_and_hangs_never_stops_the_service():
         hangs = threading.Event()
         answers = [RuntimeError("boom"), ServeAction(batch_cap=1), hangs]
         limits = ChangeLimits.model_validate({"batch_cap": {"most_factor": 2}})
-        async with serving(*answers, limits=limits, decide_limit_s=0.05) as here:
+        async with serving(*answers, limits=limits) as here:
             first = await here.until(lambda decision: True)
             assert (first.by, first.rule, first.applied) == ("fallback", "exception", SAFE)
             await here.complete()
             second = await here.until(lambda decision: True)
+            here.pilot._limit_s = 0.05  # from the next decision on, in which it hangs
             assert (second.by, second.applied.batch_cap) == ("limit", 50)
             assert here.gateway.action.batch_cap == 50
             third = await here.until(lambda decision: decision.rule == "slow")

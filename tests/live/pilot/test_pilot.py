@@ -160,6 +160,7 @@ def test_a_late_answer_is_dropped_and_the_agent_asked_again_when_it_is_back(capl
     assert len(one._agent.seen) == 1
     late.set()
     assert one._thought.done.wait(60)
+    one._limit_s = 60.0
     found = one.decide(window(100.0))
     assert (found.by, found.applied.batch_cap) == ("agent", 32)  # and never the 1 that came too late
     assert [each.message for each in caplog.records] == [

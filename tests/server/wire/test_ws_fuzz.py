@@ -35,6 +35,7 @@ RESET = st.fixed_dictionaries(
         "horizon_s": st.sampled_from([1.0, 5.0, 20.0, 1e6]) | VALUE,
         "workload": st.sampled_from(["poisson://?rate=1", "trace://x", {"tenants": {}}]) | VALUE,
         "features": VALUE,
+        "records": VALUE,
         "session_id": VALUE,
     },
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmserve_env.controls import CONTROLS
+from llmserve_env.controls import CONTROLS, SPECS
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS
@@ -95,13 +95,14 @@ def _episode(task: Task, traffic: np.ndarray[Any, Any]) -> Table:
     end = f"{task.horizon_s:,g} s, {task.windows} windows"
     if task.max_in_flight is not None:
         end += f", or more than {task.max_in_flight:,} requests in flight at a window's end"
+    counts = " x ".join(str(len(task.grid.values[name])) for name in _seen(task))
     rows = [
         ("task", task.title),
         ("difficulty", task.difficulty),
         ("window", f"{task.window_s:g} s between two actions"),
         ("ends after", end),
         ("requests", f"about {_about(traffic[:, 0].sum())} (mean of {_of_seeds()})"),
-        ("configurations", f"{' x '.join(map(str, task.grid.nvec))} = {task.grid.size:,}"),
+        ("configurations", f"{counts} = {task.grid.size:,}"),
     ]
     return Table("Episode", ("", ""), rows, left=2)
 
@@ -233,11 +234,17 @@ def _regimes(task: Task, traffic: np.ndarray[Any, Any]) -> Table:
     return Table("Regimes", (*header, "prompt tokens /s", "output tokens /s"), rows, left=2, note=note)
 
 
+def _seen(task: Task) -> list[str]:
+    """The controls of the task's groups, granted or not."""
+    return [name for name in CONTROLS if SPECS[name].declared.group in task.groups]
+
+
 def _controls(task: Task) -> Table:
     start = task.start.model_dump(mode="json")
     rows = []
-    for name, count in zip(CONTROLS, task.grid.nvec, strict=True):
-        values = ", ".join(map(str, task.grid.values[name])) if count > 1 else "not granted"
+    for name in _seen(task):
+        granted = name in task.grid.granted
+        values = ", ".join(map(str, task.grid.values[name])) if granted else "not granted"
         rows.append((name, values, str(start[name])))
     return Table("Controls", ("control", "values", "starts at"), rows, left=3)
 

@@ -24,7 +24,7 @@ from evaluate.scores import setting_name
 from evaluate.search import PlanPlayer, best_constants
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.tuned import tuned_constant
-from llmserve_env.controls import CONTROLS, to_action, to_array
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.play import play
@@ -96,7 +96,7 @@ def first_tries(task: Task, tried: int) -> NDArray[np.void]:
     for row in near:
         for name in rng.choice(list(values), rng.integers(1, 3), replace=False):
             row[name] = rng.choice(values[name])
-    random = task.grid.actions(rng.integers(task.grid.nvec, size=(tried, len(CONTROLS))))
+    random = task.grid.actions(rng.integers(task.grid.nvec, size=(tried, len(task.grid.nvec))))
     return np.concatenate([best, to_array([task.start]), near, random])[:tried]
 
 

@@ -72,10 +72,11 @@ def candidates(task: Task, at_least: int, seed: int) -> NDArray[np.void]:
     """
     grid, rng = task.grid, np.random.default_rng(seed)
     if grid.size > MOST_POINTS:
-        return grid.actions(rng.integers(grid.nvec, size=(MOST_POINTS, len(CONTROLS))))
+        return grid.actions(rng.integers(grid.nvec, size=(MOST_POINTS, len(grid.nvec))))
     extra = max(at_least - grid.size, 0)
-    drawn = grid.actions(rng.integers(grid.nvec, size=(extra, len(CONTROLS))))
-    for name, spec in SPECS.items():
+    drawn = grid.actions(rng.integers(grid.nvec, size=(extra, len(grid.nvec))))
+    for name in grid.values:
+        spec = SPECS[name]
         if spec.declared.scale == "log" and spec.type is int:
             low, high = np.log(grid.ends(name))
             drawn[name] = np.rint(np.exp(rng.uniform(low, high, extra)))

@@ -185,13 +185,18 @@ def check_records(records: NDArray[np.void]) -> NDArray[np.void]:
 class ActionGrid:
     """The values from which an agent chooses, control by control.
 
+    A control of an extra group that is not the agent's to set has no place in it: indices are of the others,
+    so that a new mechanism changes no space of those who do not use it.
+
     Args:
         values: for each control, ascending values as a ServeAction takes them, None last; a control with
             one value is not the agent's to set.
 
     Attributes:
-        values: as given, in the order of CONTROLS.
-        nvec: int64[controls], number of values of each control.
+        granted: names of the controls that are the agent's to set.
+        groups: those of every task and of the controls that are the agent's.
+        values: of the controls of these groups, in the order of CONTROLS.
+        nvec: int64[controls], number of values of each.
 
     Raises:
         InputError: a control is missing or unknown, or a value is out of its range.
@@ -201,35 +206,35 @@ class ActionGrid:
         for name in (*values, *CONTROLS):
             if name not in SPECS or not values.get(name):
                 raise InputError(f"expected values for each of {', '.join(CONTROLS)}", field=name)
-        self.values = {name: tuple(values[name]) for name in CONTROLS}
-        self._codes = {
-            name: np.array([spec.checked(value) for value in self.values[name]], ACTION[name])
+        self.granted = tuple(name for name in CONTROLS if len(values[name]) > 1)
+        self.groups = frozenset({*GROUPS, *(SPECS[name].declared.group for name in self.granted)})
+        codes = {
+            name: np.array([spec.checked(value) for value in values[name]], ACTION[name])
             for name, spec in SPECS.items()
         }
-        for name, codes in self._codes.items():
-            if (codes[1:] <= codes[:-1]).any():
+        for name, column in codes.items():
+            if (column[1:] <= column[:-1]).any():
                 raise InputError(f"expected ascending values, found {list(values[name])}", field=name)
-        self.nvec = np.array([len(codes) for codes in self._codes.values()], np.int64)
+        self._codes = {name: codes[name] for name in CONTROLS if SPECS[name].declared.group in self.groups}
+        self.values = {name: tuple(values[name]) for name in self._codes}
+        self.nvec = np.array([len(column) for column in self._codes.values()], np.int64)
         # The codes' bits, a row a control: a record is one gather, as every field of ACTION has 8 bytes.
-        self._bits = np.zeros((len(CONTROLS), int(self.nvec.max())), np.int64)
-        for row, codes in zip(self._bits, self._codes.values(), strict=True):
-            row[: len(codes)] = codes.view(np.int64)
-        self._rows = np.arange(len(CONTROLS))
+        self._bits = np.zeros((len(self._codes), int(self.nvec.max())), np.int64)
+        for row, column in zip(self._bits, self._codes.values(), strict=True):
+            row[: len(column)] = column.view(np.int64)
+        self._rows = np.arange(len(self._codes))
+        self._places = [CONTROLS.index(name) for name in self._codes]
+        self._first = np.array([column[:1].view(np.int64)[0] for column in codes.values()])
 
     @property
     def size(self) -> int:
         """Number of combinations."""
         return math.prod(self.nvec.tolist())
 
-    @property
-    def granted(self) -> tuple[str, ...]:
-        """The controls that are the agent's to set."""
-        return tuple(name for name, values in self.values.items() if len(values) > 1)
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """Groups of every task and those of the controls that are the agent's."""
-        return frozenset({*GROUPS, *(SPECS[name].declared.group for name in self.granted)})
+    def first(self, count: int) -> NDArray[np.void]:
+        """ACTION[count], every control at its first value."""
+        actions: NDArray[np.void] = np.tile(self._first, (count, 1)).view(ACTION)[:, 0]
+        return actions
 
     def ends(self, name: str) -> tuple[float, float]:
         """The least and the greatest finite code of a control; inf twice where only None is granted.
@@ -246,8 +251,11 @@ class ActionGrid:
 
     def actions(self, indices: NDArray[np.int64]) -> NDArray[np.void]:
         """ACTION[n] of int64[n, controls] indices."""
-        bits = np.ascontiguousarray(self._bits[self._rows, np.asarray(indices)])
-        actions: NDArray[np.void] = bits.view(ACTION)[:, 0]
+        bits = self._bits[self._rows, np.asarray(indices)]
+        if len(self._places) < len(CONTROLS):
+            chosen, bits = bits, np.tile(self._first, (len(bits), 1))
+            bits[:, self._places] = chosen
+        actions: NDArray[np.void] = np.ascontiguousarray(bits).view(ACTION)[:, 0]
         return actions
 
     def indices(self, actions: NDArray[np.void]) -> NDArray[np.int64]:
@@ -282,9 +290,10 @@ class BoxActions:
     """
 
     def __init__(self, grid: ActionGrid) -> None:
+        self._grid = grid
         self._columns = [
-            (name, "choice" if spec.optional else spec.declared.scale, grid.codes(name))
-            for name, spec in SPECS.items()
+            (name, "choice" if SPECS[name].optional else SPECS[name].declared.scale, grid.codes(name))
+            for name in grid.values
         ]
 
     def records(self, box: Any) -> NDArray[np.void]:
@@ -294,12 +303,12 @@ class BoxActions:
             InputError: of another shape, or an entry is not a number.
         """
         box = np.asarray(box, np.float64)
-        if box.ndim != 2 or box.shape[1] != len(CONTROLS) or np.isnan(box).any():
+        if box.ndim != 2 or box.shape[1] != len(self._columns) or np.isnan(box).any():
             raise InputError(
-                f"expected {len(CONTROLS)} numbers in [-1, 1], found {box.tolist()}", field="action"
+                f"expected {len(self._columns)} numbers in [-1, 1], found {box.tolist()}", field="action"
             )
         shares = (np.clip(box, -1.0, 1.0) + 1.0) / 2.0
-        actions = np.empty(len(box), ACTION)
+        actions = self._grid.first(len(box))
         for (name, scale, codes), share in zip(self._columns, shares.T, strict=True):
             low, high = codes[0], codes[-1]
             if scale == "choice":
@@ -314,7 +323,7 @@ class BoxActions:
 
     def box(self, actions: NDArray[np.void]) -> NDArray[np.float32]:
         """float32[n, controls] of ACTION[n]: for each value the middle of the part that means it."""
-        box = np.zeros((len(actions), len(CONTROLS)), np.float32)
+        box = np.zeros((len(actions), len(self._columns)), np.float32)
         for column, (name, scale, codes) in enumerate(self._columns):
             values, low, high = actions[name].astype(np.float64), codes[0], codes[-1]
             if low == high:

@@ -27,15 +27,15 @@ from llmserve_env.episode import EpisodeBatch
 from llmserve_env.tasks import load_task
 
 def played(task_id, name, changes):
-    task = load_task(task_id, horizon_s=load_task(task_id).window_s * 12)
-    task = task.model_copy(update={"controls": task.controls | changes})
+    task = load_task(task_id)
+    task = load_task(task_id, horizon_s=task.window_s * 12, controls=task.controls | changes)
     batch, agent = EpisodeBatch(task, recorded=True), trained_agent(name, task)
     observations = batch.reset([7])
     agent.reset(task, [7])
     while not batch.over.all():
         observations = batch.step(agent.act(observations, batch.windows)).observations
     log = batch.log()
-    return [log.digests[-1], log.score, observations.shape[1]]
+    return [log.digests[-1], log.score, observations.shape[1], len(task.grid.nvec)]
 
 def all_played(policies, changes):
     return {f"{task_id} {name}": played(task_id, name, changes) for task_id, name in policies}
@@ -61,7 +61,6 @@ print(json.dumps({
     "played": all_played(policies, {}),
     "granted": all_played(policies[:2], {"clock_mhz": [4, 500, 2000]}),
     "more": sorted(set(feature_names(saving)) - set(feature_names(task))),
-    "set": "set_clock_mhz" in feature_names(task),
     "box": BoxActions(grid).records(np.zeros((1, len(SPECS))))["clock_mhz"].tolist(),
     "fast": max(running[:8]), "slow": running[-1],
 }))
@@ -86,7 +85,9 @@ def extended(tmp_path):
     insert(
         schema,
         r"None lets all in\.\n    \"\"\"\n",
-        '    clock_mhz: Annotated[int, Field(ge=1, le=2000), Control("Clock", "log", "MHz")] = 2000\n'
+        "    clock_mhz: Annotated[\n"
+        '        int, Field(ge=1, le=2000), Control("Clock", "log", "MHz", group="energy")\n'
+        "    ] = 2000\n"
         '    """Clock of the GPUs."""\n',
     )
     source = schema.read_text(encoding="utf-8")
@@ -132,13 +133,12 @@ def test_policies_play_as_before_where_there_is_more(extended):
     scope: dict[str, object] = {}
     exec(PLAY, scope)
     before = scope["all_played"](POLICIES, {})  # type: ignore[operator]
-    for name, (digest, score, features) in found["played"].items():
-        assert [digest, score] == before[name][:2], name
-        assert features == before[name][2] + 1, "what is set of the clock"
-    for name, told in found["granted"].items():
-        assert told == found["played"][name], "a control that a policy does not know stays as it starts"
-    assert found["more"] == ["power"]
-    assert found["set"]
+    assert found["played"] == before
+    for name, (_, score, features, controls) in found["granted"].items():
+        assert score == before[name][1], "a control that a policy does not know stays as it starts"
+        assert features == before[name][2] + 2, "power, and what is set of the clock"
+        assert controls == before[name][3] + 1
+    assert found["more"] == ["power", "set_clock_mhz"]
     assert found["box"] == [round((4 * 2000) ** 0.5)]
     assert found["slow"] <= 4 < found["fast"]
 

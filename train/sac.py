@@ -48,7 +48,7 @@ from llmserve_env.agents.continuous_policy import (
     ContinuousPolicyAgent,
 )
 from llmserve_env.agents.policy import CLIP, save_policy
-from llmserve_env.controls import CONTROLS, SPECS, BoxActions, to_array
+from llmserve_env.controls import SPECS, BoxActions, to_array
 from llmserve_env.files import open_atomic
 from llmserve_env.observation import feature_names
 from train.ppo import VALIDATION, Statistics, logger
@@ -278,7 +278,7 @@ class Trainer:
         )
         self.actor = Actor(self.config, self.granted).to(self.device)
         count = len(self.config.features)
-        self.critics = Critics(count, len(CONTROLS), args.hidden).to(self.device)
+        self.critics = Critics(count, len(self.config.controls), args.hidden).to(self.device)
         self.targets = deepcopy(self.critics).requires_grad_(False)
         self.log_temperature = torch.tensor(np.log(args.temperature), dtype=torch.float32, device=self.device)
         self.log_temperature.requires_grad_(True)
@@ -287,7 +287,7 @@ class Trainer:
             "critics": torch.optim.Adam(self.critics.parameters(), lr=args.learning_rate),
             "temperature": torch.optim.Adam([self.log_temperature], lr=args.temperature_rate),
         }
-        self.replay = Replay(args.replay, count, len(CONTROLS))
+        self.replay = Replay(args.replay, count, len(self.config.controls))
         self.observed = Statistics(np.zeros(count), np.ones(count))
         self.returns = Statistics()
         self.step = 0
@@ -301,7 +301,7 @@ class Trainer:
         self.current = np.tile(self.start, (args.envs, 1))
         self.holding = self.random.uniform(-1, 1, self.current.shape).astype(np.float32)
         self.running = np.zeros(args.envs)  # discounted sums of rewards, for their scale
-        self.history = np.zeros((self.task.windows, args.envs, len(CONTROLS)), np.float32)
+        self.history = np.zeros((self.task.windows, args.envs, len(self.config.controls)), np.float32)
 
     @property
     def steps(self) -> int:
@@ -446,7 +446,7 @@ class Trainer:
         with torch.no_grad():
             _, _, log_spread = self.actor(*self._now())
         means = log_spread.exp().mean(0).tolist()
-        found = zip(CONTROLS, means, self.granted, strict=True)
+        found = zip(self.config.controls, means, self.granted, strict=True)
         return {f"spread/{name}": mean for name, mean, granted in found if granted}
 
     def _box(self) -> np.ndarray:
@@ -470,7 +470,7 @@ class Trainer:
                 torch.from_numpy(self.current).to(self.device))  # fmt: skip
 
     def _noise(self, count: int) -> Tensor:
-        return torch.randn((count, len(CONTROLS)), generator=self.generator, device=self.device)
+        return torch.randn((count, len(self.config.controls)), generator=self.generator, device=self.device)
 
     def _temperature(self) -> Tensor:
         return self.log_temperature.detach().exp()

@@ -72,7 +72,7 @@ def _table(measured: dict[str, dict[str, NDArray[np.float64]]]) -> str:
         label = f"{AGENTS[better]} − {AGENTS[worse]}"
         cells = [str(paired_difference(scores[better], scores[worse])) for scores in measured.values()]
         lines.append(_row(label, cells))
-    for control in CONTROLS:
+    for control in _granted(measured):
         cells = []
         for scores in measured.values():
             dropped = drop(scores, control)
@@ -88,11 +88,17 @@ def drop(scores: dict[str, NDArray[np.float64]], control: str) -> Interval | Non
     return paired_difference(scores["clairvoyant"], scores[f"fixed {control}"])
 
 
+def _granted(measured: dict[str, dict[str, NDArray[np.float64]]]) -> list[str]:
+    """The controls that some task grants."""
+    return [name for name in CONTROLS if any(drop(scores, name) is not None for scores in measured.values())]
+
+
 def _row(label: str, cells: list[str]) -> str:
     return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def _draw(path: Path, measured: dict[str, dict[str, NDArray[np.float64]]]) -> None:
+    controls = _granted(measured)
     with picture_file(path, (10.0, 4.6)) as figure:
         axes = figure.subplots(2, len(measured), sharex="row", squeeze=False, height_ratios=[5, 6])
         for column, (task, scores) in enumerate(measured.items()):
@@ -104,14 +110,14 @@ def _draw(path: Path, measured: dict[str, dict[str, NDArray[np.float64]]]) -> No
             above.set_title(task)
             above.set_xlim(0, 1)
             above.set_xlabel("score")
-            for place, control in enumerate(reversed(CONTROLS)):
+            for place, control in enumerate(reversed(controls)):
                 dropped = drop(scores, control)
                 if dropped is None:
                     below.text(0, place, " not granted", va="center", color=GREY, fontsize=7)
                     continue
                 _point(below, place, dropped, scores["clairvoyant"] - scores[f"fixed {control}"], ORANGE)
-            below.set_yticks(range(len(CONTROLS)), list(reversed(CONTROLS)) if column == 0 else [])
-            below.set_ylim(-0.5, len(CONTROLS) - 0.5)
+            below.set_yticks(range(len(controls)), list(reversed(controls)) if column == 0 else [])
+            below.set_ylim(-0.5, len(controls) - 0.5)
             below.axvline(0, color=GREY, linewidth=0.8)
             below.set_xlabel("lost by the plan if it is fixed")
 

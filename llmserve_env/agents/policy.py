@@ -237,12 +237,12 @@ class Setter:
         episodes: how many.
 
     Attributes:
-        columns: their places among all controls.
+        columns: their places among those of the task's grid.
         start: ACTION[n], what the task starts with.
     """
 
     def __init__(self, controls: Sequence[str], task: Task, episodes: int) -> None:
-        self.columns = [CONTROLS.index(name) for name in controls]
+        self.columns = [list(task.grid.values).index(name) for name in controls]
         self.start = np.repeat(to_array([task.start]), episodes)
         self._others = [name for name in CONTROLS if name not in controls]
 
@@ -319,10 +319,10 @@ def check_grid(task_id: str, controls: Mapping[str, list[Any]], task: Task) -> N
     """
     found = {name: list(values) for name, values in task.grid.values.items()}
     for name, values in controls.items():
-        if found[name] != values:
+        if found.get(name) != values:
             raise InputError(
                 f"expected a task with the values {values}, as '{task_id}', on which the "
-                f"policy was trained; '{task.id}' has {found[name]}",
+                f"policy was trained; '{task.id}' has {found.get(name)}",
                 field=f"controls.{name}",
             )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 
-from llmserve_env.controls import ACTION, CONTROLS, check_records
+from llmserve_env.controls import ACTION, check_records
 from llmserve_env.errors import InputError
 from llmserve_env.observation import TENANT_SLOTS, features
 from llmserve_env.schema import ServeAction
@@ -64,9 +64,9 @@ def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
     actions = np.asarray(actions)
     if actions.dtype == ACTION:
         return check_records(actions)
-    if actions.dtype.kind not in "iu" or actions.ndim != 2 or actions.shape[1] != len(CONTROLS):
+    if actions.dtype.kind not in "iu" or actions.ndim != 2 or actions.shape[1] != len(grid.nvec):
         raise InputError(
-            f"expected {len(CONTROLS)} whole numbers for each environment, "
+            f"expected {len(grid.nvec)} whole numbers for each environment, "
             f"found {actions.dtype}{list(actions.shape)}",
             field="action",
         )
@@ -76,15 +76,15 @@ def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
         row, column = np.argwhere(out)[0]
         raise InputError(
             f"expected 0..{grid.nvec[column] - 1}, found {actions[row, column]}",
-            field=f"action[{column}] ({CONTROLS[column]})",
+            field=f"action[{column}] ({list(grid.values)[column]})",
         )
     records: NDArray[np.void] = grid.actions(actions)
     return records
 
 
-def box_space() -> spaces.Space[NDArray[np.float32]]:
+def box_space(grid: ActionGrid) -> spaces.Space[NDArray[np.float32]]:
     """Box [-1, 1] float32[controls]; `controls.BoxActions` says what each entry means."""
-    return spaces.Box(-1.0, 1.0, (len(CONTROLS),), np.float32)
+    return spaces.Box(-1.0, 1.0, (len(grid.nvec),), np.float32)
 
 
 def action_dict_space(grid: ActionGrid) -> spaces.Dict:
@@ -100,7 +100,7 @@ def from_dict(grid: ActionGrid, action: Mapping[str, Any]) -> NDArray[np.int64]:
     """
     for name in sorted(set(grid.granted) ^ set(action)):
         raise InputError(f"expected {', '.join(grid.granted)}", field=f"action['{name}']")
-    return np.array([action.get(name, 0) for name in CONTROLS])
+    return np.array([action.get(name, 0) for name in grid.values])
 
 
 def observation_dict_space(task: Task) -> spaces.Dict:
@@ -140,8 +140,8 @@ def action_mask(
         not_applied: the fields of an action that have no effect on the cell, with the reason.
     """
     masks = []
-    for name in CONTROLS:
-        mask = [name not in not_applied(ServeAction(**{name: value})) for value in grid.values[name]]
+    for name, values in grid.values.items():
+        mask = [name not in not_applied(ServeAction(**{name: value})) for value in values]
         masks += (
             mask if any(mask) else [True] * len(mask)
         )  # a choice is needed, even where none has an effect

@@ -34,7 +34,7 @@ class ContinuousActions(
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.ActionWrapper.__init__(self, env)
         self._box = BoxActions(_task(env).grid)
-        self.action_space = spaces.box_space()
+        self.action_space = spaces.box_space(_task(env).grid)
 
     def action(self, action: NDArray[np.float32]) -> Any:
         """The ACTION record of float32[controls]."""
@@ -96,7 +96,7 @@ class ContinuousVectorActions(gym.vector.VectorActionWrapper):
     def __init__(self, env: LLMServeVectorEnv) -> None:
         super().__init__(env)
         self._box = BoxActions(env.unwrapped.task.grid)
-        self.single_action_space = spaces.box_space()
+        self.single_action_space = spaces.box_space(env.unwrapped.task.grid)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
 
     def actions(self, actions: NDArray[np.float32]) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from llmserve_env.controls import CONTROLS, SPECS
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS
@@ -95,7 +94,7 @@ def _episode(task: Task, traffic: np.ndarray[Any, Any]) -> Table:
     end = f"{task.horizon_s:,g} s, {task.windows} windows"
     if task.max_in_flight is not None:
         end += f", or more than {task.max_in_flight:,} requests in flight at a window's end"
-    counts = " x ".join(str(len(task.grid.values[name])) for name in _seen(task))
+    counts = " x ".join(map(str, task.grid.nvec))
     rows = [
         ("task", task.title),
         ("difficulty", task.difficulty),
@@ -234,18 +233,12 @@ def _regimes(task: Task, traffic: np.ndarray[Any, Any]) -> Table:
     return Table("Regimes", (*header, "prompt tokens /s", "output tokens /s"), rows, left=2, note=note)
 
 
-def _seen(task: Task) -> list[str]:
-    """The controls of the task's groups, granted or not."""
-    return [name for name in CONTROLS if SPECS[name].declared.group in task.groups]
-
-
 def _controls(task: Task) -> Table:
     start = task.start.model_dump(mode="json")
     rows = []
-    for name in _seen(task):
-        granted = name in task.grid.granted
-        values = ", ".join(map(str, task.grid.values[name])) if granted else "not granted"
-        rows.append((name, values, str(start[name])))
+    for name, values in task.grid.values.items():
+        granted = ", ".join(map(str, values)) if len(values) > 1 else "not granted"
+        rows.append((name, granted, str(start[name])))
     return Table("Controls", ("control", "values", "starts at"), rows, left=3)
 
 

@@ -21,7 +21,6 @@ import tyro
 
 from llmserve_env.commands.calibrate.live import print_fit
 from llmserve_env.commands.shared.report import table
-from llmserve_env.commands.shared.serving import announce_compilation
 from llmserve_env.files import write_atomic
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.model_config import read_model
@@ -93,7 +92,6 @@ def live_fidelity(
     else:
         raise SystemExit("give --model-config for a calibration, or --profile")
     target = Target(url, limits.model, ordinary_tokens(calibrated.model))
-    announce_compilation()
     simulate(
         calibrated, open_workload("poisson://?requests=2&lengths=fixed:8,2")
     )  # not while the server is measured

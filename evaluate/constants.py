@@ -25,6 +25,7 @@ from evaluate.search import PlanPlayer, best_constants
 from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.tuned import tuned_constant
 from llmserve_env.controls import to_action, to_array
+from llmserve_env.episode import prepare
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.play import play
@@ -128,6 +129,7 @@ def _searched(settings: Sequence[Setting], seeds: Sequence[int], tried: int, pro
         for setting in settings:
             yield setting, _search(setting, seeds, tried)
         return
+    prepare()
     with ProcessPoolExecutor(min(processes, len(settings)), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_search, setting, seeds, tried): setting for setting in settings}
         try:

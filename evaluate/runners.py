@@ -11,6 +11,7 @@ from threading import Thread
 
 from evaluate.cluster import play_on_cluster
 from evaluate.jobs import Job, play_job
+from llmserve_env.episode import prepare
 from llmserve_env.play import Played
 
 
@@ -33,6 +34,7 @@ def play_jobs(
         for job in jobs:
             yield job, play_job(job)
         return
+    prepare()
     with ProcessPoolExecutor(
         min(processes, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:

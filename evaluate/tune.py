@@ -92,7 +92,7 @@ def tune_rule(
         for low in range(0, len(pairs), 128):
             part = pairs[low : low + 128]
             agent = ReactiveAgent([rule for rule, _ in part])
-            scores.append(play(agent, task, [seed for _, seed in part], size=128, parallel=True).scores)
+            scores.append(play(agent, task, [seed for _, seed in part], size=128, threads=None).scores)
         best.episodes += len(pairs)
         if progress is not None:
             progress(len(pairs))

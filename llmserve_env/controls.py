@@ -155,6 +155,9 @@ def to_array(actions: Sequence[ServeAction]) -> NDArray[np.void]:
     return array
 
 
+_OPTIONS = [(name, spec.options) for name, spec in SPECS.items()]
+
+
 def to_action(row: NDArray[np.void]) -> ServeAction:
     """The ServeAction of one ACTION record."""
     return ServeAction(**{name: spec.value(row[name].item()) for name, spec in SPECS.items()})
@@ -162,8 +165,11 @@ def to_action(row: NDArray[np.void]) -> ServeAction:
 
 def to_values(row: NDArray[np.void]) -> dict[str, Any]:
     """Values by name of one ACTION record."""
-    codes = row.item()  # at once: field by field takes five times as long
-    return {name: spec.value(code) for (name, spec), code in zip(SPECS.items(), codes, strict=True)}
+    # At once: field by field takes five times as long.
+    return {
+        name: options[int(code)] if options else None if code == math.inf else code
+        for (name, options), code in zip(_OPTIONS, row.item(), strict=True)
+    }
 
 
 def check_records(records: NDArray[np.void]) -> NDArray[np.void]:

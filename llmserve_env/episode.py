@@ -19,6 +19,7 @@ from llmserve_env.recording import Recording
 from llmserve_env.rewards import COMPONENTS, Rewards
 from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
 from llmserve_env.sim.simulator import SimulatorBatch
+from llmserve_env.tasks import load_task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +33,7 @@ OpenBackend = Callable[["Task", "Sequence[Workload]", "Sequence[int]"], "Backend
 
 
 def simulate(
-    task: Task, workloads: Sequence[Workload], seeds: Sequence[int], *, parallel: bool = False
+    task: Task, workloads: Sequence[Workload], seeds: Sequence[int], *, threads: int | None = 1
 ) -> Backend:
     """Simulated cells of a task: an `OpenBackend`.
 
@@ -40,7 +41,7 @@ def simulate(
         task: gives the cell.
         workloads: of each episode.
         seeds: of each episode; nothing but the workloads is drawn from them.
-        parallel: spread the episodes over Numba's threads.
+        threads: threads that serve the episodes (None: one for each core).
     """
     cell = task.cell
     return SimulatorBatch(
@@ -51,8 +52,18 @@ def simulate(
         max_num_batched_tokens=cell.max_num_batched_tokens,
         prefix_cache=cell.prefix_cache,
         action=task.start,
-        parallel=parallel,
+        threads=threads,
     )
+
+
+def prepare() -> None:
+    """Compile what simulated episodes need, or load it, once for this process.
+
+    Call it before processes begin that would each compile it, and before somebody waits for a first step.
+    """
+    batch = EpisodeBatch(load_task("static_workload", horizon_s=1.0, window_s=1.0))
+    batch.reset([0])
+    batch.step(batch.actions)
 
 
 class StepResult(NamedTuple):
@@ -77,7 +88,7 @@ class EpisodeBatch:
     Args:
         task: what is played.
         num_episodes: how many.
-        parallel: spread simulated episodes over Numba's threads.
+        threads: threads that serve simulated episodes (None: one for each core).
         backend: begins what serves them, at the first reset (default: the simulator).
         recorded: whether all windows are kept, for logs and pictures.
 
@@ -100,7 +111,7 @@ class EpisodeBatch:
         task: Task,
         num_episodes: int = 1,
         *,
-        parallel: bool = False,
+        threads: int | None = 1,
         backend: OpenBackend | None = None,
         recorded: bool = False,
     ) -> None:
@@ -109,7 +120,7 @@ class EpisodeBatch:
         self.task = task
         self.num_episodes = num_episodes
         self.recorded = recorded
-        self._open = partial(simulate, parallel=parallel) if backend is None else backend
+        self._open = partial(simulate, threads=threads) if backend is None else backend
         self._backend: Backend | None = None
         self._rewards = Rewards(task)
         self._observer = Observer(task)

@@ -83,19 +83,19 @@ def play(
     seeds: Sequence[int],
     *,
     size: int = 64,
-    parallel: bool = False,
+    threads: int | None = 1,
     watch: Watch | None = None,
 ) -> Played:
     """Play a simulated episode for each seed, to its end.
 
-    The result does not depend on `size` or `parallel`.
+    The result does not depend on `size` or `threads`.
 
     Args:
         agent: plays.
         task: is played.
         seeds: n of them.
         size: episodes side by side.
-        parallel: spread them over Numba's threads.
+        threads: threads that serve them (None: one for each core).
         watch: see `Watch`.
 
     Raises:
@@ -105,7 +105,7 @@ def play(
         raise InputError("expected one or more, found none", field="seeds")
     return Played.of(
         [
-            play_batch(agent, EpisodeBatch(task, len(part), parallel=parallel), part, watch)
+            play_batch(agent, EpisodeBatch(task, len(part), threads=threads), part, watch)
             for part in (seeds[low : low + size] for low in range(0, len(seeds), size))
         ]
     )

@@ -20,10 +20,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
+
+from llmserve_env.compiled import entry
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Callable, Container
 
     from numpy.typing import NDArray
 
@@ -120,44 +121,56 @@ class Rewards:
         return rewards
 
 
-@njit(cache=True, error_model="numpy")
-def _add(windows, served, components, count, totals, requests, rewards):  # type: ignore[no-untyped-def]
-    for i in range(len(windows)):
-        if not served[i]:
-            continue
-        window = windows[i]
-        for part in range(components.shape[1]):
-            totals[i, part] += components[i, part] / count
-            rewards[i] += components[i, part]
-        requests[i, 0] += window.arrived
-        requests[i, 1] += window.completed
-        for tenant in range(len(window.tenant_in_slo)):
-            requests[i, 2] += window.tenant_in_slo[tenant]
-        requests[i, 3] += window.failed + window.cancelled
+@entry
+def _add(digest: int) -> Callable[..., None]:
+    """Compiled `Rewards.add`."""
+
+    def _add(windows, served, components, count, totals, requests, rewards):  # type: ignore[no-untyped-def]
+        digest  # noqa: B018 - a part of the cache's key
+        for i in range(len(windows)):
+            if not served[i]:
+                continue
+            window = windows[i]
+            for part in range(components.shape[1]):
+                totals[i, part] += components[i, part] / count
+                rewards[i] += components[i, part]
+            requests[i, 0] += window.arrived
+            requests[i, 1] += window.completed
+            for tenant in range(len(window.tenant_in_slo)):
+                requests[i, 2] += window.tenant_in_slo[tenant]
+            requests[i, 3] += window.failed + window.cancelled
+
+    return _add
 
 
-@njit(cache=True, error_model="numpy")
-def _fill(windows, demand, parts, tenants, quality, engine_s, count, components, costs):  # type: ignore[no-untyped-def]
-    for i in range(len(windows)):
-        window = windows[i]
-        met = 0.0
-        headroom = 0.0
-        precision = 0.0
-        missed = 0.0
-        for tenant in range(len(tenants)):
-            weight = tenants[tenant]
-            in_slo = window.tenant_in_slo[tenant]
-            met += weight * in_slo
-            missed += weight * (window.tenant_completed[tenant] + window.tenant_failed[tenant] - in_slo)
-            headroom += weight * window.tenant_headroom[tenant]
-            for tier in range(len(quality)):
-                precision += weight * window.tier_in_slo[tier, tenant] * quality[tier]
-        unit = count / demand[i] if demand[i] > 0.0 else 0.0
-        pressure = (window.mean_kv_occupancy - KV_LIMIT) / (1.0 - KV_LIMIT)
-        idle = 1.0 - window.busy_s / engine_s
-        components[i, 0] = parts[0] * unit * met
-        components[i, 1] = parts[1] * unit * headroom
-        components[i, 2] = parts[2] * unit * met * min(max(1.0 - pressure, 0.0), 1.0)
-        components[i, 3] = parts[3] * unit * met * min(max(idle, 0.0), 1.0)
-        components[i, 4] = parts[4] * unit * precision
-        costs[i] = unit * missed
+@entry
+def _fill(digest: int) -> Callable[..., None]:
+    """Compiled `Rewards.of`."""
+
+    def _fill(windows, demand, parts, tenants, quality, engine_s, count, components, costs):  # type: ignore[no-untyped-def]
+        digest  # noqa: B018 - a part of the cache's key
+        for i in range(len(windows)):
+            window = windows[i]
+            met = 0.0
+            headroom = 0.0
+            precision = 0.0
+            missed = 0.0
+            for tenant in range(len(tenants)):
+                weight = tenants[tenant]
+                in_slo = window.tenant_in_slo[tenant]
+                met += weight * in_slo
+                missed += weight * (window.tenant_completed[tenant] + window.tenant_failed[tenant] - in_slo)
+                headroom += weight * window.tenant_headroom[tenant]
+                for tier in range(len(quality)):
+                    precision += weight * window.tier_in_slo[tier, tenant] * quality[tier]
+            unit = count / demand[i] if demand[i] > 0.0 else 0.0
+            pressure = (window.mean_kv_occupancy - KV_LIMIT) / (1.0 - KV_LIMIT)
+            idle = 1.0 - window.busy_s / engine_s
+            components[i, 0] = parts[0] * unit * met
+            components[i, 1] = parts[1] * unit * headroom
+            components[i, 2] = parts[2] * unit * met * min(max(1.0 - pressure, 0.0), 1.0)
+            components[i, 3] = parts[3] * unit * met * min(max(idle, 0.0), 1.0)
+            components[i, 4] = parts[4] * unit * precision
+            costs[i] = unit * missed
+
+    return _fill

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from llmserve_env.episode import prepare
 from llmserve_env.errors import InputError
 from llmserve_env.net.sockets import listen
 from server.settings import Settings
@@ -90,6 +92,7 @@ def _run_with(app: FastAPI, service: Service) -> None:
 
     @asynccontextmanager
     async def lifespan(of: FastAPI) -> AsyncIterator[Any]:
+        await asyncio.to_thread(prepare)  # no first step is to wait for a compilation
         async with inner(of) as state, service.running():
             yield state
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from evaluate.search import PlanPlayer, best_constants, clairvoyant
 from llmserve_env.agents import load_agent
 from llmserve_env.controls import to_action, to_array
+from llmserve_env.episode import prepare
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.play import play
@@ -84,6 +85,7 @@ def main(
     _save(path, state)
     seeds = [seed for seed in EVALUATION_SEEDS[: settings.seeds] if str(seed) not in state["scores"]]
     starts = [ServeAction.model_validate(row) for row in state["best_constant"]["survivors"]]
+    prepare()
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(seeds), unit="episode", desc="clairvoyant plans", disable=None) as progress,

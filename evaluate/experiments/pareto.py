@@ -29,6 +29,7 @@ from evaluate.evaluate import choose_seeds
 from llmserve_env.agents import Agent, ConstantAgent, load_agent
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.controls import to_action
+from llmserve_env.episode import prepare
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.objectives import OBJECTIVES, ObjectiveBatch
@@ -182,6 +183,7 @@ def play_points(arguments: Arguments, points: Sequence[Point], seeds: list[int])
     bar = partial(tqdm, total=len(points), unit="point", disable=None)
     if arguments.jobs < 2:
         return np.stack([play(point) for point in bar(points)])
+    prepare()
     ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes: one is enough to stop
     with get_context("spawn").Pool(arguments.jobs, signal.signal, ignore) as pool:
         return np.stack(list(bar(pool.imap(play, points))))

@@ -34,6 +34,7 @@ from evaluate.experiments.spiral import in_time_after, surges_of
 from llmserve_env.agents import Shield
 from llmserve_env.agents.find import SHIELDED, find_agent
 from llmserve_env.agents.shield import RULES
+from llmserve_env.episode import prepare
 from llmserve_env.errors import InputError
 from llmserve_env.files import write_atomic
 from llmserve_env.play import play
@@ -219,6 +220,7 @@ def main(arguments: Arguments) -> None:
     if arguments.jobs < 2:
         found = list(map(measure, *jobs))
     else:
+        prepare()
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
             found = list(pool.map(measure, *jobs))
     pairs = {label: (found[2 * i], found[2 * i + 1]) for i, label in enumerate(agents)}

@@ -21,6 +21,8 @@ from llmserve_env.report.provenance import made_by
 
 _GENERATED = "mmpp://?preset=azure-conv&requests=20000"
 _SIZES = (10_000, 1_000_000, 10_000_000)
+_CELLS = (1, 4, 16, 64)
+_CELL_REQUESTS = 20_000
 _ENVIRONMENTS = ((1, 1), (64, 1), (64, 2), (256, 1), (256, 2))
 """Copies and threads of the environments that are stepped."""
 
@@ -34,7 +36,7 @@ def bench(
     runs: int = 5,
     json: Path | None = None,
 ) -> None:
-    """Measure the simulator (requests and iterations per second, start-up, memory) and the environments.
+    """Measure the simulator (requests/s, cells of several engines, start-up, memory) and the environments.
 
     Each figure is the median over runs; each size has a process of its own and one serial kernel call, every
     request recorded. The project's published figures replay the public Azure conversation trace
@@ -61,7 +63,9 @@ def bench(
     open_workload(trace)
     report: dict[str, Any] = {"made_by": made_by(), "profile": profile, "runs": runs}
     worker = [sys.executable, "-m", "llmserve_env.commands.bench"]
-    with tqdm(total=3 + len(requests) + len(_ENVIRONMENTS), unit="measurement", leave=False) as progress:
+    with tqdm(
+        total=3 + len(requests) + len(_CELLS) + len(_ENVIRONMENTS), unit="measurement", leave=False
+    ) as progress:
         report["import_s"] = _median(
             runs, [sys.executable, "-c", "import llmserve_env"], less=_interpreter(runs)
         )
@@ -74,19 +78,18 @@ def bench(
         progress.update()
         report["replay"] = []
         for count in requests:
-            output = subprocess.run(
-                [*worker, "replay", profile, trace, str(count), str(runs)], check=True, stdout=subprocess.PIPE
-            ).stdout
-            report["replay"].append(json_format.loads(output))
+            report["replay"].append(_said([*worker, "replay", profile, trace, str(count), "1", str(runs)]))
+            progress.update()
+        report["cells"] = []
+        for engines in _CELLS:
+            command = [*worker, "replay", profile, trace, str(_CELL_REQUESTS), str(engines), str(runs)]
+            report["cells"].append(_said(command))
             progress.update()
         report["task"], report["environments"] = task, []
         for copies, threads in _ENVIRONMENTS:
-            output = subprocess.run(
-                [*worker, "step", task, str(copies), str(threads), str(runs)],
-                check=True,
-                stdout=subprocess.PIPE,
-            ).stdout
-            report["environments"].append(json_format.loads(output))
+            report["environments"].append(
+                _said([*worker, "step", task, str(copies), str(threads), str(runs)])
+            )
             progress.update()
     print(_table(report))
     if json is not None:
@@ -98,6 +101,9 @@ def _table(report: dict[str, Any]) -> str:
     for row in report["replay"]:
         rates = f"{row['requests_per_s']:14,.0f}{row['iterations_per_s']:14,.0f}{row['ns_per_request']:12.0f}"
         lines.append(f"{row['requests']:12,}{rates}{row['peak_memory_mb']:10,.0f} MB")
+    lines += ["", f"{'engines':>12}{'ns/request':>14}   the same requests to one cell"]
+    for row in report["cells"]:
+        lines.append(f"{row['engines']:12,}{row['ns_per_request']:14.0f}")
     lines += ["", f"{'copies':>12}{'threads':>10}{'steps/s':>12}   {report['task']}"]
     for row in report["environments"]:
         lines.append(f"{row['copies']:12,}{row['threads']:10}{row['steps_per_s']:12,.0f}")
@@ -109,6 +115,13 @@ def _table(report: dict[str, Any]) -> str:
         "\n{cpu}, Python {python}; one core unless threads are named".format(**report["made_by"]),
     ]
     return "\n".join(lines)
+
+
+def _said(command: list[str]) -> dict[str, float]:
+    """What a worker printed."""
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    said: dict[str, float] = json_format.loads(ran.stdout)
+    return said
 
 
 def _elapsed(command: list[str], **environment: str) -> float:
@@ -133,19 +146,21 @@ def _first(profile: str) -> None:
     Simulator(load_profile(profile), open_workload("poisson://?rate=4&requests=100&seed=0")).serve_out()
 
 
-def _replay(profile: str, trace: str, requests: int, runs: int) -> dict[str, float]:
-    """Serve a workload of `requests` requests `runs` times; time covers the kernel call alone."""
+def _replay(profile: str, trace: str, requests: int, engines: int, runs: int) -> dict[str, float]:
+    """Serve a workload of `requests` requests `runs` times on a cell; time covers the kernel call alone."""
     import resource
 
     from llmserve_env import ServeAction, Simulator
 
     hardware = load_profile(profile)
     workload = open_workload(trace).tiled(requests)
-    Simulator(hardware, workload.tiled(100)).serve_out()  # compiles, or loads what is compiled
+    Simulator(
+        hardware, workload.tiled(100), engines=engines
+    ).serve_out()  # compiles, or loads what is compiled
     seconds = []
     record = None
     for _ in range(runs):
-        simulator = Simulator(hardware, workload)
+        simulator = Simulator(hardware, workload, engines=engines)
         start = time.perf_counter()
         record = simulator.serve(ServeAction(), float("inf"))
         seconds.append(time.perf_counter() - start)
@@ -155,6 +170,7 @@ def _replay(profile: str, trace: str, requests: int, runs: int) -> dict[str, flo
     median = statistics.median(seconds)
     return {
         "requests": requests,
+        "engines": engines,
         "iterations": record.iterations,
         "seconds": median,
         "requests_per_s": requests / median,
@@ -202,6 +218,8 @@ if __name__ == "__main__":
         elif sys.argv[1] == "step":
             print(json_format.dumps(_step(sys.argv[2], *(int(each) for each in sys.argv[3:6]))))
         else:
-            print(json_format.dumps(_replay(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+            print(
+                json_format.dumps(_replay(sys.argv[2], sys.argv[3], *(int(each) for each in sys.argv[4:7])))
+            )
     except KeyboardInterrupt:  # the command that started this one says so
         sys.exit(130)

@@ -50,7 +50,6 @@ def compare(
         InputError: the server, the trace, the log or a file cannot be used.
     """
     from llmserve_env.commands.shared.report import check_folders, write_json
-    from llmserve_env.commands.shared.serving import announce_compilation
     from llmserve_env.hardware import load_profile
     from llmserve_env.live.calibrate import comparison
     from llmserve_env.live.calibrate.calibration import find_engine_limits, ordinary_tokens
@@ -75,7 +74,6 @@ def compare(
     )
     for warning in differences(hardware, limits):
         print(f"warning: {warning}", file=sys.stderr)
-    announce_compilation()
     target = Target(url, limits.model, ordinary_tokens(hardware.model), key)
     found = comparison.compare(target, limits, hardware, workload, log=iteration_log, seed=seed)
     print_comparison(found)

@@ -42,7 +42,6 @@ def demo(
 
     from llmserve_env.agents import lacks_weights, load_agent
     from llmserve_env.commands.shared.report import table, write_json
-    from llmserve_env.commands.shared.serving import announce_compilation
     from llmserve_env.report.provenance import made_by
     from llmserve_env.report.stats import interval
     from llmserve_env.tasks import EVALUATION_SEEDS, load_task
@@ -67,7 +66,6 @@ def demo(
     chosen = EVALUATION_SEEDS[:seeds]
     results: dict[str, dict[str, Any]] = {}
     columns = []
-    announce_compilation()
     with tqdm(total=sum(map(len, players)) * seeds, unit="episode") as bar:
         for task, row in zip(loaded, players, strict=True):
             results[task.id] = {}
@@ -95,7 +93,7 @@ def _result(agent: Agent, task: Task, seeds: range) -> dict[str, Any]:
     from llmserve_env.report.stats import interval
     from llmserve_env.rewards import COMPONENTS
 
-    played = play(agent, task, seeds, parallel=True)
+    played = play(agent, task, seeds, threads=None)
     return {
         "iqm": asdict(interval(played.scores)),
         "scores": played.scores.tolist(),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -16,9 +14,10 @@ from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed, op
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.rewards import COMPONENTS
+from llmserve_env.sim.simulator import checked_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,8 +34,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
     Args:
         num_envs: episodes side by side.
         task_id: and `workload`, `profile`, `engines`, `window_s`, `horizon_s`: as `LLMServeEnv`.
-        threads: that serve the episodes (None: all of Numba's). Results do not depend on it. After a call
-            with several threads the process must not be forked.
+        threads: threads that serve the episodes (None: one for each core). Results do not depend on it.
         autoreset_mode: of Gymnasium, or its value: SAME_STEP (the observation is the next episode's first,
             the last one is in `info["final_obs"]` and its info in `info["final_info"]`), NEXT_STEP, DISABLED.
 
@@ -65,10 +63,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
             raise InputError("only a single environment is rendered: gym.make", field="render_mode")
         if max_episode_steps is not None:
             raise InputError("horizon_s sets the length of an episode", field="max_episode_steps")
-        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined] # set when Numba is imported
-        self.threads = most if threads is None else threads
-        if not 1 <= self.threads <= most:
-            raise InputError(f"expected 1..{most}, found {threads}", field="threads")
+        self.threads = checked_threads(threads)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError as error:
@@ -85,7 +80,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
             horizon_s=horizon_s,
         )
         self.num_envs = num_envs
-        self.batch = EpisodeBatch(self.task, num_envs, parallel=self.threads > 1)
+        self.batch = EpisodeBatch(self.task, num_envs, threads=self.threads)
         self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = spaces.observation_space(self.task.groups)
         self.single_action_space = spaces.action_space(self.task.grid)
@@ -138,12 +133,10 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
             raise InputError(f"expected {self.num_envs}, found {len(records)}", field="actions")
         waiting = self._ended if self.autoreset_mode is AutoresetMode.NEXT_STEP else None
         if waiting is not None and waiting.any():
-            with self._threads():
-                result = self.batch.step(records, which=~waiting)
+            result = self.batch.step(records, which=~waiting)
             observations = self._begin(waiting, [None] * self.num_envs)
         else:
-            with self._threads():
-                result = self.batch.step(records)
+            result = self.batch.step(records)
             observations = result.observations
         over = result.terminated | result.truncated
         everyone = np.ones(self.num_envs, bool)
@@ -216,16 +209,3 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
             "seed": masked(batch.seeds),
             "_seed": which.copy(),
         }
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Numba's number of threads, set for a call of the simulator."""
-        if self.threads == 1:
-            yield
-            return
-        before = numba.get_num_threads()
-        numba.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            numba.set_num_threads(before)

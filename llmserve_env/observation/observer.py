@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
 from llmserve_env.backend import FIGURES, WINDOW
+from llmserve_env.compiled import entry
 from llmserve_env.controls import ACTION
 from llmserve_env.errors import InputError
 from llmserve_env.observation.features import TENANT_SLOTS, Feature, features
@@ -23,7 +23,6 @@ _PROGRESS = -1
 
 _WINDOW, _ACTION = 0, 2
 """Records in which a place can lie; 1 more where the word is a float64 and no int64."""
-
 
 _ROWS = 64
 """Episodes whose features are computed together: their records stay in the cache meanwhile."""
@@ -85,9 +84,9 @@ class Observer:
     ) -> NDArray[np.float32]:
         """float32[n, features] from WINDOW[n], the ACTION[n] in force and the windows served, int64[n]."""
         observations = np.zeros((len(windows), len(self.features)), np.float32)
-        # Every field of both records has 8 bytes: they are read as tables of words.
-        words = windows.view(np.int64), actions.view(np.int64)
-        _fill(*words, steps / self._windows, *self._table, observations)
+        # Every field of both records has 8 bytes: they are read as words, one record after the other.
+        words, set_words = windows.view(np.int64), actions.view(np.int64)
+        _fill(words, set_words, steps / self._windows, *self._table, np.empty((2, _ROWS)), observations)
         return observations
 
 
@@ -132,50 +131,58 @@ def _places(feature: Feature, names: Sequence[str], tenants: int) -> list[int]:
     return places
 
 
-@njit(cache=True, error_model="numpy")
-def _fill(windows, actions, progress, columns, places, bounds, numbers, observations):  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0917
-    episodes = len(observations)
-    ints = windows.reshape(episodes, windows.size // max(episodes, 1))
-    set_ints = actions.reshape(episodes, actions.size // max(episodes, 1))
-    floats, set_floats = ints.view(np.float64), set_ints.view(np.float64)
-    parts = np.empty(_ROWS)  # what a feature reads
-    wholes = np.empty(_ROWS)  # what it is a share of
-    for first in range(0, episodes, _ROWS):
-        count = min(_ROWS, episodes - first)
-        # Column by column: which way a branch goes then depends on the feature alone.
-        for k in range(len(columns)):
-            constant, without, divisor, factor, code, half = numbers[k]
-            middle, last = bounds[2 * k + 1], bounds[2 * k + 2]
-            parts[:count] = constant
-            if middle < last:
-                wholes[:count] = 0.0
-            for m in range(bounds[2 * k], last):
-                record, word = places[m] & 3, places[m] >> 2
-                total = parts if m < middle else wholes
-                if places[m] < 0:
-                    for i in range(count):
-                        total[i] += progress[first + i]
-                elif record == 0:
-                    for i in range(count):
-                        total[i] += ints[first + i, word]
-                elif record == 1:
-                    for i in range(count):
-                        total[i] += floats[first + i, word]
-                elif record == 2:
-                    for i in range(count):
-                        total[i] += set_ints[first + i, word]
-                else:
-                    for i in range(count):
-                        total[i] += set_floats[first + i, word]
-            if middle < last:
+@entry
+def _fill(digest: int) -> Callable[..., None]:
+    """Compiled `Observer.of`; sums, float64[2, _ROWS], is room for what features read."""
+
+    def _fill(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0917
+        words, set_words, progress, columns, places, bounds, numbers, sums, observations
+    ):
+        digest  # noqa: B018 - a part of the cache's key
+        episodes = len(observations)
+        size, set_size = len(words) // max(episodes, 1), len(set_words) // max(episodes, 1)
+        floats, set_floats = words.view(np.float64), set_words.view(np.float64)
+        parts, wholes = sums[0], sums[1]
+        for first in range(0, episodes, _ROWS):
+            count = min(_ROWS, episodes - first)
+            # Column by column: which way a branch goes then depends on the feature alone.
+            for k in range(len(columns)):
+                constant, without, divisor, factor, code, half = numbers[k]
+                middle, last = bounds[2 * k + 1], bounds[2 * k + 2]
                 for i in range(count):
-                    parts[i] = parts[i] / wholes[i] if wholes[i] > 0.0 else without
-            if code >= 0.0:
+                    parts[i] = constant
+                if middle < last:
+                    for i in range(count):
+                        wholes[i] = 0.0
+                for m in range(bounds[2 * k], last):
+                    record, word = places[m] & 3, places[m] >> 2
+                    total = parts if m < middle else wholes
+                    if places[m] < 0:
+                        for i in range(count):
+                            total[i] += progress[first + i]
+                    elif record == 0:
+                        for i in range(count):
+                            total[i] += words[(first + i) * size + word]
+                    elif record == 1:
+                        for i in range(count):
+                            total[i] += floats[(first + i) * size + word]
+                    elif record == 2:
+                        for i in range(count):
+                            total[i] += set_words[(first + i) * set_size + word]
+                    else:
+                        for i in range(count):
+                            total[i] += set_floats[(first + i) * set_size + word]
+                if middle < last:
+                    for i in range(count):
+                        parts[i] = parts[i] / wholes[i] if wholes[i] > 0.0 else without
+                if code >= 0.0:
+                    for i in range(count):
+                        parts[i] = 1.0 if parts[i] == code else 0.0
                 for i in range(count):
-                    parts[i] = 1.0 if parts[i] == code else 0.0
-            for i in range(count):
-                value = parts[i] / divisor * factor
-                value = value if value > 0.0 else 0.0  # nan, too
-                if half > 0.0:
-                    value = value / (value + half) if value < np.inf else 1.0
-                observations[first + i, columns[k]] = min(value, 1.0)
+                    value = parts[i] / divisor * factor
+                    value = value if value > 0.0 else 0.0  # nan, too
+                    if half > 0.0:
+                        value = value / (value + half) if value < np.inf else 1.0
+                    observations[first + i, columns[k]] = min(value, 1.0)
+
+    return _fill

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmserve_env.backend import MAX_TENANTS, WINDOW, WindowRecord
-from llmserve_env.controls import CONTROLS, to_array
+from llmserve_env.controls import ACTION, CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.latency import MAX_TOKENS, compile_latency
@@ -26,7 +27,6 @@ from llmserve_env.sim.state import (
     CELL,
     COLOCATED,
     COMPLETED,
-    COUNTERS,
     DECODE,
     ENGINE,
     FAILED,
@@ -34,20 +34,24 @@ from llmserve_env.sim.state import (
     MAX_CLASSES,
     MAX_RUNNING,
     NEVER_PS,
+    NODE,
     OUTCOME,
+    PLACE,
     PREFILL,
     PS_PER_S,
     REQUEST,
     RETRYING,
     RUNNING,
+    SEGMENT,
+    SLOTS,
     STATUS_NAMES,
+    SUMS,
+    TENANT,
+    TIMER,
     TRANSFER,
     WAITING,
+    Batch,
     Cost,
-    Pool,
-    Prefixes,
-    Tenants,
-    Timers,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +115,7 @@ class SimulatorBatch:
             `hardware.memory.kv_blocks` says of the profile).
         prefix_cache: whether freed blocks can be found again.
         action: what the cells start with, at no cost.
-        parallel: spread the episodes over Numba's threads.
+        threads: threads that serve the episodes (None: one for each core); results do not depend on it.
 
     Raises:
         InputError: something does not fit, with its name.
@@ -132,7 +136,7 @@ class SimulatorBatch:
         kv_blocks: int | None = None,
         prefix_cache: bool = True,
         action: ServeAction | None = None,
-        parallel: bool = False,
+        threads: int | None = 1,
     ) -> None:
         budget = (
             profile.engine.max_num_batched_tokens
@@ -154,9 +158,10 @@ class SimulatorBatch:
         if not workloads:
             raise InputError("expected at least one", field="workloads")
         self.profile = profile
-        self._parallel = parallel
+        self.threads = checked_threads(threads)
         self._tenants = workloads[0].tenants
-        self._tenant_arrays, drafting = _tenants(workloads[0])
+        self._records: Batch | None = None
+        self.tenants, self._accept, drafting = _tenants(workloads[0])
         self._cost = _cost(profile)
         if kv_blocks is not None:
             self._cost = self._cost._replace(blocks=np.full_like(self._cost.blocks, kv_blocks))
@@ -166,8 +171,9 @@ class SimulatorBatch:
         self.engines = _engines(episodes, engines, budget)
         self.engines["synchronous"] = not profile.engine.async_scheduling
         self.cells = np.zeros(episodes, CELL)
-        self.cells["classes"] = self._tenant_arrays.speculation_class.max() + 1
+        self.cells["classes"] = len(self._accept)
         self.cells["tenants"] = len(self._tenants)
+        self.cells["ranks"] = self.tenants["rank"].max() + 1
         self.cells["prefix_cache"] = prefix_cache
         self.cells["most_blocks"] = self._cost.blocks.min()
         self.cells["prefill_engines"] = engines // 2 if prefill_engines is None else prefill_engines
@@ -177,11 +183,15 @@ class SimulatorBatch:
         if engines > 1 and not 1 <= self.cells["prefill_engines"][0] < engines:
             raise InputError(f"expected 1..{engines - 1}, found {prefill_engines}", field="prefill_engines")
         self.cells["burst_ps"] = round(constants().admission.burst_s * PS_PER_S)
-        self.cells["shortest_wait_ps"] = _shortest_wait_ps(self._tenant_arrays)
+        self.cells["shortest_wait_ps"] = _shortest_wait_ps(self.tenants)
         self._set_switching()
         self._prefix_tokens = _prefix_tokens(workloads) if prefix_cache else 0
-        self._pool = _pool(self.engines, self._cost, self._prefix_tokens > 0)
-        self.counters = np.zeros(episodes, COUNTERS)
+        self.cells["blocks_per_id"] = self._prefix_tokens // BLOCK_TOKENS
+        self.slots = np.zeros(self.engines.size, SLOTS)
+        self.queue, self.nodes, self.table = _block_records(
+            self.engines.size, self._cost, self._prefix_tokens > 0
+        )
+        self.sums = np.zeros(episodes, SUMS)
         self.windows = np.zeros(episodes, WINDOW)
         self.now_s = np.zeros(episodes)
         self._now_ps = np.zeros(episodes, np.int64)
@@ -200,26 +210,20 @@ class SimulatorBatch:
         total = int(self._first[-1])
         self.requests = np.zeros(total, REQUEST)
         self.outcomes = np.zeros(total, OUTCOME)
-        self._prefixes = _no_prefixes()
+        self.prefix_offsets, self.prefix_ids = np.zeros(1, np.int64), np.zeros(0, np.int64)
         if self._prefix_tokens:
-            self._prefixes = Prefixes(
-                np.zeros(total + len(requests), np.int64),
-                np.zeros(self._first_id[-1], np.int64),
-                self._prefix_tokens // BLOCK_TOKENS,
-            )
-        transfers = total if self.engines.shape[1] > 1 else 0
-        retries = total if self._tenant_arrays.retries.any() else 0
-        self._timers = Timers(
-            np.zeros(transfers, np.int64),
-            np.zeros(transfers, np.int32),
-            np.zeros(retries, np.int64),
-            np.zeros(retries, np.int32),
-        )
+            self.prefix_offsets = np.zeros(total + len(requests), np.int64)
+            self.prefix_ids = np.zeros(self._first_id[-1], np.int64)
+        self.transfers = np.zeros(total if self.engines.shape[1] > 1 else 0, TIMER)
+        self.retries = np.zeros(total if self.tenants["retries"].any() else 0, TIMER)
+        self._records = None  # they are others now
 
     def _grow(self, episode: int, workload: Workload) -> None:
         """Make room for a longer workload; a quarter more, as others of its kind will come."""
-        old = (self._first, self._first_id, self.requests, self.outcomes, self._prefixes, self._timers)
-        first, first_id, requests, outcomes, prefixes, timers = old
+        first, first_id = self._first, self._first_id
+        old_offsets, old_ids = self.prefix_offsets, self.prefix_ids
+        by_request = ("requests", "outcomes", "transfers", "retries")
+        old = [getattr(self, name) for name in by_request]
         sizes, ids = np.diff(first), np.diff(first_id)
         sizes[:] = np.maximum(sizes, len(workload) * 5 // 4)
         if self._prefix_tokens:
@@ -227,20 +231,16 @@ class SimulatorBatch:
         self._room(sizes, ids)
         for other in range(len(self.cells)):
             count, source, target = int(self.cells["requests"][other]), first[other], self._first[other]
-            self.requests[target : target + count] = requests[source : source + count]
-            self.outcomes[target : target + count] = outcomes[source : source + count]
-            for name in Timers._fields:
-                was: Any = getattr(timers, name)
-                now: Any = getattr(self._timers, name)
-                if len(was):
-                    now[target : target + count] = was[source : source + count]
+            for name, records in zip(by_request, old, strict=True):
+                if len(records):
+                    getattr(self, name)[target : target + count] = records[source : source + count]
             if self._prefix_tokens and other != episode:
-                offsets = prefixes.offsets[source + other : source + other + count + 1]
+                offsets = old_offsets[source + other : source + other + count + 1]
                 shift = self._first_id[other] - first_id[other]
-                self._prefixes.offsets[target + other : target + other + count + 1] = offsets + shift
-                ids_kept = prefixes.ids[offsets[0] : offsets[-1]]
+                self.prefix_offsets[target + other : target + other + count + 1] = offsets + shift
+                ids_kept = old_ids[offsets[0] : offsets[-1]]
                 low = self._first_id[other]
-                self._prefixes.ids[low : low + len(ids_kept)] = ids_kept
+                self.prefix_ids[low : low + len(ids_kept)] = ids_kept
 
     def reset(self, episode: int, workload: Workload, seed: int = 0) -> None:
         """Begin an episode anew at time 0: empty engines in the starting configuration, another workload.
@@ -279,11 +279,11 @@ class SimulatorBatch:
         outcomes["segment"] = -1
         if self._prefix_tokens:
             offsets = workload.prefix_offsets + self._first_id[episode]
-            self._prefixes.offsets[low + episode : low + episode + len(workload) + 1] = offsets
-            self._prefixes.ids[offsets[0] : offsets[-1]] = _small(workload.prefix_ids)
+            self.prefix_offsets[low + episode : low + episode + len(workload) + 1] = offsets
+            self.prefix_ids[offsets[0] : offsets[-1]] = _small(workload.prefix_ids)
         cell: Any = self.cells[episode]
         cell["requests"] = len(workload)
-        for name in ("next_request", "transfers", "retrying", "full_ps"):
+        for name in ("begun", "next_request", "transfers", "retrying", "full_ps"):
             cell[name] = 0
         cell["tenant_in_flight"] = 0
         self.workloads[episode] = workload
@@ -326,13 +326,14 @@ class SimulatorBatch:
         synchronous = int(engines["synchronous"][0])
         engines[:] = _engines(1, len(engines), int(engines["token_budget"][0]))[0]
         engines["synchronous"] = synchronous
+        engines["row"] = rows = np.arange(episode * len(engines), (episode + 1) * len(engines))
+        self.slots[rows] = _slots()
         missing = self.not_applied(action)
         cell["tier"] = 0 if "quantization_tier" in missing else TIERS.index(action.quantization_tier.value)
         cell["split"] = action.prefill_decode_split and "prefill_decode_split" not in missing
         roles = np.where(np.arange(len(engines)) < cell["prefill_engines"], PREFILL, DECODE)
         engines["role"] = engines["next_role"] = roles if cell["split"] else COLOCATED
         engines["tier"] = engines["next_tier"] = cell["tier"]
-        kernel.reset_blocks(engines, episode * len(engines), self._pool, self._cost)
         window: Any = np.zeros(1, WINDOW)[0]
         for name in ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "p50_gap_s", "p99_gap_s"):
             window[name] = np.nan
@@ -372,11 +373,15 @@ class SimulatorBatch:
 
     def snapshot(self) -> bytes:
         """The exact state of all episodes, for `restore` on a batch like this one."""
-        return pickle.dumps(vars(self))
+        return pickle.dumps(self.__getstate__())
 
     def restore(self, snapshot: bytes) -> None:
         """Return to a state that `snapshot` of this process gave: never load one from an untrusted source."""
         vars(self).update(pickle.loads(snapshot))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs; the kernel's view of the records is of these records alone."""
+        return {**vars(self), "_records": None}
 
     def close(self) -> None:
         """Nothing is held that needs it."""
@@ -412,25 +417,43 @@ class SimulatorBatch:
             self.now_s = np.where(which, until_s, self.now_s)
             self._now_ps = np.where(which, until_ps, start_ps)
             until_ps[~which] = -1
-        call = kernel.serve_parallel if self._parallel else kernel.serve
-        call(
-            actions,
-            self.windows,
-            self.engines,
-            self.counters,
-            self.cells,
-            self._first,
-            self.requests,
-            self.outcomes,
-            self._tenant_arrays,
-            self._pool,
-            self._prefixes,
-            self._cost,
-            self._timers,
-            start_ps,
-            until_ps,
-        )
+        if self._records is None:
+            self._records = self._batch()
+        batch = self._records
+        flags = actions.flags
+        if actions.dtype != ACTION or not (flags.c_contiguous and flags.writeable):
+            actions = np.array(actions, ACTION)  # the kernel is compiled for one layout
+        if self.threads == 1 or len(self.cells) == 1:
+            kernel.serve(batch, actions, start_ps, until_ps, 0, len(self.cells))
+        else:
+            kernel.serve_on_threads(self.threads, batch, actions, start_ps, until_ps)
         return self.windows
+
+    def _batch(self) -> Batch:
+        """The kernel's view of all records."""
+        episodes = len(self.cells)
+        return Batch(
+            engines=self.engines,
+            slots=self.slots,
+            cells=self.cells,
+            windows=self.windows,
+            window_words=self.windows.view(np.int64).reshape(episodes, -1),
+            sums=self.sums,
+            sum_words=self.sums.view(np.int64).reshape(episodes, -1),
+            first=self._first,
+            requests=self.requests,
+            outcomes=self.outcomes,
+            tenants=self.tenants,
+            accept=self._accept,
+            queue=self.queue,
+            nodes=self.nodes,
+            table=self.table,
+            prefix_offsets=self.prefix_offsets,
+            prefix_ids=self.prefix_ids,
+            transfers=self.transfers,
+            retries=self.retries,
+            cost=self._cost,
+        )
 
     def serve_each(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
         """As `serve` for all episodes, with actions and records of the schema."""
@@ -439,12 +462,12 @@ class SimulatorBatch:
 
     def record(self, episode: int, action: ServeAction) -> WindowRecord:
         """The record of an episode's last window, in which `action` was set."""
-        counters = self.counters[episode]
+        sums = self.sums[episode]
         return WindowRecord.of(
             self.windows[episode],
             len(self._tenants),
-            counters["ttft_histogram"],
-            counters["gap_histogram"],
+            sums["ttft_histogram"],
+            sums["gap_histogram"],
             self.not_applied(action),
         )
 
@@ -504,6 +527,19 @@ class Simulator:
         return self.batch.outcomes_of(0)
 
 
+def checked_threads(threads: int | None) -> int:
+    """A number of threads, at least one; None: as many as this process has cores.
+
+    Raises:
+        InputError: it is less than 1.
+    """
+    if threads is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads < 1:
+        raise InputError(f"expected 1 or more, found {threads}", field="threads")
+    return threads
+
+
 def _ps(time_s: NDArray[np.float64]) -> NDArray[np.int64]:
     ps: NDArray[np.int64] = np.rint(np.minimum(time_s * PS_PER_S, NEVER_PS)).astype(np.int64)
     return np.minimum(ps, NEVER_PS)
@@ -515,14 +551,26 @@ def _engines(episodes: int, count: int, budget: int) -> NDArray[np.void]:
     engines["leave_ps"] = NEVER_PS
     engines["token_budget"] = budget
     engines["slots_free"] = MAX_RUNNING
-    engines["free_slot"] = np.arange(MAX_RUNNING - 1, -1, -1)
     for name in ("run_head", "run_tail", "partial", "limbo_head", "resumed_head", "fresh_head", "fresh_tail"):
         engines[name] = -1
     return engines
 
 
-def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
-    """Arrays of a workload's tenants, and (decoder layers, LM head) that one draft token runs."""
+@cache
+def _slots() -> NDArray[np.void]:
+    """SLOTS[1] of an engine in which nothing runs."""
+    slots = np.zeros(1, SLOTS)
+    slots["free_slot"] = np.arange(MAX_RUNNING - 1, -1, -1)
+    return slots
+
+
+def _tenants(workload: Workload) -> tuple[NDArray[np.void], NDArray[np.int64], tuple[int, bool]]:
+    """A workload's tenants as records, and how they speculate.
+
+    Returns:
+        TENANT[tenant]; int64[class, depth], tokens a step; how many decoder layers a draft token runs, and
+        whether the LM head.
+    """
     tenants = workload.tenants
     if len(tenants) > MAX_TENANTS:
         raise InputError(f"expected at most {MAX_TENANTS}, found {len(tenants)}", field="tenants")
@@ -538,29 +586,22 @@ def _tenants(workload: Workload) -> tuple[Tenants, tuple[int, bool]]:
     accept = np.array([known[name].tokens_per_step for name in classes])
     ranks = sorted({tenant.priority for tenant in tenants})
     drafting = max((known[name].draft_layers, known[name].draft_head) for name in classes)
-    return (
-        Tenants(
-            patience_ps=_ps(np.array([min(tenant.patience_s, tenant.deadline_s) for tenant in tenants])),
-            deadline_ps=_ps(np.array([tenant.deadline_s for tenant in tenants])),
-            retries=np.array([tenant.retries for tenant in tenants], np.int64),
-            retry_after_ps=_ps(np.array([tenant.retry_after_s for tenant in tenants])),
-            ranks=len(ranks),
-            rank=np.array([ranks.index(tenant.priority) for tenant in tenants], np.int64),
-            speculation_class=np.array(
-                [classes.index(tenant.speculation_class) for tenant in tenants], np.int64
-            ),
-            ttft_slo_ps=_ps(np.array([tenant.ttft_slo_s for tenant in tenants])),
-            tpot_slo_ps=_ps(np.array([tenant.tpot_slo_s for tenant in tenants])),
-            accept=np.rint(accept * ACCEPT_ONE).astype(np.int64),
-        ),
-        drafting,
-    )
+    rows = np.zeros(len(tenants), TENANT)
+    rows["patience_ps"] = _ps(np.array([min(tenant.patience_s, tenant.deadline_s) for tenant in tenants]))
+    rows["deadline_ps"] = _ps(np.array([tenant.deadline_s for tenant in tenants]))
+    rows["retries"] = [tenant.retries for tenant in tenants]
+    rows["retry_after_ps"] = _ps(np.array([tenant.retry_after_s for tenant in tenants]))
+    rows["rank"] = [ranks.index(tenant.priority) for tenant in tenants]
+    rows["speculation_class"] = [classes.index(tenant.speculation_class) for tenant in tenants]
+    rows["ttft_slo_ps"] = _ps(np.array([tenant.ttft_slo_s for tenant in tenants]))
+    rows["tpot_slo_ps"] = _ps(np.array([tenant.tpot_slo_s for tenant in tenants]))
+    return rows, np.rint(accept * ACCEPT_ONE).astype(np.int64), drafting
 
 
-def _shortest_wait_ps(tenants: Tenants) -> int:
+def _shortest_wait_ps(tenants: NDArray[np.void]) -> int:
     """The shortest wait of clients who give up and try again, NEVER_PS without any (ps)."""
-    come_back = (tenants.retries > 0) & (tenants.patience_ps < NEVER_PS)
-    return int(tenants.retry_after_ps[come_back].min(initial=NEVER_PS))
+    come_back = (tenants["retries"] > 0) & (tenants["patience_ps"] < NEVER_PS)
+    return int(tenants["retry_after_ps"][come_back].min(initial=NEVER_PS))
 
 
 @lru_cache(maxsize=32)
@@ -591,10 +632,6 @@ def _cost(profile: Profile) -> Cost:
     )
 
 
-def _no_prefixes() -> Prefixes:
-    return Prefixes(np.zeros(1, np.int64), np.zeros(0, np.int64), 0)
-
-
 def _prefix_tokens(workloads: Sequence[Workload]) -> int:
     """Tokens in a prefix block of the workloads, 0 if no prompts share any."""
     tokens = workloads[0].prefix_block_tokens
@@ -610,22 +647,17 @@ def _small(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.unique(ids, return_inverse=True)[1].astype(np.int64)
 
 
-def _pool(engines: NDArray[np.void], cost: Cost, shared: bool) -> Pool:
-    """Room for the free queue and, where prompts share prefixes, for a node per block."""
-    count = engines.size
+def _block_records(
+    engines: int, cost: Cost, shared: bool
+) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.void]]:
+    """SEGMENT, NODE, PLACE[row, n]: the free queue; where prompts share prefixes, a node for each block."""
     blocks = int(cost.blocks.max())
     ring = 1 << (2 * blocks + 4096).bit_length() if shared else 4096
-    nodes = blocks if shared else 0
     table = 1 << (3 * blocks // 2).bit_length() if shared else 1  # at most two thirds full
-    return Pool(
-        queue_owner=np.full((count, ring), -1, np.int32),
-        queue_length=np.zeros((count, ring), np.int32),
-        node_key=np.zeros((count, nodes), np.int64),
-        node_references=np.zeros((count, nodes), np.int32),
-        node_segment=np.zeros((count, nodes), np.int64),
-        node_free=np.zeros((count, nodes), np.int32),
-        table_key=np.full((count, table), -1, np.int64),
-        table_node=np.zeros((count, table), np.int32),
+    return (
+        np.zeros((engines, ring), SEGMENT),
+        np.zeros((engines, blocks if shared else 0), NODE),
+        np.zeros((engines, table), PLACE),
     )
 
 

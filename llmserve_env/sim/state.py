@@ -76,6 +76,7 @@ OUTCOME = np.dtype(
 
 ENGINE = np.dtype(
     [
+        ("row", np.int64),  # its number in the batch: first index of slots, queue, nodes and table
         ("synchronous", np.int64),  # 1: decides when a batch has ended; 0: one batch ahead
         # clock of the batch queue
         ("next_ps", np.int64),  # when the scheduler decides next, NEVER_PS when idle
@@ -96,8 +97,6 @@ ENGINE = np.dtype(
         ("batches", np.int64),  # scheduled so far
         ("gaps_head", np.int64),
         ("gaps_tail", np.int64),
-        ("gap_batch", np.int64, (GAPS,)),
-        ("gap_ps", np.int64, (GAPS,)),
         # blocks
         ("blocks", np.int64),
         ("kv_fraction", np.float64),
@@ -130,12 +129,25 @@ ENGINE = np.dtype(
         ("class_active", np.int64, (MAX_CLASSES,)),
         ("longest", np.int64, (MAX_CLASSES,)),  # largest (context - clock) of the class
         ("longest_known", np.int64, (MAX_CLASSES,)),
+        ("heap_size", np.int64, (MAX_CLASSES,)),
+        ("fresh_head", np.int32, (MAX_TENANTS,)),
+        ("fresh_tail", np.int32, (MAX_TENANTS,)),
+        ("merged", np.int32, (MAX_TENANTS,)),  # last request that a reroute put into the queue
+    ],
+    align=True,
+)
+
+SLOTS = np.dtype(
+    [
+        # longest batches, for the worst gap between a request's tokens
+        ("gap_batch", np.int64, (GAPS,)),
+        ("gap_ps", np.int64, (GAPS,)),
+        # what decodes, by class
         (
             "crossing",
             np.int64,
             (MAX_CLASSES, BLOCK_TOKENS),
         ),  # sequences by the clock at which they need a block
-        ("heap_size", np.int64, (MAX_CLASSES,)),
         ("heap_key", np.int64, (MAX_CLASSES, MAX_RUNNING)),
         ("heap_slot", np.int32, (MAX_CLASSES, MAX_RUNNING)),
         ("free_slot", np.int32, (MAX_RUNNING,)),
@@ -151,69 +163,41 @@ ENGINE = np.dtype(
         ("slot_prev", np.int32, (MAX_RUNNING,)),
         ("slot_next", np.int32, (MAX_RUNNING,)),
         ("batch_slot", np.int32, (MAX_RUNNING,)),  # prefills that end in the batch being built
-        ("fresh_head", np.int32, (MAX_TENANTS,)),
-        ("fresh_tail", np.int32, (MAX_TENANTS,)),
-        ("merged", np.int32, (MAX_TENANTS,)),  # last request that a reroute put into the queue
     ],
     align=True,
 )
+"""The places of an engine's running sequences: apart from ENGINE, which the cell looks at in every event."""
 
 HISTOGRAM_BINS = 192
 """Bins of the window histograms: see `histogram_edges_s`."""
 
-COUNTERS = np.dtype(
+SUMS = np.dtype(
     [
-        (name, np.int64)
-        for name in (
-            "arrived",
-            "arrived_prompt_tokens",
-            "completed",
-            "failed",
-            "cancelled",
-            "preemptions",
-            "iterations",
-            "prefill_tokens",
-            "cached_tokens",
-            "output_tokens",
-            "drafted_tokens",
-            "accepted_tokens",
-            "evictions",
-            "transfers",
-            "first_tokens",
-            "refused",
-            "retries",
-            "timeouts",
-        )
-    ]
-    + [
         ("busy_ps", np.float64),
         ("sequence_ps", np.float64),  # running sequences integrated over busy time
         ("block_ps", np.float64),  # share of blocks held, integrated over busy time
         ("ttft_ps", np.float64),
         ("ttft_histogram", np.int64, (HISTOGRAM_BINS,)),
         ("gap_histogram", np.int64, (HISTOGRAM_BINS,)),
-        ("tenant_arrived", np.int64, (MAX_TENANTS,)),
-        ("tenant_completed", np.int64, (MAX_TENANTS,)),
-        ("tenant_failed", np.int64, (MAX_TENANTS,)),
-        ("tenant_output_tokens", np.int64, (MAX_TENANTS,)),
-        ("tenant_first_tokens", np.int64, (MAX_TENANTS,)),
         ("tenant_ttft_ps", np.float64, (MAX_TENANTS,)),
-        ("tenant_headroom", np.float64, (MAX_TENANTS,)),
-        ("tier_in_slo", np.int64, (3, MAX_TENANTS)),
     ],
     align=True,
 )
+"""What a window adds up, beside the counts of its WINDOW record, until means and percentiles are taken."""
 
 CELL = np.dtype(
     [
         ("requests", np.int64),  # of its workload
+        ("begun", np.int64),  # 0 until its first window
         ("next_request", np.int64),
         ("transfers", np.int64),  # KV transfers under way
         ("retrying", np.int64),  # requests whose client waits to send them again
         ("shortest_wait_ps", np.int64),  # of clients who time out and come back, NEVER_PS without any
         ("classes", np.int64),
         ("tenants", np.int64),
+        ("ranks", np.int64),  # of the tenants under priority routing
         ("prefix_cache", np.int64),
+        ("blocks_per_id", np.int64),  # KV blocks that one prefix hash stands for, 0 where prompts share none
         ("most_blocks", np.int64),  # a longer request is refused on arrival
         ("transfer_latency_ps", np.int64),
         ("transfer_ps_per_token", np.int64),
@@ -258,54 +242,92 @@ class Cost(NamedTuple):
     blocks: NDArray[np.int64]  # [tier] KV blocks of one engine
 
 
-class Tenants(NamedTuple):
-    """What the scheduler knows of each tenant, [tenant]."""
+TENANT = np.dtype(
+    [
+        ("patience_ps", np.int64),  # for a first admission, at most deadline_ps
+        ("deadline_ps", np.int64),  # for the whole answer
+        ("retries", np.int64),
+        ("retry_after_ps", np.int64),
+        ("rank", np.int64),  # lower is served first under priority routing
+        ("speculation_class", np.int64),
+        ("ttft_slo_ps", np.int64),
+        ("tpot_slo_ps", np.int64),
+    ],
+    align=True,
+)
+"""What the scheduler knows of a tenant."""
 
-    patience_ps: NDArray[np.int64]  # for a first admission, at most deadline_ps
-    deadline_ps: NDArray[np.int64]  # for the whole answer
-    retries: NDArray[np.int64]
-    retry_after_ps: NDArray[np.int64]
-    rank: NDArray[np.int64]  # lower is served first under priority routing
-    ranks: int  # how many there are
-    speculation_class: NDArray[np.int64]
-    ttft_slo_ps: NDArray[np.int64]
-    tpot_slo_ps: NDArray[np.int64]
+SEGMENT = np.dtype([("owner", np.int32), ("length", np.int32)], align=True)
+"""A run of free KV blocks.
+
+The free queue goes from the least to the most recently used block in such runs: blocks freed together,
+owned by nobody (-1), by a preempted request that may come back (its index), or by one cached prefix node
+(-2 - node).
+"""
+
+NODE = np.dtype(
+    [
+        ("key", np.int64),
+        ("segment", np.int64),  # where it waits in the free queue while nobody refers to it
+        ("references", np.int32),
+        ("free", np.int32),  # the stack of nodes that are not used: it has nothing to do with this node
+    ],
+    align=True,
+)
+"""A KV block in the prefix cache."""
+
+PLACE = np.dtype([("key", np.int64), ("node", np.int32)], align=True)
+"""A place of the prefix cache's hash table with open addressing; key -1: empty."""
+
+TIMER = np.dtype([("time_ps", np.int64), ("request", np.int32)], align=True)
+"""When a request is sent again, or its KV cache arrives."""
+
+
+class Batch(NamedTuple):
+    """All that the kernel works on, of n episodes with as many engines each."""
+
+    engines: NDArray[np.void]  # ENGINE[episode, engine]
+    slots: NDArray[np.void]  # SLOTS[episode * engines + engine], as are queue, nodes and table
+    cells: NDArray[np.void]  # CELL[episode]
+    windows: NDArray[np.void]  # WINDOW[episode]
+    window_words: NDArray[np.int64]  # the same memory, [episode, word]
+    sums: NDArray[np.void]  # SUMS[episode]
+    sum_words: NDArray[np.int64]
+    first: NDArray[np.int64]  # [episode + 1]: where the requests of each episode begin
+    requests: NDArray[np.void]  # REQUEST[n], in order of arrival within an episode
+    outcomes: NDArray[np.void]  # OUTCOME[n]
+    tenants: NDArray[np.void]  # TENANT[tenant]
     accept: NDArray[np.int64]  # [class, depth] tokens per step, ACCEPT_ONE = 1
+    queue: NDArray[np.void]  # SEGMENT[row, place], a ring
+    nodes: NDArray[np.void]  # NODE[row, node]
+    table: NDArray[np.void]  # PLACE[row, place]
+    prefix_offsets: NDArray[np.int64]  # those of episode i begin at first[i] + i
+    prefix_ids: NDArray[np.int64]
+    transfers: NDArray[np.void]  # TIMER[n], as requests; none where there is one engine
+    retries: NDArray[np.void]  # TIMER[n]; none where nobody comes back
+    cost: Cost
 
 
-class Prefixes(NamedTuple):
-    """Hashed prefix blocks of the prompts, `per_id` KV blocks each."""
+class Service(NamedTuple):
+    """What the kernel's functions are given of one episode."""
 
-    offsets: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    per_id: int
-
-
-class Pool(NamedTuple):
-    """Free queue and prefix cache, first axis engine.
-
-    The free queue runs from the least to the most recently used block in segments: a run of blocks freed
-    together, owned by nobody (-1), by a preempted request that may come back (its index), or by one
-    cached prefix node (-2 - node).
-    """
-
-    queue_owner: NDArray[np.int32]
-    queue_length: NDArray[np.int32]
-    node_key: NDArray[np.int64]
-    node_references: NDArray[np.int32]
-    node_segment: NDArray[np.int64]
-    node_free: NDArray[np.int32]
-    table_key: NDArray[np.int64]  # open addressing, -1 empty
-    table_node: NDArray[np.int32]
-
-
-class Timers(NamedTuple):
-    """Binary heaps by (time, request): KV transfers under way, and requests that will be sent again."""
-
-    ready_ps: NDArray[np.int64]  # arrival at the decode pool
-    request: NDArray[np.int32]
-    retry_ps: NDArray[np.int64]
-    retry_request: NDArray[np.int32]
+    engines: NDArray[np.void]  # ENGINE[engine]
+    slots: NDArray[np.void]
+    cell: NDArray[np.void]  # CELL
+    window: NDArray[np.void]  # WINDOW, counted into
+    sums: NDArray[np.void]  # SUMS
+    requests: NDArray[np.void]
+    outcomes: NDArray[np.void]
+    tenants: NDArray[np.void]
+    accept: NDArray[np.int64]
+    queue: NDArray[np.void]
+    nodes: NDArray[np.void]
+    table: NDArray[np.void]
+    prefix_offsets: NDArray[np.int64]
+    prefix_ids: NDArray[np.int64]
+    transfers: NDArray[np.void]
+    retries: NDArray[np.void]
+    cost: Cost
 
 
 def histogram_edges_s() -> NDArray[np.float64]:

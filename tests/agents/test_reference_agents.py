@@ -71,8 +71,8 @@ def test_every_agent_plays_every_task_with_granted_controls_only(task_id, name):
 def test_play_does_not_depend_on_how_many_play_together(name):
     seeds = [11, 12, 13, 14, 15]
     whole = play(load_agent(name, SHORT), SHORT, seeds)
-    for size, parallel in ((1, False), (2, True), (4, False)):
-        parts = play(load_agent(name, SHORT), SHORT, seeds, size=size, parallel=parallel)
+    for size, threads in ((1, 1), (2, 2), (4, 1)):
+        parts = play(load_agent(name, SHORT), SHORT, seeds, size=size, threads=threads)
         for field in ("scores", "components", "requests"):
             assert (getattr(whole, field) == getattr(parts, field)).all()
     assert whole.scores == pytest.approx(whole.components.sum(axis=1))

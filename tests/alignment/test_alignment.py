@@ -17,6 +17,7 @@ from llmserve_env.sim.simulator import SimulatorBatch
 from llmserve_env.sim.state import NEVER_PS, PS_PER_S, STATUS_NAMES
 from llmserve_env.workloads.workload import Tenant, Workload
 
+from .tables import Tables, plain_tenants
 from .twin import Cell, Request
 
 
@@ -110,8 +111,8 @@ def twin_of(batch, workload, action, engines, budget):
         start["split"] = False
     return Cell(
         requests,
-        batch._tenant_arrays,
-        batch._cost,
+        plain_tenants(workload.tenants),
+        Tables(batch.profile),
         engines=engines,
         prefill_engines=int(cell["prefill_engines"]),
         budget=budget,

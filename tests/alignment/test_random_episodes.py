@@ -50,7 +50,7 @@ def compare(seed, retries=False, synchronous=False):
         )
         reached |= {name for name in names if getattr(record, name)}
         if record.cached_tokens:
-            reached.add("prefix hits" if batch._prefixes.per_id else "own blocks found again")
+            reached.add("prefix hits" if batch.cells["blocks_per_id"][0] else "own blocks found again")
         if record.preemptions and action.priority_routing and len(workload.tenants) > 1:
             reached.add("priority preempts")
         if record.preemptions and action.kv_budget_fraction < 1:

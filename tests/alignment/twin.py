@@ -1,7 +1,7 @@
 """The scheduler written plainly: lists, loops over requests and over iterations, one object per KV block.
 
-It shares nothing with the kernel but the tables of latency and the constants of the records. Where the kernel
-keeps totals, this steps every request through every batch.
+It shares nothing with the kernel but the constants of the records: its tables are its own (tables.py).
+Where the kernel keeps totals, this steps every request through every batch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from llmserve_env.sim.state import ACCEPT_ONE, NEVER_PS, PS_PER_S, Cost, Tenants
+from llmserve_env.sim.state import ACCEPT_ONE, NEVER_PS, PS_PER_S
+
+from .tables import Tables
 
 BLOCK = 16
 
@@ -427,8 +429,8 @@ class Cell:
     def __init__(
         self,
         requests,
-        tenants: Tenants,
-        cost: Cost,
+        tenants,
+        cost: Tables,
         *,
         engines,
         prefill_engines,
@@ -612,25 +614,22 @@ def segment(knots, x):
     return k
 
 
-def duration_ps(cost: Cost, tier, contexts, chunks, ending, depth, draft):
+def duration_ps(cost: Tables, tier, contexts, chunks, ending, depth, draft):
     """Duration of one batch from the latency tables, decodes given by their contexts before it."""
     n = len(contexts)
     prefill = sum(chunk for chunk, _ in chunks)
-    time = int(cost.dense_ps[tier, n * (1 + depth) + prefill]) + int(
-        cost.head_ps[tier, n * (1 + depth) + ending]
-    )
+    time = cost.dense_ps(tier, n * (1 + depth) + prefill) + cost.head_ps(tier, n * (1 + depth) + ending)
     kv = sum(contexts) + n
     if chunks:
-        floor = float(cost.prefill_ps[tier, 0, 0])
+        floor = cost.prefill_ps(tier, 0, 0)
         total = 0.0
         for chunk, cached in chunks:
             i, j = segment(cost.prefill_chunk, float(chunk)), segment(cost.prefill_kv, float(cached))
             u = (chunk - cost.prefill_chunk[i]) / (cost.prefill_chunk[i + 1] - cost.prefill_chunk[i])
             v = (cached - cost.prefill_kv[j]) / (cost.prefill_kv[j + 1] - cost.prefill_kv[j])
-            table = cost.prefill_ps[tier]
             u = max(u, 0.0)
-            low = table[i, j] + u * (table[i + 1, j] - table[i, j])
-            high = table[i, j + 1] + u * (table[i + 1, j + 1] - table[i, j + 1])
+            (a, b), (c, d) = ([cost.prefill_ps(tier, x, y) for y in (j, j + 1)] for x in (i, i + 1))
+            low, high = a + u * (c - a), b + u * (d - b)
             total += max(max(low + v * (high - low), 0.0) - floor, 0.0)
         attention = floor + total
         if n:
@@ -640,17 +639,14 @@ def duration_ps(cost: Cost, tier, contexts, chunks, ending, depth, draft):
             u = (prefill - cost.mixed_chunk[i]) / (cost.mixed_chunk[i + 1] - cost.mixed_chunk[i])
             v = (context - cost.mixed_kv[j]) / (cost.mixed_kv[j + 1] - cost.mixed_kv[j])
             u = min(max(u, 0.0), 1.0)
-            table = cost.mixed_ps[tier]
-            low = table[i, n, j] + u * (table[i + 1, n, j] - table[i, n, j])
-            high = table[i, n, j + 1] + u * (table[i + 1, n, j + 1] - table[i, n, j + 1])
+            (a, b), (c, d) = ([cost.mixed_ps(tier, x, n, y) for y in (j, j + 1)] for x in (i, i + 1))
+            low, high = a + u * (c - a), b + u * (d - b)
             attention += max(low + v * (high - low), 0.0)
         time += round(float(attention))
     else:
         k = segment(cost.decode_kv, kv / n)
-        slope = int(cost.decode_slope[tier, n, k])
-        time += int(cost.decode_ps[tier, n, k]) + slope * (kv - int(cost.decode_kv[k]) * n) // n
+        slope = cost.decode_slope(tier, n, k)
+        time += cost.decode_ps(tier, n, k) + slope * (kv - cost.decode_kv[k] * n) // n
     if depth and n:
-        time += round(
-            depth * (draft[0] * int(cost.dense_ps[tier, n]) + draft[1] * int(cost.head_ps[tier, n]))
-        )
+        time += round(depth * (draft[0] * cost.dense_ps(tier, n) + draft[1] * cost.head_ps(tier, n)))
     return time

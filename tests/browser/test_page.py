@@ -208,8 +208,8 @@ def test_who_leaves_makes_room_and_a_full_house_is_told_in_words(visit: Any) -> 
         page.close()
         plots = late.locator("#board [data-windows]")
         for _ in range(1000):  # the server notices in its own time that a page has gone
-            with late.expect_response("**/queue/join*"):
-                late.locator("#play-one").click()
+            late.locator("#play-one").click()  # taken once the page has the answer to the last one
+            late.wait_for_timeout(100)
             if plots.count():
                 break
         plots.wait_for()

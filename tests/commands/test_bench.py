@@ -9,8 +9,8 @@ from llmserve_env.commands.bench import _replay
 
 
 def test_replay_serves_every_request():
-    row = _replay("h100-llama-3.1-8b", "poisson://?rate=5&requests=200&seed=1", 1000, 1)
-    assert row["requests"] == 1000
+    row = _replay("h100-llama-3.1-8b", "poisson://?rate=5&requests=200&seed=1", 1000, 2, 1)
+    assert (row["requests"], row["engines"]) == (1000, 2)
     assert row["iterations"] > 1000
     assert row["requests_per_s"] == pytest.approx(1000 / row["seconds"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 
-import numba
 import numpy as np
 import pytest
 
@@ -59,18 +58,16 @@ def test_an_environment_leaves_the_log_of_an_episode(task_id):
     assert env.log() == log_of(task_id)
 
 
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("row", [None, 0, 3, OTHERS])
 @pytest.mark.parametrize("task_id", list_tasks())
-def test_a_batch_plays_each_episode_as_if_alone(task_id, row, parallel):
-    if parallel and numba.config.NUMBA_NUM_THREADS < 2:
-        pytest.skip("one core")
+def test_a_batch_plays_each_episode_as_if_alone(task_id, row, threads):
     task, log = short(task_id, WINDOWS), log_of(task_id)
     count = 1 if row is None else OTHERS + 1
     row = row or 0
     seeds = [1000 + k for k in range(count)]
     seeds[row] = SEED
-    batch = EpisodeBatch(task, count, parallel=parallel)
+    batch = EpisodeBatch(task, count, threads=threads)
     assert records(batch, row, chosen(task), seeds) == (log.digests, log.rewards, log.score)
     # again in rooms that another episode has used
     batch.reset([5] * count)

@@ -17,7 +17,7 @@ from llmserve_env.sim.simulator import SimulatorBatch
 from llmserve_env.sim.state import PS_PER_S
 from llmserve_env.workloads.workload import Tenant
 
-PARTS = ("windows", "counters", "engines", "cells")
+PARTS = ("windows", "sums")
 OUTCOME = ["first_ps", "finish_ps", "worst_gap_ps", "generated", "preemptions", "status"]
 TENANTS = (Tenant("a", patience_s=2.0), Tenant("b", priority=1, speculation_class="math"))
 PROFILE = small(200)
@@ -42,8 +42,13 @@ def state(batch, episode):
     """Everything that can be seen of an episode, as bytes."""
     low = batch._first[episode]
     outcomes = batch.outcomes[low : low + batch.cells["requests"][episode]]
+    engines = batch.engines[episode].copy()
+    slots = batch.slots[engines["row"]]
+    engines["row"] = 0  # which place of a batch it has is not seen
     return [
-        *(getattr(batch, name)[episode].tobytes() for name in PARTS if name != "cells"),
+        *(getattr(batch, name)[episode].tobytes() for name in PARTS),
+        engines.tobytes(),
+        slots.tobytes(),
         [np.ascontiguousarray(outcomes[name]).tobytes() for name in OUTCOME],
         batch.cells[episode].tobytes(),
         float(batch.now_s[episode]),
@@ -118,13 +123,13 @@ def test_an_empty_workload_is_an_episode_too():
     assert state(batch, 1) == state(single, 0)
 
 
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 @pytest.mark.parametrize("engines", [1, 3])
-def test_skipped_episodes_stay_as_they_are(engines, shared, parallel):
+def test_skipped_episodes_stay_as_they_are(engines, shared, threads):
     rng = np.random.default_rng(21)
     workloads = [workload(k, 60, shared) for k in range(5)]
-    batch = cells(workloads, engines, parallel=parallel)
+    batch = cells(workloads, engines, threads=threads)
     alone = [cells([each], engines) for each in workloads]
     for step in range(16):
         which = rng.random(5) < 0.5 if step else np.array([False, True, False, True, True])

@@ -40,7 +40,7 @@ class Recount:
         self.requests = self.batch.requests[part]
         return self.batch.outcomes[part].copy()
 
-    def check(self, window, counters):
+    def check(self, window, sums):
         """Compare the record of the window that was just served."""
         out, req, tenants = self.outcomes(), self.requests, self.tenants
         of = req["tenant"]
@@ -83,8 +83,8 @@ class Recount:
             assert window["mean_ttft_s"] == pytest.approx(ttft_s.mean())
         self._percentile(window["p50_ttft_s"], ttft_s, 0.5)
         self._percentile(window["p99_ttft_s"], ttft_s, 0.99)
-        self._gaps(window, counters["gap_histogram"])
-        assert np.histogram(ttft_s, EDGES_S)[0].tolist() == counters["ttft_histogram"].tolist()
+        self._gaps(window, sums["gap_histogram"])
+        assert np.histogram(ttft_s, EDGES_S)[0].tolist() == sums["ttft_histogram"].tolist()
         fresh = (out["status"] == WAITING) & (out["preemptions"] == 0)
         end_ps = round(float(window["end_s"]) * PS_PER_S)
         oldest_ps = (end_ps - out["sent_ps"][fresh]).max() if fresh.any() else 0
@@ -123,7 +123,7 @@ def test_records_of_random_cells():
         recount = Recount(batch, batch.workloads[0].tenants)
         for action, window_s in windows[:-1]:
             batch.serve_each([action], window_s)
-            recount.check(batch.windows[0], batch.counters[0])
+            recount.check(batch.windows[0], batch.sums[0])
 
 
 # Where clients ask again, a try that began and ended within a window leaves no trace in the outcomes: those
@@ -139,7 +139,7 @@ def test_records_of_the_tasks(task_id):
         recount = Recount(batch.backend, task.tenants)
         for action in draw(task, np.random.default_rng(seed), 16):
             batch.step(np.array([action]))
-            recount.check(batch.windows[0], batch.backend.counters[0])
+            recount.check(batch.windows[0], batch.backend.sums[0])
 
 
 def test_a_window_record_holds_the_fields_of_its_row():
@@ -155,7 +155,7 @@ def test_a_window_record_holds_the_fields_of_its_row():
         if name.startswith(("tenant_", "tier_")):
             expected = expected[..., :count]
         np.testing.assert_array_equal(value, expected)
-    assert record.ttft_histogram.tolist() == batch.counters["ttft_histogram"][0].tolist()
+    assert record.ttft_histogram.tolist() == batch.sums["ttft_histogram"][0].tolist()
     before = record.tenant_arrived.copy()
     batch.serve_each([action], window_s)
     assert batch.windows[0]["tenant_arrived"][:count].tolist() != before.tolist()

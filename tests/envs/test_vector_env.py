@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import pickle
 
 import gymnasium as gym
-import numba
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import data_equivalence
@@ -22,7 +23,7 @@ from llmserve_env.tasks import load_task
 WINDOWS = 5
 THREADS = [
     1,
-    pytest.param(2, marks=pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")),
+    2,
 ]
 LEFT_OUT = ("action", "_action", "not_applied", "_not_applied")
 
@@ -145,13 +146,19 @@ def test_records_set_values_between_those_of_the_grid():
     assert env.batch.actions["batch_cap"].tolist() == [77, 9]
 
 
-def test_the_number_of_threads_is_put_back():
-    before = numba.get_num_threads()
-    env = LLMServeVectorEnv(2, threads=None, **arguments())
-    assert env.threads == numba.config.NUMBA_NUM_THREADS
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_forked_child_goes_on_with_threads_of_its_own():
+    env = LLMServeVectorEnv(4, threads=2, **arguments())
     env.reset(seed=0)
-    env.step(env.action_space.sample())
-    assert numba.get_num_threads() == before
+    actions = [env.action_space.sample() for _ in range(2)]
+    env.step(actions[0])
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        rewards = pool.apply(_rewards, (env, actions[1]))
+    assert rewards == env.step(actions[1])[1].tolist()
+
+
+def _rewards(env, actions):
+    return env.step(actions)[1].tolist()
 
 
 def test_make_vec_gives_it():

@@ -47,14 +47,13 @@ def check(batch):
         out, cell = batch.outcomes[low:high], batch.cells[episode]
         flying = int(cell["transfers"])
         if flying:
-            heap = list(zip(batch._timers.ready_ps[low:], batch._timers.request[low:], strict=True))[:flying]
+            heap = batch.transfers[low : low + flying].tolist()
             assert all(heap[(i - 1) // 2] <= heap[i] for i in range(1, flying))
             places.update(int(request) for _, request in heap)
         status = out["status"]
         away = int(cell["retrying"])
         if away:
-            timers = batch._timers
-            heap = list(zip(timers.retry_ps[low:], timers.retry_request[low:], strict=True))[:away]
+            heap = batch.retries[low : low + away].tolist()
             assert all(heap[(i - 1) // 2] <= heap[i] for i in range(1, away))
             assert all(out["sent_ps"][request] == time_ps for time_ps, request in heap)
             assert sorted(request for _, request in heap) == np.flatnonzero(status == RETRYING).tolist()
@@ -83,8 +82,10 @@ def emitted_tokens(batch):
 class _Engine:
     def __init__(self, batch, episode, index):
         self.batch = batch
-        self.e = batch.engines[episode, index]
         self.g = episode * batch.engines.shape[1] + index
+        self.e = {name: batch.engines[episode, index][name] for name in batch.engines.dtype.names}
+        self.e |= {name: batch.slots[self.g][name] for name in batch.slots.dtype.names}
+        assert self.e["row"] == self.g
         self.low = batch._first[episode]
         self.high = self.low + batch.cells["requests"][episode]
         self.episode = episode
@@ -168,19 +169,19 @@ class _Engine:
 
     def keys(self, slot):
         """Keys of the prefix nodes that a slot holds."""
-        prefixes, request = self.batch._prefixes, int(self.e["slot_request"][slot])
+        batch, request = self.batch, int(self.e["slot_request"][slot])
         if not self.e["slot_shared"][slot]:
             return []
-        first = prefixes.offsets[self.low + self.episode + request]
-        size = prefixes.per_id
-        return [
-            int(prefixes.ids[first + b // size]) * size + b % size for b in range(self.e["slot_shared"][slot])
-        ]
+        first = batch.prefix_offsets[self.low + self.episode + request]
+        size = int(batch.cells["blocks_per_id"][self.episode])
+        ids = batch.prefix_ids
+        return [int(ids[first + b // size]) * size + b % size for b in range(self.e["slot_shared"][slot])]
 
     def blocks(self):
-        e, g, pool = self.e, self.g, self.batch._pool
-        table = pool.table_key[g]
-        nodes = dict(zip(table[table >= 0].tolist(), pool.table_node[g][table >= 0].tolist(), strict=True))
+        e, queue, records = self.e, self.batch.queue[self.g], self.batch.nodes[self.g]
+        places = self.batch.table[self.g]
+        table = places["key"]
+        nodes = dict(places[table >= 0].tolist())
         references = Counter()
         private = 0
         for slot in self.run + self.limbo:
@@ -190,23 +191,20 @@ class _Engine:
             assert own >= 0
             private += own
         used = sorted(nodes.values())
-        unused = pool.node_free[g, : e["nodes_free"]].tolist()
-        assert sorted(used + unused) == list(range(pool.node_key.shape[1]))
+        unused = records["free"][: e["nodes_free"]].tolist()
+        assert sorted(used + unused) == list(range(len(records)))
         for key, node in nodes.items():
-            assert pool.node_key[g, node] == key
-            assert pool.node_references[g, node] == references[node]
+            assert records["key"][node] == key
+            assert records["references"][node] == references[node]
         assert e["held"] == private + len(references), "held blocks are those of running sequences"
 
         # the free queue holds all others
-        mask = pool.queue_owner.shape[1] - 1
+        mask = len(queue) - 1
         free = 0
         waits = {}
         assert e["queue_tail"] - e["queue_head"] <= mask + 1
         for position in range(e["queue_head"], e["queue_tail"]):
-            length, owner = (
-                int(pool.queue_length[g, position & mask]),
-                int(pool.queue_owner[g, position & mask]),
-            )
+            owner, length = queue[position & mask].tolist()
             assert length >= 0
             free += length
             if length and owner != -1:
@@ -217,7 +215,7 @@ class _Engine:
         idle = {-2 - node for node in used if not references[node]}
         assert {owner for owner in waits if owner < 0} == idle, "idle prefix nodes wait in the free queue"
         for owner, position in waits.items():
-            home = self.out["segment"][owner] if owner >= 0 else pool.node_segment[g, -2 - owner]
+            home = self.out["segment"][owner] if owner >= 0 else records["segment"][-2 - owner]
             assert home == position
         self.owners = {owner for owner in waits if owner >= 0}
         # an open-addressed table must find every key from its home
@@ -229,7 +227,7 @@ class _Engine:
 
     def deadlines(self):
         """No client goes away before the engine looks; one whose last token is scheduled does not."""
-        limits = self.batch._tenant_arrays.deadline_ps
+        limits = self.batch.tenants["deadline_ps"]
         for slot in self.run:
             request, c = self.e["slot_request"][slot], self.e["slot_class"][slot]
             if (
@@ -257,7 +255,7 @@ class _Engine:
         assert self.owners <= set(resumed), "only preempted requests may find blocks of their own again"
         for request in resumed:
             position = int(out["segment"][request])
-            assert position < 0 or self.batch._pool.queue_owner[self.g, position] == request
+            assert position < 0 or self.batch.queue["owner"][self.g, position] == request
         if e["condition"] == UP and e["role"] == PREFILL:
             assert (out["status"][fresh] != TRANSFER).all()
         assert not np.isin(out["status"][resumed + fresh], (COMPLETED, FAILED, CANCELLED)).any()

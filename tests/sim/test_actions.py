@@ -192,7 +192,7 @@ def test_speculation_classes_gain_their_own_rate():
     engine = simulator.batch.engines[0, 0]
     assert (engine["active"], engine["class_active"].tolist()) == (3, [1, 1, 1, 0])
     known = [constants().speculation[name].tokens_per_step[3] for name in ("chat", "math", "ngram")]
-    steps = simulator.batch.counters["iterations"][0]
+    steps = simulator.batch.windows["iterations"][0]
     for clock, rate in zip(engine["clock"], known, strict=False):
         assert abs(clock - steps * rate) <= 1
 

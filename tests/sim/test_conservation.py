@@ -86,7 +86,7 @@ def test_tries_and_requests_add_up_where_clients_come_back():
             assert sent == ended + record.in_flight - record.retrying
             assert totals["retries"] + record.retrying == batch.outcomes["retries"].sum()
             assert record.tenant_in_flight.sum() == record.in_flight
-        allowed = batch._tenant_arrays.retries[batch.requests["tenant"]]
+        allowed = batch.tenants["retries"][batch.requests["tenant"]]
         assert (batch.outcomes["retries"] <= allowed).all()
         failed = batch.outcomes["status"] == FAILED
         assert (batch.outcomes["retries"][failed] == allowed[failed]).all(), "the last try failed, no other"

@@ -35,7 +35,7 @@ def test_every_request_runs_forward_in_time():
         assert (out["finish_ps"][done] - out["first_ps"][done] >= steps * fastest_ps).all()
         assert batch.engines["busy_ps"].max() >= out["finish_ps"][done].max(initial=0)
         failed = out["status"] == 5
-        patience = batch._tenant_arrays.patience_ps[req["tenant"]]
+        patience = batch.tenants["patience_ps"][req["tenant"]]
         assert (patience[failed] < NEVER_PS).all()
         assert (out["finish_ps"][failed] == (req["arrival_ps"] + patience)[failed]).all()
         assert (out["first_ps"][failed] == 0).all()

@@ -65,7 +65,7 @@ class MPCAgent:
             flight to end: only what has ended earns.
         samples: of the traffic to come, for each candidate the same.
         margin: by which the best must beat the configuration in force to replace it, as a share.
-        parallel: spread the rollouts over Numba's threads.
+        threads: threads that serve the rollouts (None: one for each core).
         name: under which results are reported.
 
     Attributes:
@@ -80,7 +80,7 @@ class MPCAgent:
         horizon_s: float = 150.0,
         samples: int = 1,
         margin: float = 0.02,
-        parallel: bool = False,
+        threads: int | None = 1,
         name: str = "mpc",
     ) -> None:
         for field, value in (("candidates", candidates), ("samples", samples)):
@@ -92,7 +92,7 @@ class MPCAgent:
         self.rolled_s = 0.0
         self._presets = list(presets)
         self._candidates, self._samples = candidates, samples
-        self._horizon_s, self._margin, self._parallel = horizon_s, margin, parallel
+        self._horizon_s, self._margin, self._threads = horizon_s, margin, threads
         self._task: Task | None = None
 
     def reset(self, task: Task, seeds: Sequence[int]) -> None:
@@ -231,5 +231,5 @@ class MPCAgent:
             each = self._candidates * self._samples
             count = max(_SLOTS // each, 1) * each
             room = max(self._twins.room, requests * 5 // 4)
-            self._slots = Twins(self._task, count, room, parallel=self._parallel)
+            self._slots = Twins(self._task, count, room, threads=self._threads)
         return self._slots

@@ -12,8 +12,6 @@ from llmserve_env.sim.state import OUTCOME, PS_PER_S
 from llmserve_env.workloads.workload import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from llmserve_env.agents.mpc.traffic import Requests
@@ -27,10 +25,10 @@ class Twins(SimulatorBatch):
         task: says what the cells are and who is served.
         episodes: how many cells.
         room: requests that each can be told of.
-        parallel: spread the cells over Numba's threads.
+        threads: threads that serve the cells (None: one for each core).
     """
 
-    def __init__(self, task: Task, episodes: int, room: int, *, parallel: bool = False) -> None:
+    def __init__(self, task: Task, episodes: int, room: int, *, threads: int | None = 1) -> None:
         # Placeholders that reserve the room: none of them ever arrives.
         none, one = np.zeros(room), np.ones(room, np.int32)
         reserved = Workload(none, one, one, none.astype(np.int16), task.tenants)
@@ -42,7 +40,7 @@ class Twins(SimulatorBatch):
             max_num_batched_tokens=task.cell.max_num_batched_tokens,
             prefix_cache=task.cell.prefix_cache,
             action=task.start,
-            parallel=parallel,
+            threads=threads,
         )
         self.room = room
         self.cells["requests"] = 0
@@ -72,18 +70,16 @@ class Twins(SimulatorBatch):
         count, cells, engines = int(source.cells["requests"][episode]), len(self.cells), self.engines.shape[1]
         for name in ("cells", "engines", "now_s", "_now_ps", "_over", "windows"):
             getattr(self, name)[episodes] = getattr(source, name)[episode]
-        pools: Iterator[tuple[NDArray[Any], NDArray[Any]]] = zip(self._pool, source._pool, strict=True)
-        for mine, other in pools:
+        self.engines["row"] = np.arange(self.engines.size).reshape(self.engines.shape)
+        for name in ("slots", "queue", "nodes", "table"):
+            mine, other = getattr(self, name), getattr(source, name)
             rows = mine.reshape(cells, engines, *mine.shape[1:])
             rows[episodes] = other.reshape(len(source.cells), engines, *other.shape[1:])[episode]
-        for mine, other in zip(self._per_request(), source._per_request(), strict=True):
+        for name in ("requests", "outcomes", "transfers", "retries"):
+            mine, other = getattr(self, name), getattr(source, name)
             if len(mine):
                 rows = mine.reshape(cells, self.room)
                 rows[episodes, :count] = other.reshape(len(source.cells), source.room)[episode, :count]
-
-    def _per_request(self) -> tuple[NDArray[Any], ...]:
-        """Arrays with a place for every request: what it is, what became of it, heaps of those under way."""
-        return (self.requests, self.outcomes, *self._timers)
 
 
 def wider(task: Task, twins: Twins, room: int) -> Twins:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,7 +106,6 @@ def serve(workload: Workload, cell: Cell, *, windows: int = 200, name: str = "se
 
     if len(workload) == 0:
         raise InputError("holds no request to serve", file=workload.source or None)
-    announce_compilation()
     simulator = Simulator(
         cell.profile,
         workload,
@@ -138,16 +136,6 @@ def serve(workload: Workload, cell: Cell, *, windows: int = 200, name: str = "se
                 simulator.batch.fail_unfinished()
                 break
     return Served(workload, cell, simulator.outcomes(), tuple(records))
-
-
-def announce_compilation() -> None:
-    """Say on stderr that the simulator is about to be compiled, where it has not been on this machine."""
-    from llmserve_env.sim import kernel
-
-    source = Path(kernel.__file__).stat().st_mtime
-    compiled = Path(kernel.serve.stats.cache_path).glob("kernel.serve-*.nbi")
-    if not kernel.serve.signatures and not any(index.stat().st_mtime >= source for index in compiled):
-        print("compiling the simulator for this machine: once, for about half a minute", file=sys.stderr)
 
 
 def _progress(name: str, requests: int) -> tqdm[None]:

@@ -184,7 +184,7 @@ def simulate(profile: Profile, workload: Workload, *, prefix_cache: bool = True)
         idle_s = 0.0 if iterations else idle_s + window_s
         if iterations:
             gaps.append(float(window["busy_s"]) / iterations)
-            counts.append(int(batch.counters[0]["gap_histogram"].sum()))
+            counts.append(int(batch.sums[0]["gap_histogram"].sum()))
     batch.fail_unfinished()
     outcomes = batch.outcomes_of(0)
     preempted = outcomes.preemptions > 0  # their longest gap spans several iterations

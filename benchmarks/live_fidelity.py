@@ -5,8 +5,8 @@
 
 Calibrates a profile on the server under closed-loop load (`llmserve calibrate live`), then plays loads that
 the calibration has not seen on the server and in the simulator (`llmserve compare`), and holds the errors
-against limits. Takes about seven minutes, in which the machine should do nothing else. docs/live.md tells how
-to start the server.
+against limits. Takes about seven minutes, in which the machine should do nothing else.
+docs/live-calibration.md tells how to start the server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/environments.md and the class's docstring in step with the code."""
+"""The pages on the environments and the class's docstring in step with the code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from llmserve_env.envs.vector_env import LLMServeVectorEnv
 from llmserve_env.observation import FEATURES
 from scripts.document_tables import DOCUMENTS, with_tables
 
-DOCUMENT = (DOCUMENTS / "environments.md").read_text(encoding="utf-8")
+PAGES = ("environments.md", "environment-forms.md")
+DOCUMENT = "".join((DOCUMENTS / page).read_text(encoding="utf-8") for page in PAGES)
 DOCSTRING = inspect.getdoc(LLMServeEnv) or ""
 
 

@@ -139,28 +139,27 @@ def test_a_uri_goes_before_its_preset():
     assert set(slow.prompt_tokens) == {7}
 
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "workloads.md"
+DOCUMENTS = Path(__file__).resolve().parents[2] / "docs"
+DOCUMENT = "".join((DOCUMENTS / page).read_text() for page in ("workloads.md", "presets.md"))
 
 
 @pytest.mark.parametrize("cls", [*GENERATORS.values(), GeneratorOptions, TraceOptions, ScenarioOptions])
 def test_the_documented_parameters_are_those_of_the_code(cls):
-    document = DOCUMENT.read_text()
     for name, default, meaning in parameters.table(cls):
-        assert f"| `{name}` | {default or '–'} | {meaning} |" in document
+        assert f"| `{name}` | {default or '–'} | {meaning} |" in DOCUMENT
 
 
 def test_the_document_names_every_preset_format_and_threshold():
-    document = DOCUMENT.read_text()
     for kind in ("lengths", "tenants", "slos"):
         for name in presets(kind):
-            assert f"`{name}`" in document
+            assert f"`{name}`" in DOCUMENT
     for scheme, name in PRESETS:
-        assert f"`{scheme}://?preset={name}`" in document
+        assert f"`{scheme}://?preset={name}`" in DOCUMENT
     for known in FORMATS:
-        assert known.name in document
-        assert all(f"`{field}`" in document for field in known.fields)
+        assert known.name in DOCUMENT
+        assert all(f"`{field}`" in DOCUMENT for field in known.fields)
     for number in (SPARSE_SILENT_SHARE, BURSTY_CV, BURSTY_DISPERSION):
-        assert f"{number:g}" in document
+        assert f"{number:g}" in DOCUMENT
 
 
 def test_importing_loads_no_heavy_library():

@@ -276,7 +276,7 @@ def test_what_grafana_asks_for_is_there_and_all_of_it_is_described():
             shown - asked - {each for each in shown if re.search(r"_(bucket|sum|count)$|_process_", each)}
         )
         assert left_out == {"llmserve_gateway_windows_total"}
-        told = (ROOT / "docs" / "live.md").read_text(encoding="utf-8").partition("## Dashboard")[2]
+        told = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8").partition("## Dashboard")[2]
         names = {re.sub(r"llmserve_gateway_|_(bucket|sum|count)$", "", each) for each in shown}
         assert {each for each in names if f"`{each}`" not in told and "process_" not in each} == set()
 

@@ -69,7 +69,10 @@ class Steps:
 
 
 class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
-    """A session on a server, from the first call to `close`.
+    """OpenEnv's client: a session on a server, from the first call to `close`.
+
+    The Gymnasium environment is another class: `gym.make("LLMServe-v0")` makes an
+    `llmserve_env.envs.serve_env.LLMServeEnv`, and `gym.make("LLMServeRemote-v0", url=...)` plays on a server.
 
     The methods are coroutines; `sync()` gives a client with the same methods that block:
 

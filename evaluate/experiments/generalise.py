@@ -4,8 +4,8 @@
         --servegen-lengths FILE
 
 plays the policies, and what they are compared with, on the tasks that they were trained on and on these tasks
-with something changed; docs/generalisation.md says how traces are fitted to a task. Traces are not shipped, and
-those that are not given are left out:
+with something changed; docs/generalisation.md says how traces are fitted to a task. Traces are not shipped,
+and those that are not given are left out:
 
     AzureLLMInferenceTrace_conv.csv   github.com/Azure/AzurePublicDataset, data/; CC-BY-4.0
     conversation_trace.jsonl          github.com/kvcache-ai/Mooncake, FAST25-release/traces/; Apache-2.0

@@ -368,7 +368,7 @@ class Gateway:
         raise Refused(429, message, reason, wait_s)
 
     def _bucket_wait_s(self, priority: int, now_s: float) -> float:
-        """Time until the bucket has a token for it (s): 0 for now. The simulator's `_lets_in`."""
+        """Time until the bucket has a token for it (s): 0 for now. The simulator's `lets_in`."""
         rate = self.action.admission_rate
         if rate is None:
             return 0.0

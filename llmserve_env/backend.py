@@ -129,21 +129,21 @@ class WindowRecord:
     engines_tier: Annotated[NDArray[np.int64], Figure("gauge", "engines", "engines", ("tier",))]
     """Engines by the precision of their weights, or of what they load while they do."""
     tenant_arrived: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
-    """Requests that each tenant sent."""
+    """Requests that the tenant sent."""
     tenant_completed: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
-    """Requests of each that got their last token."""
+    """Requests of the tenant that got their last token."""
     tenant_failed: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
-    """Requests of each that were given up or refused."""
+    """Requests of the tenant that were given up or refused."""
     tenant_in_flight: Annotated[NDArray[np.int64], Figure("gauge", "tenants", "requests", ("tenant",))]
-    """Requests of each that are not over."""
+    """Requests of the tenant that are not over."""
     tenant_in_slo: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tenant",))]
-    """Requests of each completed with TTFT and TPOT within the tenant's SLO."""
+    """Requests of the tenant completed with TTFT and TPOT within the tenant's SLO."""
     tenant_output_tokens: Annotated[NDArray[np.int64], Figure("count", "tenants", "tokens", ("tenant",))]
-    """Tokens of completed requests of each."""
+    """Tokens of the tenant's completed requests."""
     tenant_first_tokens: Annotated[NDArray[np.int64], Figure("count", "tenants", "attempts", ("tenant",))]
-    """Attempts of each that got their first token."""
+    """Attempts of the tenant that got their first token."""
     tenant_ttft_s: Annotated[NDArray[np.float64], Figure("count", "tenants", "s", ("tenant",))]
-    """Sum of their times to first token."""
+    """Sum of the times to first token of its attempts."""
     tenant_headroom: Annotated[NDArray[np.float64], Figure("count", "tenants", "share", ("tenant",))]
     """Sum over requests within the SLO of 1 - max(TTFT, TPOT), both as shares of what was promised."""
     tier_in_slo: Annotated[NDArray[np.int64], Figure("count", "tenants", "requests", ("tier", "tenant"))]

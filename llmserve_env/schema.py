@@ -150,7 +150,7 @@ class ServeObservation(BaseModel):
     retrying_requests: int
     """Requests in flight whose client waits to send them again (gauge)."""
     oldest_wait_ms: float
-    """Age of the oldest try that waits for its first admission (ms, gauge)."""
+    """Age of the oldest attempt that waits for its first admission (ms, gauge)."""
     kv_cache_occupancy: float
     """Share of KV blocks held (gauge)."""
     mean_prompt_length: float
@@ -172,11 +172,11 @@ class ServeObservation(BaseModel):
     failed_requests: int
     """Requests given up or refused for good."""
     refused_tries: int
-    """Tries that the admission rate did not let in."""
+    """Attempts that the admission rate did not let in."""
     timed_out_tries: int
-    """Tries that their client gave up, waiting for the first token or for the whole answer."""
+    """Attempts that their client gave up, waiting for the first token or for the whole answer."""
     retries: int
-    """Tries that followed a refused or given up one of the same request."""
+    """Attempts that followed a refused or given up one of the same request."""
     gpu_memory_used_gb: float
     """Weights and held KV blocks of all engines (GB, gauge)."""
     estimated_cost_per_1k: float | None

@@ -47,7 +47,7 @@ def features() -> list[str]:
 
 def figures() -> list[str]:
     """The window figures, in the order of their record."""
-    rows = ["| figure | group | kind | unit | of each | meaning |", "|---|---|---|---|---|---|"]
+    rows = ["| figure | group | kind | unit | axes | meaning |", "|---|---|---|---|---|---|"]
     meanings = figure_meanings()
     for name, figure in FIGURES.items():
         axes = ", ".join(figure.axes) or "–"

@@ -60,7 +60,7 @@ class ReactiveRule(BaseModel):
         split_after_s: ... that have to last this long before prefill and decode are split (s).
         calm_s: calm that has to last before precision is raised or engines are joined again (s): engines
             restart for it one after the other.
-        admission_wait_s: age of the oldest waiting try from which on fewer are let in (s).
+        admission_wait_s: age of the oldest waiting attempt from which on fewer are let in (s).
         admission_cut: what is let in then, of what was let in or sent in the window.
         admission_growth: by what more are let in, window by window, once nobody waits so long; when it is
             half as much again as what is sent, everybody is.
@@ -178,7 +178,7 @@ class _State:
         self._admit((windows["arrived"] + windows["retries"]) / self._window_s, wait_s)
 
     def _admit(self, sent_rps: NDArray[np.float64], wait_s: NDArray[np.float64]) -> None:
-        """Let fewer in while tries wait for long, then more and more, in the end everybody."""
+        """Let fewer in while attempts wait for long, then more and more, in the end everybody."""
         p, rate = self._p, self._admission_rate
         crowded = wait_s >= p["admission_wait_s"]
         less = np.maximum(

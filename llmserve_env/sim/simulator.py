@@ -81,7 +81,7 @@ class Outcomes:
         e2e_s: float64[n], from arrival to last token (s; nan if not completed).
         finish_s: float64[n], time of the last token, or of failing (s; nan while in flight).
         preemptions: uint16[n].
-        retries: int8[n], tries after the first that were sent or will be.
+        retries: int8[n], attempts after the first that were sent or will be.
         status_code: int8[n], index into sim.state.STATUS_NAMES.
     """
 

@@ -60,8 +60,8 @@ REQUEST = np.dtype(
 
 OUTCOME = np.dtype(
     [
-        ("sent_ps", np.int64),  # when its current try was sent, or will be
-        ("first_ps", np.int64),  # first token of that try, 0 before it
+        ("sent_ps", np.int64),  # when its current attempt was sent, or will be
+        ("first_ps", np.int64),  # first token of that attempt, 0 before it
         ("finish_ps", np.int64),  # last token, or the time it failed; before, last token of one that is away
         ("worst_gap_ps", np.int64),  # longest time between two of its tokens so far
         ("generated", np.int32),  # tokens that survive a preemption or a transfer
@@ -69,7 +69,7 @@ OUTCOME = np.dtype(
         ("segment", np.int32),  # where its freed blocks wait in the free queue, -1 when nowhere
         ("preemptions", np.uint16),
         ("status", np.int8),
-        ("retries", np.int8),  # tries after the first
+        ("retries", np.int8),  # attempts after the first
     ],
     align=True,
 )

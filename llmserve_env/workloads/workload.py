@@ -24,9 +24,9 @@ class Tenant:
         tpot_slo_s: time per output token that it was promised (s).
         patience_s: it gives up a request that has not been started on by then (s; inf: never).
         deadline_s: it gives up a request whose last token has not come by then, however far it is (s; inf:
-            never). Both count from when a try is sent.
+            never). Both count from when an attempt is sent.
         retries: how often it sends a request again that it gave up or that was refused, 0 to 100.
-        retry_after_s: how long it waits before that (s); doubles with every further try, up to 16 times.
+        retry_after_s: how long it waits before that (s); doubles with every further attempt, up to 16 times.
             The default of half a second is that of the OpenAI client, which waits up to 8 s.
         priority: vLLM's request priority, lower is served first.
         speculation_class: workload class that sets how many draft tokens are accepted

@@ -53,7 +53,7 @@ _OWN = frozenset({b"host", b"content-length", b"accept-encoding", b"expect"})
 _JSON = [(b"content-type", b"application/json")]
 _LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 _LATER = (429, 503)
-"""Refusals that are worth another try, so that a time is told for it."""
+"""Refusals that are worth another attempt, so that a time is told for it."""
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 

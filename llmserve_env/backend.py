@@ -31,9 +31,9 @@ class Figure:
     Attributes:
         kind: what its number is: a sum over the window (count), the state at its end (gauge), a mean or a
             percentile over it, or its place in time (time).
-        group: of figures, with which a task has it or not.
-        unit: of the number.
-        axes: of an array: "tenant", "tier", or both.
+        group: group of figures, which a task has or not.
+        unit: unit of the number.
+        axes: axes of an array: "tenant", "tier", or both.
     """
 
     kind: Literal["count", "gauge", "mean", "percentile", "time"]
@@ -262,7 +262,7 @@ class Backend(Protocol):
         Args:
             episode: its place, 0 to n-1.
             workload: its requests, with the tenants that all workloads here have.
-            seed: of the episode, for what is drawn beside the workload.
+            seed: seed of the episode, for what is drawn beside the workload.
 
         Raises:
             InputError: the workload cannot be served here, or what serves cannot be reached.

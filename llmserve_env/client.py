@@ -60,8 +60,8 @@ class Steps:
     """Several windows in a row.
 
     Attributes:
-        results: of every window, or of the last one only if that is what was asked for.
-        rewards: of every window that was played.
+        results: results of every window, or of the last one only if that is what was asked for.
+        rewards: rewards of every window that was played.
     """
 
     results: list[StepResult[ServeObservation]]
@@ -95,10 +95,10 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
     connection that breaks raises `ConnectionError`; the next call opens another one, whose session is new.
 
     Args:
-        base_url: of the server, http(s):// or ws(s)://.
+        base_url: URL of the server, http(s):// or ws(s)://.
         session_id: an open session to play in, which is left open; by default one of its own, which ends with
             the connection.
-        options: as `openenv.core.env_client.EnvClient`, such as `message_timeout_s` and `headers`.
+        options: those of `openenv.core.env_client.EnvClient`, such as `message_timeout_s` and `headers`.
     """
 
     def __init__(self, base_url: str | None = None, *, session_id: str | None = None, **options: Any) -> None:
@@ -125,7 +125,7 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
 
         Args:
             task_id: id of a task (default: static_workload).
-            seed: of the episode (default: one that the server draws from the training seeds).
+            seed: seed of the episode (default: one that the server draws from the training seeds).
             workload: other traffic than the task's: the URI of a generator, or a scenario's table.
             horizon_s: another length of the episode (s).
             features: whether `observation.metadata["features"]` has what Gymnasium agents see.
@@ -168,7 +168,7 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
         """The grade of an episode.
 
         Args:
-            log: of any episode (default: the session's own, which must be over).
+            log: log of any episode (default: the session's own, which must be over).
 
         Raises:
             InputError: the log is not what the simulator does; names the field.
@@ -236,7 +236,7 @@ class RemoteSession:
     """A `session.Session` on a server, which begins with the first call and ends with `close`.
 
     Args:
-        url: of the server.
+        url: URL of the server.
     """
 
     def __init__(self, url: str) -> None:

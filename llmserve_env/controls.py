@@ -30,7 +30,7 @@ class ControlSpec:
     members, of a switch 0 or 1, inf for None.
 
     Attributes:
-        name: of the field.
+        name: name of the field.
         type: bool, int, float or an enumeration.
         optional: whether it may be None.
         default: value of `ServeAction()`.

@@ -38,9 +38,9 @@ def simulate(
     """Simulated cells of a task: an `OpenBackend`.
 
     Args:
-        task: gives the cell.
-        workloads: of each episode.
-        seeds: of each episode; nothing but the workloads is drawn from them.
+        task: the task, which gives the cell.
+        workloads: workload of each episode.
+        seeds: seed of each episode; nothing but the workloads is drawn from them.
         threads: threads that serve the episodes (None: one for each core).
     """
     cell = task.cell
@@ -239,7 +239,7 @@ class EpisodeBatch:
         """What there is to know of an episode beside its observation, ready for JSON.
 
         Args:
-            index: of the episode.
+            index: index of the episode.
 
         Returns:
             `reward_components`, `cost`, `score`, `seed`, the `action` in force, what of it was `not_applied`
@@ -260,7 +260,7 @@ class EpisodeBatch:
         """The log of a recorded episode so far.
 
         Args:
-            index: of the episode.
+            index: index of the episode.
         """
         live = self._backend is not None and not self._backend.replayable
         recording, score = self.recordings[index], float(self.scores[index])

@@ -41,7 +41,7 @@ def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
     """Grade an episode by replaying its log.
 
     Args:
-        log: of a whole episode, or of its first windows: what is missing earns nothing.
+        log: log of a whole episode, or of its first windows: what is missing earns nothing.
         allow_files: whether the log's task may name files of this machine (a profile, a trace, a table of
             lengths). Leave it off for a log that somebody else wrote.
 

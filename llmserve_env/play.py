@@ -91,8 +91,8 @@ def play(
     The result does not depend on `size` or `threads`.
 
     Args:
-        agent: plays.
-        task: is played.
+        agent: the agent that plays.
+        task: the task that is played.
         seeds: n of them.
         size: episodes side by side.
         threads: threads that serve them (None: one for each core).
@@ -115,9 +115,9 @@ def play_batch(agent: Agent, batch: B, seeds: Sequence[int], watch: Watch | None
     """Play episodes side by side to their ends; the batch, with what they came to.
 
     Args:
-        agent: plays.
+        agent: the agent that plays.
         batch: as many episodes as there are seeds.
-        seeds: of the episodes.
+        seeds: seeds of the episodes.
         watch: see `Watch`.
     """
     batch.reset(seeds)
@@ -132,9 +132,9 @@ def turns(agent: Agent, batch: Episodes, seeds: Sequence[int]) -> Iterator[NDArr
     """What an agent sets, window by window, until all episodes are over: whoever takes it serves it.
 
     Args:
-        agent: decides.
+        agent: the agent that decides.
         batch: episodes that have begun, and may be under way.
-        seeds: of the episodes.
+        seeds: seeds of the episodes.
 
     Yields:
         ACTION[n], to be served before the next is taken.

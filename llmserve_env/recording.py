@@ -90,7 +90,7 @@ class Recording:
     """The windows of an episode so far.
 
     Attributes:
-        rewards: of each window.
+        rewards: rewards of each window.
         terminated: whether the task ended the episode.
     """
 
@@ -144,8 +144,8 @@ class Recording:
         """The log of the episode so far.
 
         Args:
-            task: that is played.
-            seed: of the episode.
+            task: the task that is played.
+            seed: seed of the episode.
             score: so far.
             live: whether no replay can tell its components, so that the log does.
         """

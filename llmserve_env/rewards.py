@@ -40,7 +40,7 @@ class Rewards:
     """Rewards of the windows of a task.
 
     Args:
-        task: gives weights, tenants, and the size of the cell.
+        task: the task, which gives weights, tenants, and the size of the cell.
     """
 
     def __init__(self, task: Task) -> None:

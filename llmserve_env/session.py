@@ -43,8 +43,8 @@ class Session(Protocol):
         """Begin an episode.
 
         Args:
-            task_id: of the task (default: static_workload).
-            seed: of the episode.
+            task_id: id of the task (default: static_workload).
+            seed: seed of the episode.
             horizon_s: length of the episode (s; default: the task's).
             records: whether `metadata["record"]` of observations has the window's record.
         """
@@ -153,7 +153,7 @@ class RemoteEpisode:
 
     Args:
         task: a shipped one, which may have another length.
-        session: plays it.
+        session: the session that plays it.
 
     Attributes:
         task: as given.
@@ -219,7 +219,7 @@ class RemoteBatch:
 
     Args:
         task: as `RemoteEpisode`.
-        session: plays it.
+        session: the session that plays it.
 
     Attributes:
         task: as given.

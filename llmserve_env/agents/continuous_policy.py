@@ -60,8 +60,8 @@ class ContinuousPolicy:
     reach another value of a control stays with it.
 
     Args:
-        config: of the network.
-        weights: by name, as in the file.
+        config: config of the network.
+        weights: weights by name, as in the file.
 
     Raises:
         InputError: a weight is missing, superfluous or of another shape.
@@ -101,7 +101,7 @@ class ContinuousPolicyAgent:
     As `PolicyAgent` it takes features and controls by name.
 
     Args:
-        policy: to play.
+        policy: policy to play.
         name: under which results are reported.
     """
 

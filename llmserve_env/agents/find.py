@@ -42,7 +42,7 @@ def find_agent(name: str, task: Task) -> Agent:
     """An agent.
 
     Args:
-        name: as `load_agent` takes it; or the folder of a policy, in which "{task}" stands for the task's id;
+        name: a name as `load_agent` takes it; or the folder of a policy, in which "{task}" is the task's id;
             or llm:MODEL@URL, a language model, as `llm_settings` takes it; each after shielded: for one in a
             `Shield`.
         task: what it will play.

@@ -98,8 +98,8 @@ class Policy:
     nothing yet leaves the configuration as it is rather than restart engines in every window.
 
     Args:
-        config: of the network.
-        weights: by name, as in the file.
+        config: config of the network.
+        weights: weights by name, as in the file.
 
     Raises:
         InputError: a weight is missing, superfluous or of another shape.
@@ -169,7 +169,7 @@ class PolicyAgent:
     starts.
 
     Args:
-        policy: to play.
+        policy: policy to play.
         name: under which results are reported.
         preference: weights of the policy's objectives, of which only the proportions count; for None those of
             the task that is played.
@@ -233,7 +233,7 @@ class Setter:
 
     Args:
         controls: names that it sets, in order.
-        task: that is played.
+        task: the task that is played.
         episodes: how many.
 
     Attributes:
@@ -351,7 +351,7 @@ def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, 
 
     Args:
         folder: with its two files.
-        kind: of the config.
+        kind: kind of the config.
         make: the policy of a config and its weights.
     """
     from safetensors import SafetensorError

@@ -37,14 +37,14 @@ class ReactiveRule(BaseModel):
     Attributes:
         memory_s: time over which what is measured is averaged, exponentially (s).
         release: see above.
-        batch_cap: in ordinary times (sequences).
-        kv_budget_fraction: in ordinary times.
+        batch_cap: batch cap in ordinary times (sequences).
+        kv_budget_fraction: KV budget fraction in ordinary times.
         flood_rate: arrivals from bulk tenants that make a flood (requests/s/engine). Arrivals rather than
             requests in flight: what a flood left behind would keep the throttle on for those who come next.
         flood_kv_budget_fraction: in a flood: throttles long prompts, whose prefill delays everybody's tokens.
         crowd_in_flight: requests in flight that make a crowd, outside a flood (requests/engine).
-        crowd_batch_cap: in a crowd (sequences).
-        crowd_kv_budget_fraction: in a crowd.
+        crowd_batch_cap: batch cap in a crowd (sequences).
+        crowd_kv_budget_fraction: KV budget fraction in a crowd.
         speculation_depth: while few requests run (tokens).
         speculation_running: running requests from which on drafts cost more than they bring
             (requests/engine).

@@ -30,7 +30,7 @@ def trained_tasks(name: str) -> list[str]:
     """Ids of the tasks that there are weights for.
 
     Args:
-        name: of `FOLDERS`.
+        name: one of `FOLDERS`.
     """
     found = weights_root().glob(f"*/{FOLDERS[name]}")
     return sorted(folder.parent.name for folder in found if folder.is_dir())
@@ -40,8 +40,8 @@ def trained_folder(name: str, task_id: str) -> Path:
     """Folder of the weights.
 
     Args:
-        name: of `FOLDERS`.
-        task_id: of the task that they were trained on.
+        name: one of `FOLDERS`.
+        task_id: id of the task that they were trained on.
 
     Raises:
         InputError: there are none.
@@ -59,7 +59,7 @@ def trained_agent(name: str, task: Task) -> PolicyAgent:
     """The agent that plays them.
 
     Args:
-        name: of `FOLDERS`.
+        name: one of `FOLDERS`.
         task: what it will play, the shipped one or one that was changed from it.
 
     Raises:

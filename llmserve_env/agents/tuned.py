@@ -26,7 +26,7 @@ class Tuning(BaseModel):
 
     Attributes:
         episodes: played to find them.
-        seeds: of training, that they were chosen on, as "first..last".
+        seeds: training seeds that they were chosen on, as "first..last".
         score: mean over those seeds; chosen as the best, it is a little better than what comes after.
         source: the command.
     """

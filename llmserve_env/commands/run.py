@@ -159,14 +159,14 @@ class _Run:
     """The agent of an episode, behind a pilot where there is one; a line for every window.
 
     Args:
-        agent: decides.
-        episode: is played, whoever serves it.
+        agent: the agent that decides.
+        episode: the episode that is played, whoever serves it.
         piloting: pilot between the two.
         live: whether running servers serve it.
 
     Attributes:
         episode: as given.
-        cost: of what missed its SLO so far.
+        cost: cost of what missed its SLO so far.
 
     Raises:
         InputError: something is said of a pilot, and there is none.

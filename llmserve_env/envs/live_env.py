@@ -123,7 +123,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         """Begin an episode; one that goes on is ended.
 
         Args:
-            seed: of the episode (default: the next one that `np_random` draws from the training seeds).
+            seed: seed of the episode (default: the next one that `np_random` draws from the training seeds).
             options: there are none.
 
         Returns:

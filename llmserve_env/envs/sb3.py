@@ -28,7 +28,7 @@ class SB3VecEnv(VecEnv):
     `env_method("action_masks")` is there for sb3-contrib's MaskablePPO.
 
     Args:
-        env: of `gym.make_vec`, LLMServe-v0 or LLMServeContinuous-v0, in autoreset mode SAME_STEP.
+        env: environment of `gym.make_vec`, LLMServe-v0 or LLMServeContinuous-v0, in autoreset mode SAME_STEP.
 
     Raises:
         InputError: it resets in another mode.

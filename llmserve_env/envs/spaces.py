@@ -121,8 +121,8 @@ def to_dict(
     """An observation float32[features] and an action mask in the parts of `observation_dict_space`.
 
     Args:
-        places: of the parts, as `parts` tells them.
-        observation: in one vector.
+        places: places of the parts, as `parts` tells them.
+        observation: observation in one vector.
         action_mask: bool[values of all controls].
     """
     found: dict[str, Any] = {name: observation[part].copy() for name, part in places.items()}

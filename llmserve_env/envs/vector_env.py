@@ -35,7 +35,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         num_envs: episodes side by side.
         task_id: and `workload`, `profile`, `engines`, `window_s`, `horizon_s`: as `LLMServeEnv`.
         threads: threads that serve the episodes (None: one for each core). Results do not depend on it.
-        autoreset_mode: of Gymnasium, or its value: SAME_STEP (the observation is the next episode's first,
+        autoreset_mode: Gymnasium's, or its value: SAME_STEP (the observation is the next episode's first,
             the last one is in `info["final_obs"]` and its info in `info["final_info"]`), NEXT_STEP, DISABLED.
 
     Raises:
@@ -95,7 +95,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         """Begin episodes.
 
         Args:
-            seed: of the first episode, the others take the following ones; or n seeds; for None each draws
+            seed: seed of the first episode, the others take the next ones; or n seeds; for None each draws
                 the next training seed from a generator of its own.
             options: `reset_mask` bool[n], the episodes to reset (default: all).
 

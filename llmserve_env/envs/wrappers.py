@@ -90,7 +90,7 @@ class ContinuousVectorActions(gym.vector.VectorActionWrapper):
     """`ContinuousActions` for the vector environment: a `Box` [-1, 1] float32[n, controls].
 
     Args:
-        env: of `gym.make_vec("LLMServe-v0", ...)`.
+        env: environment of `gym.make_vec("LLMServe-v0", ...)`.
     """
 
     def __init__(self, env: LLMServeVectorEnv) -> None:

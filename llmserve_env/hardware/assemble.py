@@ -32,7 +32,7 @@ def assemble(
     """Put a profile together.
 
     Args:
-        name: of the profile.
+        name: name of the profile.
         calibration: its latency model.
         model: the model.
         gpu: the GPUs.
@@ -81,7 +81,7 @@ def gpus_named(name: str | None, count: int, memory_gb: float | None) -> Gpu:
     Args:
         name: as the driver reports it; None where nothing tells it.
         count: how many share the model.
-        memory_gb: of one GPU (1e9 bytes); None: looked up.
+        memory_gb: memory of one GPU (1e9 bytes); None: looked up.
 
     Raises:
         InputError: neither the memory nor a known name is given.

@@ -113,7 +113,7 @@ class KvTransfer(Sourced):
 
     Attributes:
         gpus: those whose engines it joins by default, as the driver names them.
-        bandwidth_gb_per_s: of one GPU in one direction (GB/s).
+        bandwidth_gb_per_s: bandwidth of one GPU in one direction (GB/s).
         latency_ms: before the first byte (ms).
     """
 

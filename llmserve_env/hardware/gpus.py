@@ -26,7 +26,7 @@ class GpuFacts:
     Attributes:
         name: as the driver reports it.
         memory_bytes: as a process sees it.
-        bandwidth_gb_per_s: of the memory (GB/s).
+        bandwidth_gb_per_s: bandwidth of the memory (GB/s).
         usd_per_hour: rent of one (USD).
         source: where the figures come from.
     """

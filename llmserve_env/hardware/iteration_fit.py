@@ -75,7 +75,7 @@ def fit_iterations(iterations: Iterations, step_us: float, sequence_us: float, s
     """Fit the latency model.
 
     Args:
-        iterations: of many compositions, without outliers such as the first ones of a server.
+        iterations: iterations of many compositions, without outliers such as the first ones of a server.
         step_us: what passes between two iterations beside them: becomes part of the dense time (us).
         sequence_us: what each sequence adds to that (us).
         source: where the iterations come from.

@@ -19,7 +19,7 @@ def read_model(path: Path | str, name: str | None = None) -> Model:
 
     Args:
         path: the file; the shape may lie in a nested text_config.
-        name: of the model; None: as the file says, or else its folder.
+        name: name of the model; None: as the file says, or else its folder.
 
     Raises:
         InputError: the file cannot be used; names the key.

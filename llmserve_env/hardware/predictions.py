@@ -165,7 +165,7 @@ def fit(
     """Take predictions apart into the timing model's knots.
 
     Args:
-        predictions: of the model on one GPU, bf16.
+        predictions: predictions of the model on one GPU, bf16.
         model: the model that they are of.
         source: what `Latency.source` shall say.
         attention_tflop_per_s: rate of prefill attention, where it is known better than from curvature.
@@ -234,7 +234,7 @@ def tensor_parallel(fitted: Fit, base: Model, model: Model, count: int, source: 
     exchange is the profile's link, not part of the latency. Nothing of this is measured.
 
     Args:
-        fitted: of the base model on one GPU.
+        fitted: fit of the base model on one GPU.
         base: the model of the fit.
         model: the other model.
         count: GPUs that share it.

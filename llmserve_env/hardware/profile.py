@@ -68,7 +68,7 @@ class Gpu(Record):
     Attributes:
         name: as the driver reports it.
         count: GPUs that share the model by tensor parallelism.
-        memory_bytes: of one GPU, as the driver reports it to a process.
+        memory_bytes: memory of one GPU, as the driver reports it to a process.
         source: where the memory size comes from.
     """
 
@@ -92,7 +92,7 @@ class Model(Record):
         vocab_size: tokens in the vocabulary.
         tied_embeddings: whether the LM head is the embedding.
         weight_bytes: all GPUs together, bf16.
-        kv_bytes_per_token: of the KV cache, all layers and GPUs together.
+        kv_bytes_per_token: bytes of the KV cache, all layers and GPUs together.
         source: where the figures come from.
     """
 
@@ -228,8 +228,8 @@ class Link(Record):
     """What joins the GPUs of a tensor-parallel engine.
 
     Attributes:
-        latency_us: of one all-reduce of nothing (us).
-        bandwidth_gb_per_s: of each GPU in one direction (GB/s).
+        latency_us: latency of one all-reduce of nothing (us).
+        bandwidth_gb_per_s: bandwidth of each GPU in one direction (GB/s).
         source: where these come from.
     """
 
@@ -242,7 +242,7 @@ class Tier(Record):
     """A weight precision.
 
     Attributes:
-        weight_bytes: of the weights, all GPUs together.
+        weight_bytes: bytes of the weights, all GPUs together.
         quality: score on benchmarks relative to bf16.
         dense_tokens: int[F], tokens in an iteration.
         dense_factor: [F], what dense times are multiplied by there.
@@ -275,7 +275,7 @@ class Server(Record):
     """What a real server takes beside its iterations; of a profile that was calibrated on one.
 
     Attributes:
-        request_us: of a request outside of the engine: HTTP, both ways. The simulator, which serves at the
+        request_us: time of a request outside the engine: HTTP, both ways. The simulator, which serves at the
             engine's door, leaves it out; `llmserve compare` adds it to TTFT and end-to-end latency.
         step_us: between two iterations: scheduling, outputs. Contained in `dense_us`.
         sequence_us: what each sequence adds to that. Contained in `head_us`.
@@ -292,7 +292,7 @@ class Profile(Record):
     """All that the simulator knows about hardware and model.
 
     Attributes:
-        name: of the profile, such as "rtx4090-llama-3.1-8b".
+        name: name of the profile, such as "rtx4090-llama-3.1-8b".
         notes: assumptions that a reader should know of.
         gpu: the GPUs.
         model: the model.

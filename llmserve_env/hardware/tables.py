@@ -52,9 +52,9 @@ class KernelTables:
 
     Attributes:
         folder: where they lie.
-        layers: by name: [a] times of one occurrence at `tokens` (us).
+        layers: layers by name: [a] times of one occurrence at `tokens` (us).
         tokens: [a] tokens, ascending.
-        heads: by name: [b] times at `sequences` (us).
+        heads: heads by name: [b] times at `sequences` (us).
         sequences: [b] sequences, ascending.
         attention: [m, 4] prefill tokens, tokens in the cache before them, decoding sequences, their context.
         attention_us: [m] times.

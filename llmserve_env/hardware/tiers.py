@@ -27,7 +27,7 @@ class Factors(Record):
         name: the tier.
         format: what weights and activations are stored as.
         gpus: as the driver names them.
-        bits: of a decoder weight, scales included.
+        bits: bits of a decoder weight, scales included.
         dense_tokens: int[F], tokens in an iteration.
         dense_factor: [F], what dense times are multiplied by there.
         assumption: whether the factors are another GPU's.

@@ -47,8 +47,8 @@ class EndpointBackend:
         settings: which endpoint, and what may be asked of it.
         workload: requests of the episode.
         window_s: time between two actions (s), by which requests are bounded.
-        engines: of the task's cell; a single server stands for all of them.
-        seed: of the episode; draws the prompts.
+        engines: engines of the task's cell; a single server stands for all of them.
+        seed: seed of the episode; draws the prompts.
         start: the action in force before the first.
 
     Attributes:
@@ -93,7 +93,7 @@ class EndpointBackend:
         Args:
             episode: 0, the only one.
             workload: requests of the episode.
-            seed: of the episode; draws the prompts.
+            seed: seed of the episode; draws the prompts.
 
         Raises:
             InputError: a control folder cannot be used, or settings cannot be brought back.

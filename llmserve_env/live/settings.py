@@ -98,10 +98,10 @@ def open_endpoint(
     """Settings of servers as a user names them.
 
     Args:
-        url: of a server, with options as `upstreams.parse_upstream` takes them; or of several.
+        url: URL of a server, with options as `upstreams.parse_upstream` takes them; or several URLs.
         model: its name (default: the first that the first server lists).
         control: folder of the server's `LiveScheduler`, where there is one server.
-        precision: of the weights behind servers that state none.
+        precision: precision of the weights behind servers that state none.
         bounds: further fields of `EndpointSettings`.
 
     Raises:

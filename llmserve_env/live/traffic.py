@@ -28,7 +28,7 @@ class Cuts:
     """What the bounds took from an episode's requests.
 
     Attributes:
-        requests: of the task, with this seed.
+        requests: requests of the task, with this seed.
         left_out: of those, never sent: their windows had too many.
         prompts_shortened: of those sent.
         answers_shortened: of those sent.
@@ -63,9 +63,9 @@ class Prompts:
     """Text for the requests of a workload: random, equal where the workload says that prompts share a prefix.
 
     Args:
-        workload: gives lengths and prefixes.
-        seed: of the episode; the same request of the same episode has the same prompt.
-        token_ids: as `EndpointSettings.token_ids`.
+        workload: the workload, which gives lengths and prefixes.
+        seed: seed of the episode; the same request of the same episode has the same prompt.
+        token_ids: token ids, as `EndpointSettings.token_ids`.
     """
 
     def __init__(self, workload: Workload, seed: int, token_ids: tuple[int, int] | None) -> None:

@@ -30,10 +30,10 @@ def describe(
     """A WINDOW record in the words of the schema.
 
     Args:
-        task: gives names, sizes and prices.
+        task: the task, which gives names, sizes and prices.
         window: one record.
         step: windows served so far.
-        reward: of the window.
+        reward: reward of the window.
         done: whether the episode is over.
         metadata: goes into the observation as it is.
     """

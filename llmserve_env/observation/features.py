@@ -28,7 +28,7 @@ class Feature:
     Its value is the sum of what it reads, divided by that of `whole` where there is any.
 
     Attributes:
-        name: in the style of the records' fields.
+        name: name in the style of the records' fields.
         meaning: what it measures, over the last window unless it says otherwise.
         group: a task sees it where it has this group.
         reads: names in its source.
@@ -39,7 +39,7 @@ class Feature:
         top: value that counts as 1.
         half: value (in the feature's unit) that maps to 0.5, None for a share that stands as it is.
         code: 1 where the sum is this code, 0 elsewhere.
-        source: of the names: figures of the window, controls (their codes that are set), or what the task
+        source: kind of its names: figures of the window, controls (the codes that are set), or what the task
             says (`Observer`).
         index: place along the first axis of a figure; None sums over all places.
         slot: the same, of the tenant whom it describes.

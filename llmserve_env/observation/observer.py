@@ -35,7 +35,7 @@ class Observer:
     `weight` (of the heaviest tenant's), `ttft_slo_s` and `tpot_slo_s`.
 
     Args:
-        task: gives the size of the cell, the tenants, the length of an episode and the groups of features.
+        task: the task: size of the cell, tenants, length of an episode, groups of features.
 
     Attributes:
         features: entries of the observation, in order.
@@ -95,7 +95,7 @@ class Reader:
 
     Args:
         wanted: names of the features, in order.
-        names: of the observation's entries, in order.
+        names: names of the observation's entries, in order.
 
     Raises:
         InputError: the observation lacks a feature; names it.

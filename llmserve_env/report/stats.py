@@ -81,7 +81,7 @@ def interval(
         statistic: what is estimated; see `Statistic`.
         confidence: the share of repetitions in which the interval should cover the truth, within (0, 1).
         resamples: bootstrap samples; 10,000 place the ends of a 95% interval to about 1% of its width.
-        seed: of the resampling; the same arguments give the same interval.
+        seed: seed of the resampling; the same arguments give the same interval.
 
     Returns:
         The statistic of `scores`, and its interval.
@@ -132,11 +132,11 @@ def paired_difference(
 
     Args:
         a: float64[seeds] or [seeds, tasks], two seeds or more.
-        b: as `a`: the entry of the same place is the score on the same seed and task.
-        statistic: of the differences; see `Statistic`.
-        confidence: as for `interval`.
-        resamples: as for `interval`.
-        seed: as for `interval`.
+        b: scores, as `a`: the entry of the same place is the score on the same seed and task.
+        statistic: statistic of the differences; see `Statistic`.
+        confidence: see `interval`.
+        resamples: see `interval`.
+        seed: see `interval`.
 
     Returns:
         The statistic of `a - b`, and its interval; `a` is better where `low` is above 0.
@@ -167,11 +167,11 @@ def gap_share(
 
     Args:
         scores: float64[seeds] of one task, two seeds or more.
-        low: as `scores`, of the agent where the gap begins, such as the best constant.
-        high: as `scores`, where it ends, such as the clairvoyant plan.
-        confidence: as for `interval`.
-        resamples: as for `interval`.
-        seed: as for `interval`.
+        low: scores of the agent where the gap begins, such as the best constant, in the form of `scores`.
+        high: scores of the agent where the gap ends, such as the clairvoyant plan, likewise.
+        confidence: see `interval`.
+        resamples: see `interval`.
+        seed: see `interval`.
 
     Returns:
         The share and its interval; None where in some resample there is no gap: a share of that says nothing.
@@ -208,10 +208,10 @@ def probability_of_improvement(
 
     Args:
         a: float64[seeds] or [seeds, tasks], two seeds or more.
-        b: as `a`, of the same tasks; the number of seeds may differ.
-        confidence: as for `interval`.
-        resamples: as for `interval`.
-        seed: as for `interval`.
+        b: scores, as `a`, of the same tasks; the number of seeds may differ.
+        confidence: see `interval`.
+        resamples: see `interval`.
+        seed: see `interval`.
 
     Returns:
         The probability, and its interval; `a` improves on `b` where `low` is above 0.5.
@@ -266,9 +266,9 @@ def performance_profile(
     Args:
         scores: float64[seeds] or [seeds, tasks], two seeds or more.
         thresholds: float64[k].
-        confidence: of the interval at each threshold by itself.
-        resamples: as for `interval`.
-        seed: as for `interval`.
+        confidence: confidence of the interval at each threshold by itself.
+        resamples: see `interval`.
+        seed: see `interval`.
 
     Raises:
         InputError: as for `interval`, or a threshold is not finite.

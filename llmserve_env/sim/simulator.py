@@ -248,7 +248,7 @@ class SimulatorBatch:
         Args:
             episode: which.
             workload: its requests.
-            seed: of the episode; nothing is drawn here.
+            seed: seed of the episode; nothing is drawn here.
 
         Raises:
             InputError: the workload has other tenants, or prefix blocks of another size, than the batch.

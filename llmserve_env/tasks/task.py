@@ -76,7 +76,7 @@ class RewardWeights(BaseModel):
     """What a request that met its SLO is worth, in parts that sum to 1; see `llmserve_env.rewards`.
 
     Attributes:
-        goodput: for having met it.
+        goodput: weight of having met it.
         latency: times the headroom that it had under its SLO.
         memory: times the KV headroom of the cell.
         cost: times the share of GPU time left idle.

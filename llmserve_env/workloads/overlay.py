@@ -21,7 +21,7 @@ def overlaid(trace: Workload, stretches: int, *, seed: int, duration_s: float) -
     Args:
         trace: is recorded; the requests' own names are dropped.
         stretches: how many.
-        seed: of the places.
+        seed: seed of the places.
         duration_s: length of a stretch (s).
 
     Raises:

@@ -23,7 +23,7 @@ def draw(workload: Workload, description: Description, path: Path) -> None:
     Args:
         workload: what to draw.
         description: its statistics, from `describe`.
-        path: of the picture; its suffix is the format.
+        path: path of the picture; its suffix is the format.
 
     Raises:
         InputError: the suffix is none of png, svg and pdf, or the file cannot be written.

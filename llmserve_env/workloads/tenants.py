@@ -46,7 +46,7 @@ class TenantMix:
 
         Args:
             workload: its prefix blocks stay as they are.
-            seed: of the draw.
+            seed: seed of the draw.
             own_lengths: whether the tenants' own length laws apply.
         """
         n = len(workload)
@@ -123,7 +123,7 @@ def parse_tenant(name: str, entry: Any, *, others: tuple[str, ...] = ()) -> tupl
     """A tenant from its table, and its own length law if the table names one.
 
     Args:
-        name: of the tenant.
+        name: name of the tenant.
         entry: what TOML gave for it.
         others: further keys of the table, which the caller reads.
 

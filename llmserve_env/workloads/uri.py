@@ -14,7 +14,7 @@ class WorkloadURI:
 
     Attributes:
         scheme: the generator, or "trace".
-        path: of the file that it reads, if any.
+        path: path of the file that it reads, if any.
         query: parameters by name, in the order given.
     """
 

@@ -43,12 +43,12 @@ class LLMUsage:
 
     Attributes:
         calls: to the endpoint, retries not counted.
-        retries: of the client's.
+        retries: retries by the client.
         fallbacks: calls without a usable answer by reason (NO_ANSWER, NO_ACTION).
         prompt_tokens: as the endpoint counted them.
         completion_tokens: as the endpoint counted them.
         uncounted: answers for which the endpoint gave no token counts.
-        latency_s: of each call, retries and waits included (s).
+        latency_s: latency of each call, retries and waits included (s).
     """
 
     calls: int = 0
@@ -82,12 +82,12 @@ class _Conversation:
     """What is remembered of an episode.
 
     Attributes:
-        seed: for the endpoint.
+        seed: seed for the endpoint.
         demand: float64[1], weight of all its requests.
         in_force: the configuration.
         seen: the last windows.
         windows: how many there were.
-        end_s: of the last one; one that does not end later is of an episode that is over.
+        end_s: end of the last window; one that does not end later is of an episode that is over.
         without_answer: calls in a row without any answer.
     """
 
@@ -112,7 +112,7 @@ class LLMAgent:
 
     Attributes:
         settings: as given.
-        usage: of the episodes since the last reset.
+        usage: usage of the episodes since the last reset.
 
     Raises:
         InputError: there is neither an endpoint nor a key, or the `openai` package is missing.
@@ -160,7 +160,7 @@ class LLMAgent:
 
         Args:
             task: what is played.
-            seeds: of the episodes; the endpoint gets their remainders by 2**31, which every one takes.
+            seeds: seeds of the episodes; the endpoint gets their remainders by 2**31, which every one takes.
         """
         self._task, self._brief, self._rewards = task, task_info(task), Rewards(task)
         self._episodes = [

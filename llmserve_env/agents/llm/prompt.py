@@ -68,7 +68,7 @@ def prompt(
     """Messages that ask for a configuration.
 
     Args:
-        brief: of the task.
+        brief: brief of the task.
         seen: the last windows, oldest first.
         in_force: the configuration of the moment.
         held_s: time for which the answer will hold (s).

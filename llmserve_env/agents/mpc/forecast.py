@@ -23,7 +23,7 @@ class RateForecast:
 
     Args:
         episodes: n.
-        tenants: of the task.
+        tenants: tenants of the task.
         window_s: between two observations (s).
         memory_s: time constant of the average (s).
         recent: windows that show a new regime.

@@ -63,7 +63,7 @@ class MPCAgent:
         candidates: configurations that are tried in a window, for each episode.
         horizon_s: how far they are rolled (s). Far enough for a restart to pay off, and for most requests in
             flight to end: only what has ended earns.
-        samples: of the traffic to come, for each candidate the same.
+        samples: samples of the traffic to come, for each candidate the same.
         margin: by which the best must beat the configuration in force to replace it, as a share.
         threads: threads that serve the rollouts (None: one for each core).
         name: under which results are reported.

@@ -46,7 +46,7 @@ class PastTraffic:
     be those of the stretch that is played.
 
     Args:
-        task: is played.
+        task: the task that is played.
 
     Attributes:
         most: requests of the longest of those episodes, for an idea of the memory that is needed.
@@ -76,9 +76,9 @@ class PastTraffic:
         Args:
             rng: draws.
             counts: int64[tenant], how many arrived.
-            prompt_tokens: of all their prompts; drawn prompts are scaled to it.
-            start_s: of the window (s).
-            end_s: of the window (s).
+            prompt_tokens: prompt tokens of all of them; drawn prompts are scaled to it.
+            start_s: start of the window (s).
+            end_s: end of the window (s).
         """
         drawn = self._drawn(rng, counts, start_s, end_s)
         total = int(drawn.prompt_tokens.sum())

@@ -53,7 +53,7 @@ class ModeState:
         """After a window.
 
         Args:
-            settings: of the mode.
+            settings: settings of the mode.
             enter: bool[n], whether its cause is there.
             leave: bool[n], whether its end is.
             going: bool[n], the episodes that are not over; the others stay as they are.
@@ -110,7 +110,7 @@ class Filtered:
     """What comes of proposed actions.
 
     Attributes:
-        state: for the next window.
+        state: state for the next window.
         actions: ACTION[n], what is to be set.
         going: bool[n], the episodes that are not over.
         rules: the rule (one of RULES) that changed each episode's action, None where it stands.

@@ -56,7 +56,7 @@ class EngineLimits:
         model: its name at the server.
         max_num_seqs: running sequences.
         max_num_batched_tokens: token budget of an iteration.
-        async_scheduling: as `Engine.async_scheduling`.
+        async_scheduling: whether the engine schedules ahead, see `Engine.async_scheduling`.
         kv_tokens: capacity of the KV cache, less vLLM's null block.
         block_tokens: tokens in one of its blocks.
         max_model_len: longest sequence (tokens).
@@ -90,7 +90,7 @@ def find_engine_limits(
     """Ask a server, and read what it logged at its start; what is given goes before.
 
     Args:
-        url: of the server, with or without /v1.
+        url: URL of the server, with or without /v1.
         log: the file that its output goes to, from its start on.
         model: its name there (default: the first that the server lists).
         api_key: sent as a bearer token.
@@ -157,8 +157,8 @@ class Phase:
 
     Attributes:
         load: the load.
-        answers: of its requests.
-        iterations: that were logged; None without a log.
+        answers: answers of its requests.
+        iterations: iterations that were logged; None without a log.
     """
 
     load: Load
@@ -175,7 +175,7 @@ class Fit:
         iterations: logged, or derived from client timings.
         predicted_s: what the profile says of each.
         regimes: its error by kind of batch.
-        gaps: by load, the time between two iterations, measured and as fitted (us); empty without a log.
+        gaps: gaps by load, the time between two iterations, measured and as fitted (us); empty without a log.
     """
 
     profile: Profile
@@ -202,7 +202,7 @@ def measure(
         limits: its settings: loads that exceed them are cut.
         log: the file that its iterations are logged to; None: client timings only.
         minutes: all together.
-        rounds: of the plan.
+        rounds: rounds of the plan.
         plan: the loads (default: the shipped one).
         say: called with a line on each load.
 
@@ -244,9 +244,9 @@ def fit_profile(phases: Sequence[Phase], limits: EngineLimits, model: Model, nam
 
     Args:
         phases: with the iterations of all or of none.
-        limits: of the server.
+        limits: limits of the server.
         model: that it serves.
-        name: of the profile.
+        name: name of the profile.
         hardware: what it runs on, in words.
 
     Raises:

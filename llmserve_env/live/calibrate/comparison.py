@@ -42,7 +42,7 @@ class Served:
         ttft_s: float64[n], of requests in order of arrival; nan without a first token.
         e2e_s: float64[n], to the last token; nan of a request that is not complete.
         itl_s: float64[m], between two tokens of a request, of all requests.
-        output_tokens: of the complete requests.
+        output_tokens: output tokens of the complete requests.
         span_s: from the first arrival to the last token.
     """
 
@@ -63,8 +63,8 @@ class Comparison:
     """A trace on the server and in the simulator.
 
     Attributes:
-        measured: on the server.
-        simulated: in the simulator, what lies between client and engine added.
+        measured: figures of the server.
+        simulated: figures of the simulator, the time between client and engine added.
         report: all figures, for JSON.
     """
 
@@ -90,7 +90,7 @@ def compare(
         profile: what the simulator runs.
         workload: the trace.
         log: the file that the server's iterations are logged to.
-        seed: of the prompts.
+        seed: seed of the prompts.
 
     Raises:
         InputError: the trace cannot be served by this server, or the server or its log cannot be used.

@@ -69,7 +69,7 @@ def read_iterations(text: str, kv_tokens: float, block_tokens: int, file: str) -
     with. It is rounded to a thousandth; half a block of each sequence is taken as empty.
 
     Args:
-        text: of the log.
+        text: text of the log.
         kv_tokens: capacity of the KV cache.
         block_tokens: tokens in one of its blocks.
         file: what an InputError names.

@@ -62,7 +62,7 @@ class Target:
         model: its name there.
         token_ids: prompts are random ids from [first, last).
         api_key: sent as a bearer token.
-        timeout_s: of an answer.
+        timeout_s: timeout of an answer.
     """
 
     url: str
@@ -76,10 +76,10 @@ class Load(Record):
     """A closed loop.
 
     Attributes:
-        clients: at once.
+        clients: clients at a time.
         prompt_tokens: shortest and longest, uniform between.
         output_tokens: the same.
-        share: of the time for several loads.
+        share: share of the time for several loads.
     """
 
     clients: PositiveInt
@@ -98,7 +98,7 @@ def closed_loop(target: Target, load: Load, seconds: float, seed: int) -> list[A
         target: the server.
         load: how many clients, and what they send.
         seconds: after which nobody sends any more; what is under way is awaited.
-        seed: of lengths and prompts.
+        seed: seed of lengths and prompts.
 
     Raises:
         InputError: the server cannot be reached, or answers nothing.
@@ -129,7 +129,7 @@ def open_loop(target: Target, workload: Workload, seed: int = 0) -> list[Answer]
     Args:
         target: the server.
         workload: one request or more.
-        seed: of the prompts.
+        seed: seed of the prompts.
 
     Returns:
         In the workload's order.

@@ -121,7 +121,7 @@ def load_tenants(path: Path | str, of: Sequence[Tenant] | None = None) -> Caller
     """Tenants of a TOML file: a table [[tenants]] each, with the fields of `Caller`, and `header`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         of: a task's tenants, in the order in which the file's are taken: each must be there, by its name.
             What they were promised is the task's; a file that says something else is refused.
 

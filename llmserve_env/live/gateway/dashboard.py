@@ -45,7 +45,7 @@ class Dashboard:
     """Answers for the paths of this module.
 
     Args:
-        history: of the gateway.
+        history: history of the gateway.
     """
 
     def __init__(self, history: History) -> None:

@@ -44,8 +44,8 @@ class Deployment:
 
     Args:
         gateway: before the servers. Its KV gate reads the telemetry's gauges from now on.
-        telemetry: of its upstreams, or of those that show metrics; None where none does.
-        clock: of all times here (s).
+        telemetry: telemetry of its upstreams, or of those that show metrics; None where none does.
+        clock: clock of all times here (s).
 
     Attributes:
         gateway: as given.
@@ -195,7 +195,7 @@ class Deployment:
 
         Args:
             start_s: what the record says of its start (s; default: since the gateway began).
-            end_s: of its end, likewise.
+            end_s: end of the window, likewise (s).
         """
         record = self.close_window(start_s, end_s)
         self.gateway.open_window()

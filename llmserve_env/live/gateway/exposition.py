@@ -67,7 +67,7 @@ class GatewayMetrics(Collector):
     """What a gateway has counted and what it does now: `llmserve_gateway_*`. Counters never fall.
 
     Args:
-        history: of the gateway.
+        history: history of the gateway.
     """
 
     def __init__(self, history: History) -> None:

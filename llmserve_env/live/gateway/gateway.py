@@ -47,7 +47,7 @@ class Refused(Exception):
 
     Args:
         status: HTTP status.
-        message: for its client.
+        message: message for its client.
         reason: in a few words, for counting.
         retry_after_s: when to try again, at the earliest (s; None: no word of it).
     """
@@ -96,17 +96,17 @@ class Gateway:
     Args:
         upstreams: one or more.
         tenants: who sends requests.
-        action: in force from the start.
+        action: action in force from the start.
         max_waiting: requests in the queue, at most.
         queue_timeout_s: a request that waited so long is refused (s).
         idle_timeout_s: a request is ended when nothing came from its upstream, or its client took nothing,
             for so long (s).
         kv_usage: share of an upstream's KV cache that is in use, None where it is not known now: nothing is
             held back then.
-        clock: of all times here (s).
+        clock: clock of all times here (s).
 
     Attributes:
-        action: in force.
+        action: action in force.
         kv_usage: as given.
         ledger: counts.
 
@@ -191,7 +191,7 @@ class Gateway:
 
         Args:
             start_s: what the record says of its start (s; default: since the gateway began).
-            end_s: of its end, likewise.
+            end_s: end that the record states, likewise (s).
 
         Returns:
             WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.

@@ -69,11 +69,11 @@ class History:
     Attributes:
         run: another one for each History.
         began_s: Unix time (s).
-        windows: that have ended.
+        windows: windows that have ended.
         last: what was decided last.
-        reward: of the last window; None without.
-        decisions: by who decided.
-        interventions: by who decided and by which rule; a limit counts at each field that it held back.
+        reward: reward of the last window; None without.
+        decisions: decisions by author.
+        interventions: interventions by author and rule; a limit counts at each field that it held back.
         decision_s: times that decisions took.
         turned_away: requests for completions that were not let in as those of a tenant, by reason.
 
@@ -165,9 +165,9 @@ class History:
         """A window has ended.
 
         Args:
-            record: of it.
-            decision: that followed from it and is in force; None without an agent.
-            reward: of the window; None without an agent.
+            record: record of the window.
+            decision: decision that followed from it and is in force; None without an agent.
+            reward: reward of the window; None without an agent.
         """
         served = self.action if decision is None else self._in_force
         self.reward = reward

@@ -45,7 +45,7 @@ class LiveRequest:
     """A request on its way. Times are of the event loop's clock (s).
 
     Attributes:
-        index: in order of arrival.
+        index: index in order of arrival.
         tenant: index of who sent it.
         priority: lower is more urgent.
         arrival_s: when it was due.
@@ -76,11 +76,11 @@ class Ledger:
 
     Args:
         tenants: who sends them.
-        engines: that serve.
+        engines: engines that serve.
 
     Attributes:
         failures: requests without a complete answer by reason, over all windows.
-        totals: of each tenant, over all windows.
+        totals: totals of each tenant, over all windows.
     """
 
     def __init__(self, tenants: tuple[Tenant, ...], engines: int) -> None:
@@ -154,7 +154,7 @@ class Ledger:
         Args:
             request: which.
             now_s: time of the loop's clock (s).
-            tokens: of the answer, as the endpoint counts them; None where it does not.
+            tokens: tokens of the answer, as the endpoint counts them; None where it does not.
         """
         self._end(request, now_s)
         tokens = max(tokens or 0, request.steps)

@@ -61,12 +61,12 @@ class Proxy:
     """Serves a gateway over HTTP.
 
     Args:
-        gateway: decides.
+        gateway: the gateway that decides.
         tenants: tells callers apart; the same as the gateway's.
         history: what the dashboard shows; None for one without windows.
-        max_body_bytes: of a request.
-        max_held_bytes: of all requests that are waiting or under way; more are refused with 429.
-        max_answer_bytes: of an answer that is not streamed.
+        max_body_bytes: most bytes of a request.
+        max_held_bytes: most bytes of all requests that wait or are under way; more are refused with 429.
+        max_answer_bytes: most bytes of an answer that is not streamed.
         body_timeout_s: time that a client has to send a request (s).
         connect_timeout_s: time that an upstream has to take a connection (s).
 

@@ -41,7 +41,7 @@ class RunningReward:
     KV caches are.
 
     Args:
-        task: gives the formula.
+        task: the task, which gives the formula.
     """
 
     MEANING = (

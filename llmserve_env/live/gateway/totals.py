@@ -36,7 +36,7 @@ class Distribution:
     Attributes:
         bounds: upper bounds of the buckets, inclusive; above the last there is one more.
         counts: observations by bucket.
-        sum: of all observations.
+        sum: sum of all observations.
     """
 
     bounds: tuple[float, ...]
@@ -59,8 +59,8 @@ class Totals:
         arrived: requests.
         outcomes: requests that are over by how they ended.
         in_slo: completed within the SLO.
-        prompt_tokens: of the requests that arrived.
-        output_tokens: that came.
+        prompt_tokens: prompt tokens of the requests that arrived.
+        output_tokens: output tokens that came.
         ttft_s: times to first token.
         itl_s: times between the pieces of an answer.
         tpot_s: time per output token after the first, of completed requests.

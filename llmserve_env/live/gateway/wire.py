@@ -44,7 +44,7 @@ class RequestBody:
     """A request for a completion or a chat completion.
 
     Attributes:
-        prompt_tokens: of its prompt: counted where it is token ids, of text a token for every four bytes.
+        prompt_tokens: length of its prompt: counted where it is token ids, else a token for every four bytes.
 
     Raises:
         InputError: not a JSON object in UTF-8. What was found is not in the message, which may be logged.

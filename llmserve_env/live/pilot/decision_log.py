@@ -112,7 +112,7 @@ class DecisionLog:
     the run is. What a process that was killed left half-written stays as it is.
 
     Args:
-        path: of the file; an existing one is gone on with.
+        path: path of the file; an existing file is continued.
         max_bytes: size from which on another file is begun.
         keep: files beside it, at most; the oldest goes.
 
@@ -188,10 +188,10 @@ class Stretch:
     """Windows of a run in a row, of which everything is known.
 
     Attributes:
-        beginning: of the run.
+        beginning: beginning of the run.
         decisions: n of them.
         observations: float32[n + 1, features], before each decision and after the last one.
-        before: in force before the first.
+        before: action in force before the first.
         windows: WINDOW[n], what came of them.
         rewards: float64[n].
     """
@@ -277,10 +277,10 @@ def observed(
     """float32[features], of a service after a window.
 
     Args:
-        observer: of the task.
+        observer: observer of the task.
         task: what is served.
         window: WINDOW, the last one.
-        action: in force in it.
+        action: action in force in the window.
         step: windows so far.
         endless: whether the service has no end: `progress` then rises as in an episode until its half, and
             stays there.

@@ -44,7 +44,7 @@ class Pilot:
     Args:
         agent: decides; a `Shield` is taken off it, for the one that stands here.
         task: says what is observed, granted and promised.
-        start: in force now.
+        start: action in force now.
         safe: comes into force when the agent cannot be relied on (default: start).
         shield: whether one stands around the agent.
         limits: on change (default: data/limits.toml).
@@ -194,7 +194,7 @@ class Pilot:
 
         Args:
             window: WINDOW, what happened under it.
-            reward: of the window.
+            reward: reward of the window.
 
         Raises:
             OSError: the log cannot be written.

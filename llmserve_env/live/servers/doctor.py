@@ -34,7 +34,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: of the check.
+        name: name of the check.
         status: ok; note, worth knowing; missing, a live run needs it; unreachable.
         found: what was found.
         mend: what to do about it; empty where nothing needs to be done.
@@ -51,10 +51,10 @@ class Ways:
     """How a field of an action can be applied to the servers while they serve.
 
     Attributes:
-        field: of `ServeAction`.
-        stock: by vLLM itself.
-        gateway: by `llmserve gateway` before the servers.
-        scheduler: by the project's scheduler class within them.
+        field: field of `ServeAction`.
+        stock: how vLLM itself applies it.
+        gateway: how `llmserve gateway` before the servers applies it.
+        scheduler: how the project's scheduler class within them applies it.
         here: what stands in the way with these servers; empty where nothing is seen to.
     """
 
@@ -70,13 +70,13 @@ class Diagnosis:
     """What was found of one server.
 
     Attributes:
-        url: of the server, without credentials.
-        checks: in the order in which they were made.
-        version: of vLLM; None where it does not tell.
-        models: by name the longest sequence (tokens; None where it does not tell).
+        url: URL of the server, without credentials.
+        checks: checks in the order in which they were made.
+        version: version of vLLM; None where it does not tell.
+        models: longest sequence by model name (tokens; None where it does not tell).
         scrape: its metrics; None where there are none.
-        clock_ahead_s: of this machine's (s); None where it does not tell.
-        round_trip_s: of a small request (s).
+        clock_ahead_s: lead of its clock over this machine's (s); None where it does not tell.
+        round_trip_s: round trip of a small request (s).
     """
 
     url: str
@@ -102,10 +102,10 @@ def diagnose(
     """Look at one server. Sends it a few GETs and one completion of 3 tokens.
 
     Args:
-        url: of the server, with or without /v1.
+        url: URL of the server, with or without /v1.
         api_key: sent as a bearer token (default: none).
-        timeout_s: that an answer may take (s).
-        model: that the completion is asked of (default: the first that the server lists).
+        timeout_s: time that an answer may take (s).
+        model: model to ask for the completion (default: the first that the server lists).
 
     Raises:
         InputError: the URL is none; the `httpx` or the `prometheus_client` package is missing.

@@ -108,7 +108,7 @@ def control_folder(additional_config: Any) -> Path:
     """The folder that a server was started with.
 
     Args:
-        additional_config: of vLLM, as given.
+        additional_config: additional config of vLLM, as given.
 
     Raises:
         InputError: none was given, or it is no folder.

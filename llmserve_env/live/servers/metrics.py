@@ -31,7 +31,7 @@ class Metric:
     Attributes:
         kind: as Prometheus has it.
         names: without `vllm:` and the counters' `_total`, newest first.
-        meaning: for people.
+        meaning: meaning in words.
         history: which names changed when.
         by: label by which it is told apart.
         needed: whether a live run needs it.
@@ -191,10 +191,10 @@ class Scrape:
 
     Attributes:
         at_s: when it was asked (s of the reader's clock).
-        gauges: by meaning, over the server's engines: requests summed, shares weighted by capacity.
-        counters: by meaning, each series for itself.
+        gauges: gauges by meaning, over the server's engines: requests summed, shares weighted by capacity.
+        counters: counters by meaning, each series for itself.
         histograms: the same.
-        names: by meaning, the name under which it was found.
+        names: metric names by meaning.
         kv_tokens: capacity of the KV cache of all engines; None where an engine does not tell.
         config: what the first engine tells of its cache.
         engines: labels `engine` of its series.

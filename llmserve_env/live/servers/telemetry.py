@@ -45,18 +45,18 @@ class TelemetryWindow:
 
     Attributes:
         replicas: servers that were asked.
-        stale: of those, servers without figures.
-        restarts: of servers, in this window.
+        stale: servers without figures.
+        restarts: restarts of servers, in this window.
         span_s: time that the counts are of (s, mean over the servers); a little more or less than the window,
             much less where a server was lost for a part of it.
-        rests_on: by field, on how many servers it rests.
+        rests_on: number of servers that a field rests on, by field.
         waiting: requests in the queue, all servers.
         running: requests in a batch, all servers.
         kv_occupancy: share of KV blocks held, servers weighted by their capacity where all tell it.
         mean_kv_occupancy: the same over the window's scrapes with running requests; 0 without such.
         kv_tokens: capacity of the KV caches (tokens).
         preemptions: requests thrown back to the queue.
-        prompt_tokens: of requests whose prefill ended, cached ones too.
+        prompt_tokens: prompt tokens of requests whose prefill ended, cached ones too.
         output_tokens: tokens generated.
         prefix_queried_tokens: looked up in the prefix cache; blocks before 0.9.
         cached_tokens: found there; blocks before 0.9.
@@ -162,7 +162,7 @@ class Replica:
     """The scrapes of one server.
 
     Args:
-        url: of the server, with or without /v1.
+        url: URL of the server, with or without /v1.
         stale_after_s: age of its last answer from which on it has no figures (s).
 
     Attributes:
@@ -271,7 +271,7 @@ class Telemetry:
     """Scrapes servers in the background while its context is open. Nothing here waits for a server.
 
     Args:
-        urls: of the servers, with or without /v1.
+        urls: URLs of the servers, with or without /v1.
         api_key: sent as a bearer token (default: none).
         interval_s: from one scrape of a server to its next (s).
         timeout_s: a scrape that has not ended by then is lost (s).

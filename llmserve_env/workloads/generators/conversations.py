@@ -69,7 +69,7 @@ class Conversations(Parameters):
                 at the end leave the turns of the others as they are.
             seed: its child 0 is left for whoever draws `begin_s`.
             duration_s: only turns that arrive in 0..duration_s are kept.
-            lengths: of the outputs.
+            lengths: lengths of the outputs.
         """
         _, turn_counts, first, follow, think = streams(seed, 5)
         turns = turn_counts.geometric(1 / self.turns, len(begin_s))

@@ -60,7 +60,7 @@ def times_at(
     Args:
         real: float64[k], ascending; knots, the last one at least `duration_s` (s).
         operational: float64[k], non-decreasing from 0; requests expected up to each knot.
-        rng: of the gaps.
+        rng: random generator of the gaps.
         gap_shape: Gamma shape of the gaps; 1 is Poisson.
         duration_s: end of the times (s).
 

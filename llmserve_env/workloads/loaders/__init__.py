@@ -27,7 +27,7 @@ def load(
         skip_bad_rows: skip and count rows that cannot be read; otherwise the first one refuses the file.
         jitter_s: spread each arrival uniformly over this time (s); None: as the format's time resolution
             needs (Mooncake 3 s, others 0).
-        seed: of the spread.
+        seed: seed of the spread.
 
     Returns:
         The requests in order of arrival, and what became of the rows.

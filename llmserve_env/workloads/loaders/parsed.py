@@ -52,7 +52,7 @@ def to_workload(
         report: names the format.
         skip_bad_rows: whether a bad row is skipped and counted, or refuses the file.
         jitter_s: width of the uniform spread added to every arrival (s).
-        seed: of that spread.
+        seed: seed of that spread.
     """
     keep = records.usable(skip_bad_rows)
     failed = np.zeros(len(records), bool) if parsed.failed is None else parsed.failed & keep

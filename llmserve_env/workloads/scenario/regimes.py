@@ -105,7 +105,7 @@ def draw_visits(
     Args:
         regimes: what is visited, each once a cycle.
         shuffled: each cycle in a random order; otherwise as listed, from a random one on.
-        seed: of order, stays and spikes.
+        seed: seed of order, stays and spikes.
         duration_s: time to cover (s).
     """
     rng = np.random.default_rng(seed)

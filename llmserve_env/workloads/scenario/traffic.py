@@ -36,7 +36,7 @@ class Traffic(ABC):
         """The requests that arrive in 0..duration_s.
 
         Args:
-            seed: of this tenant alone.
+            seed: seed of this tenant alone.
             edges_s: float64[s + 1], from 0 to beyond `duration_s` (s).
             rates_rps: float64[s], requests per second between them.
             duration_s: end of the arrivals (s).

@@ -76,10 +76,20 @@ OUTCOME = np.dtype(
 
 ENGINE = np.dtype(
     [
+        # what is asked of every engine at every event: one line of the cache or two
+        ("next_ps", np.int64),  # when the scheduler decides next, NEVER_PS when idle
+        ("leave_ps", np.int64),  # no client of a request that was started on goes away before
+        ("waiting", np.int64),
+        ("unfinished", np.int64),
+        ("limbo_count", np.int64),  # finished in the batch in flight: resources not free yet
+        ("limbo_ps", np.int64),  # when that batch ends
+        ("condition", np.int64),
+        ("role", np.int64),
+        ("next_role", np.int64),
+        ("soonest_ps", np.int64),  # no client of a request that was never admitted gives up before
+        # and what only the engine's own decisions ask
         ("row", np.int64),  # its number in the batch: first index of slots, queue, nodes and table
         ("synchronous", np.int64),  # 1: decides when a batch has ended; 0: one batch ahead
-        # clock of the batch queue
-        ("next_ps", np.int64),  # when the scheduler decides next, NEVER_PS when idle
         ("busy_ps", np.int64),  # end of the last batch that was scheduled
         # what the current action allows
         ("batch_cap", np.int64),
@@ -87,11 +97,8 @@ ENGINE = np.dtype(
         ("depth", np.int64),
         ("priority", np.int64),
         ("token_budget", np.int64),
-        ("role", np.int64),
         ("tier", np.int64),
-        ("condition", np.int64),
         ("reload_ps", np.int64),  # length of the reload that follows the drain
-        ("next_role", np.int64),
         ("next_tier", np.int64),
         # longest batches, for the worst gap between a request's tokens
         ("batches", np.int64),  # scheduled so far
@@ -114,16 +121,10 @@ ENGINE = np.dtype(
         ("run_tail", np.int64),
         ("partial", np.int64),  # slot whose prefill is unfinished, -1: none
         ("partial_done", np.int64),
-        ("limbo_head", np.int64),  # finished in the batch in flight: resources not free yet
-        ("limbo_count", np.int64),
+        ("limbo_head", np.int64),  # first of what finished in the batch in flight
         ("limbo_blocks", np.int64),  # blocks that they alone hold
-        ("limbo_ps", np.int64),
         # waiting requests
-        ("waiting", np.int64),
-        ("soonest_ps", np.int64),  # no client of a request that was never admitted gives up before
-        ("leave_ps", np.int64),  # and none of one that was
         ("resumed_head", np.int64),
-        ("unfinished", np.int64),
         ("clock", np.int64, (MAX_CLASSES,)),  # tokens that a sequence of the class has gained so far
         ("accept", np.int64, (MAX_CLASSES,)),
         ("class_active", np.int64, (MAX_CLASSES,)),
@@ -209,6 +210,7 @@ CELL = np.dtype(
         ("full_ps", np.int64),  # when it is full again
         # what the fleet is wanted to be, and what a change costs
         ("split", np.int64),
+        ("feeding", np.int64),  # whether any engine prefills for others in this window, or may come to
         ("prefill_engines", np.int64),
         ("tier", np.int64),
         ("restart_ps", np.int64),

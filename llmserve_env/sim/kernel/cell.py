@@ -40,9 +40,20 @@ def expire_all(s, now_ps):
 
 
 @part
+def end_waits(s, now_ps):
+    """End the attempts whose client has gone away by now, started on or not, at every engine."""
+    for i in range(len(s.engines)):
+        e = s.engines[i]
+        if e.leave_ps <= now_ps:
+            leave(s, e, now_ps)
+        if e.waiting > 0:
+            expire(s, e, now_ps)
+
+
+@part
 def hand_over(s, request, now_ps, avoided):
-    """Give a request to the engine that the route names."""
-    expire_all(s, now_ps)
+    """Give a request to the engine that the route names, once those who do not wait any more are gone."""
+    end_waits(s, now_ps)
     enqueue(s, s.engines[route(s, now_ps, avoided)], request, now_ps)
 
 
@@ -102,7 +113,7 @@ def advance_all(s, until_ps):
     """
     while True:
         stop_ps = until_ps
-        for turn in range(0 if s.cell.can_split else 1, 2):
+        for turn in range(0 if s.cell.feeding else 1, 2):
             feeding = turn == 0
             if not feeding:
                 stop_ps = min(next_transfer_ps(s), until_ps)
@@ -114,7 +125,6 @@ def advance_all(s, until_ps):
             ready_ps = next_transfer_ps(s)
             request = pop_timer(s.transfers, s.cell.transfers)
             s.cell.transfers -= 1
-            leave_all(s, ready_ps)
             hand_over(s, request, ready_ps, np.int64(PREFILL))
         elif next_transfer_ps(s) >= until_ps:
             return
@@ -154,10 +164,13 @@ def serve_window(s, start_ps, until_ps):
     """Serve one cell from `start_ps` to `until_ps`: switch, then all events in their order."""
     leave_all(s, start_ps)
     begin_switch(s, start_ps)
+    s.cell.feeding = 0
     for i in range(len(s.engines)):
         e = s.engines[i]
         if e.next_ps == NEVER_PS and e.waiting > 0:
             e.next_ps = max(start_ps, e.busy_ps)
+        if e.role == PREFILL or e.next_role == PREFILL:
+            s.cell.feeding = 1
     kind = ARRIVAL
     while kind != END:
         kind, now_ps, request = next_event(s, until_ps)
@@ -173,10 +186,8 @@ def serve_window(s, start_ps, until_ps):
         if kind == END:
             now_ps = min(until_ps - 1, NEVER_PS - 1)
         if request < 0:
-            leave_all(s, now_ps)
-            expire_all(s, now_ps)
+            end_waits(s, now_ps)
         elif len(s.engines) == 1:
             enqueue(s, s.engines[0], request, now_ps)
         else:
-            leave_all(s, now_ps)
             hand_over(s, request, now_ps, np.int64(DECODE))

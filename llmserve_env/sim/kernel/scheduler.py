@@ -83,7 +83,7 @@ def schedule_running(s, e, depth):
     return need, preempted
 
 
-@hot
+@part
 def chunk_ps(s, e, chunk, cached):
     """Attention of a chunk of prefill, without what every batch with one pays (ps)."""
     floor_ps = s.cost.prefill_ps[e.tier, 0, 0]

@@ -17,7 +17,7 @@ def heap_place(e, q, c, position, key, slot):
     q.slot_heap[slot] = position
 
 
-@hot
+@part
 def heap_up(e, q, c, position, key, slot):
     """Put a sequence where it belongs, at a place of the heap or above."""
     while position > 0:
@@ -29,7 +29,7 @@ def heap_up(e, q, c, position, key, slot):
     heap_place(e, q, c, position, key, slot)
 
 
-@hot
+@part
 def heap_remove(e, q, c, position):
     """Take the sequence at a place out of the heap."""
     size = e.heap_size[c] - 1
@@ -54,7 +54,7 @@ def heap_remove(e, q, c, position):
         heap_place(e, q, c, position, key, slot)
 
 
-@hot
+@part
 def unlink(e, q, slot):
     """Take a sequence out of the list of running ones."""
     before = q.slot_prev[slot]
@@ -86,7 +86,7 @@ def note_gap(e, q, batches, last_ps):
         e.gaps_head += 1
 
 
-@hot
+@part
 def worst_gap(e, q, begin):
     """Longest batch after batch number `begin`, 0 without one."""
     low = e.gaps_head
@@ -108,7 +108,7 @@ def widen_gap(s, request, gap_ps):
     s.outcomes[request].worst_gap_ps = max(s.outcomes[request].worst_gap_ps, gap_ps)
 
 
-@hot
+@part
 def deactivate(e, q, slot):
     """Take a decoding sequence out of the totals; returns its context."""
     c = np.int64(q.slot_class[slot])
@@ -124,7 +124,7 @@ def deactivate(e, q, slot):
     return context
 
 
-@hot
+@part
 def activate(e, q, slot, context, remaining):
     """A sequence decodes from the next batch on; it finishes after `remaining` more tokens."""
     c = np.int64(q.slot_class[slot])

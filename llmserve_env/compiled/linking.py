@@ -48,12 +48,16 @@ class _WholeLibrary(JITCodeLibrary):
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == llvm.Linkage.linkonce_odr:
                 function.linkage = "internal"
-        if not hasattr(self._codegen, "_module_pass_manager"):  # Numba before 0.62
+        if not hasattr(llvm, "create_pipeline_tuning_options"):  # llvmlite before 0.45
             super()._optimize_final_module()
             return
-        # Once and without vectors: Numba's own two rounds and its third level take longer for the same speed.
-        passes, builder = self._codegen._module_pass_manager(loop_vectorize=False, slp_vectorize=False, opt=2)
-        passes.run(self._final_module, builder)
+        # One light round instead of Numba's two heavy ones: as fast when it runs, and compiled sooner.
+        options = llvm.create_pipeline_tuning_options()
+        options.speed_level = 1
+        options.loop_unrolling = options.loop_interleaving = False
+        options.loop_vectorization = options.slp_vectorization = False
+        builder = llvm.create_pass_builder(self._codegen._tm, options)
+        builder.getModulePassManager().run(self._final_module, builder)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)

@@ -400,7 +400,7 @@ class SimulatorBatch:
             WINDOW[episode], the batch's own `windows`: the next call overwrites it.
 
         Raises:
-            InputError: an episode is over, or the window is not positive.
+            InputError: an episode is over, the window is not positive, or the actions are no such records.
         """
         if (self._over if which is None else self._over & which).any():
             raise InputError("the episodes are over: what was unfinished has failed")
@@ -408,6 +408,8 @@ class SimulatorBatch:
             raise InputError(f"expected seconds > 0, found {window_s}", field="window_s")
         if len(actions) != len(self.cells):
             raise InputError(f"expected {len(self.cells)}, found {len(actions)}", field="actions")
+        if actions.dtype != ACTION:
+            raise InputError(f"expected ACTION records, found {actions.dtype}", field="actions")
         start_ps = self._now_ps
         until_s = self.now_s + window_s
         until_ps = _ps(until_s)
@@ -420,9 +422,8 @@ class SimulatorBatch:
         if self._records is None:
             self._records = self._batch()
         batch = self._records
-        flags = actions.flags
-        if actions.dtype != ACTION or not (flags.c_contiguous and flags.writeable):
-            actions = np.array(actions, ACTION)  # the kernel is compiled for one layout
+        if not actions.flags.carray:
+            actions = np.array(actions)  # the kernel is compiled for one layout
         if self.threads == 1 or len(self.cells) == 1:
             kernel.serve(batch, actions, start_ps, until_ps, 0, len(self.cells))
         else:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llmserve_env.controls import ACTION, CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.constants import constants
@@ -291,3 +292,27 @@ def test_any_integers_name_prefix_blocks():
     assert (record.completed, record.cached_tokens) == (4, 48)
     with pytest.raises(InputError, match="offsets"):
         replace(workload, prefix_offsets=np.array([0, 4, 8, 9, 11]))
+
+
+def test_actions_may_lie_in_memory_as_they_like():
+    workloads = [requests([0, 0.1, 0.2], [900, 9, 9], [50, 4, 50])] * 3
+    actions = to_array([ServeAction(batch_cap=cap) for cap in (1, 2, 256)])
+    fixed, spread, odd = actions.copy(), np.repeat(actions, 2)[::2], np.empty(actions.nbytes + 1, np.uint8)
+    fixed.flags.writeable = False
+    odd = np.ndarray(3, ACTION, odd.data, offset=1)
+    odd[:] = actions
+    found = []
+    for each in (actions, fixed, spread, odd):
+        batch = SimulatorBatch(PROFILE, workloads)
+        batch.serve(each, 1.0)
+        found.append(batch.windows.tobytes())
+    assert found == found[:1] * 4
+
+
+def test_records_of_another_layout_are_refused():
+    batch = SimulatorBatch(PROFILE, [requests([0], [9], [9])])
+    actions = to_array([ServeAction()])
+    other = np.dtype([(name, actions.dtype[name]) for name in reversed(CONTROLS)])
+    with pytest.raises(InputError, match="'actions': expected ACTION records"):
+        batch.serve(np.zeros(1, other), 1.0)
+    assert batch.now_s[0] == 0.0

@@ -8,8 +8,11 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from numba import config
+
 from llmserve_env.compiled.linking import whole
 from llmserve_env.compiled.stamp import stamp
+from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,13 +31,17 @@ class Entry:
     """
 
     def __init__(self, factory: Callable[[int], Callable[..., Any]]) -> None:
-        self.__doc__ = factory.__doc__
+        self.__doc__, self.__module__ = factory.__doc__, factory.__module__
         self._factory = factory
         self._lock = threading.Lock()
         self._run: Callable[..., Any] = self._first
 
     def __call__(self, *args: Any) -> Any:
-        """Run it."""
+        """Run it.
+
+        Raises:
+            InputError: NUMBA_DISABLE_JIT is set: what is compiled here cannot run as Python.
+        """
         return self._run(*args)
 
     @property
@@ -42,8 +49,8 @@ class Entry:
         """Digest of everything that it is compiled from."""
         return stamp(self._factory)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (sys.modules[self._factory.__module__], self._factory.__name__)
+    def __reduce__(self) -> str:
+        return self._factory.__name__
 
     def _first(self, *args: Any) -> Any:
         """Compile it, or load it, and run it."""
@@ -57,6 +64,8 @@ class Entry:
 
     def _dispatcher(self) -> tuple[Any, str]:
         """The function to compile, and where the result is kept."""
+        if config.DISABLE_JIT:  # type: ignore[attr-defined] # set when Numba is imported
+            raise InputError("the simulator runs only compiled: unset it", field="NUMBA_DISABLE_JIT")
         function = self._factory(self.digest)
         try:
             dispatcher = whole(function, cache=True)
@@ -76,7 +85,8 @@ def _told(name: str, kept: str) -> Iterator[None]:
 
     def tell() -> None:
         text = f"llmserve: compiling the simulator ({name}), once on this machine; {kept}"
-        print(text, file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # print would take stdout
+            print(text, file=sys.stderr, flush=True)
 
     timer = threading.Timer(_SAY_AFTER_S, tell)
     timer.daemon = True

@@ -117,6 +117,8 @@ def _spec(name: str, field: FieldInfo) -> ControlSpec:
     types = [each for each in (get_args(field.annotation) or (field.annotation,)) if each is not type(None)]
     assert len(types) == 1
     kind, low, high = types[0], 0.0, 1.0
+    optional = type(None) in get_args(field.annotation)
+    assert kind is float or not optional, f"{name}: None is inf in a record, so only a float may be None"
     if issubclass(kind, Enum):
         high = len(kind) - 1
     elif kind is not bool:
@@ -127,7 +129,7 @@ def _spec(name: str, field: FieldInfo) -> ControlSpec:
     return ControlSpec(
         name,
         kind,
-        type(None) in get_args(field.annotation),
+        optional,
         field.default,
         number(low),
         number(high),

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmserve_env.controls import to_action, to_array, to_values
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES, Observer, describe
+from llmserve_env.observation import Observer, describe
 from llmserve_env.recording import Recording
 from llmserve_env.rewards import COMPONENTS, Rewards
 from llmserve_env.schema import EpisodeLog, ServeAction, ServeObservation
@@ -134,7 +134,7 @@ class EpisodeBatch:
         self.totals = np.zeros((num_episodes, len(COMPONENTS)))
         self.requests = np.zeros((num_episodes, 4), np.int64)
         self.over = np.ones(num_episodes, bool)
-        self.observed = np.zeros((num_episodes, len(FEATURES)), np.float32)
+        self.observed = np.zeros((num_episodes, len(self._observer.features)), np.float32)
         self.recordings = [Recording() for _ in range(num_episodes)]
         self._all = np.ones(num_episodes, bool)
         self._demand = np.zeros(num_episodes)

@@ -12,7 +12,7 @@ from llmserve_env.controls import to_action, to_array
 from llmserve_env.episode import Episode, StepResult
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
-from llmserve_env.observation import FEATURES, Observer
+from llmserve_env.observation import Observer
 from llmserve_env.recording import record_row
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
@@ -241,7 +241,7 @@ class RemoteBatch:
         self.actions = to_array([task.start])
         self.steps = np.zeros(1, np.int64)
         self.over = np.ones(1, bool)
-        self.observed = np.zeros((1, len(FEATURES)), np.float32)
+        self.observed = np.zeros((1, len(self._observer.features)), np.float32)
 
     def reset(self, seeds: Sequence[int]) -> NDArray[np.float32]:
         """Begin the episode; float32[1, features]."""

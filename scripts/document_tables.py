@@ -8,11 +8,13 @@ A table stands between `<!-- NAME: made by scripts/document_tables.py -->` and `
 from __future__ import annotations
 
 import re
+from itertools import count
 from pathlib import Path
 
 from llmserve_env.backend import FIGURES, figure_meanings
 from llmserve_env.controls import SPECS
-from llmserve_env.observation import FEATURES, TENANT_SLOTS
+from llmserve_env.observation import FEATURES
+from llmserve_env.schema import GROUPS
 
 DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -22,27 +24,32 @@ _TABLE = re.compile(
 
 
 def controls() -> list[str]:
-    """The controls, in the order of an action's entries."""
+    """The controls, in the order of an action's entries; those of extra groups have no fixed number."""
     rows = ["| number | control | values | unit | scale | what it sets |", "|---|---|---|---|---|---|"]
-    for number, (name, spec) in enumerate(SPECS.items()):
+    numbers = count()
+    for name, spec in SPECS.items():
         unit, scale = spec.declared.unit or "–", spec.declared.scale
+        number = next(numbers) if spec.declared.group in GROUPS else "–"
         rows.append(f"| {number} | `{name}` | {spec.range_text} | {unit} | {scale} | {spec.meaning} |")
     return rows
 
 
 def features() -> list[str]:
-    """The features, those of tenants once for all slots."""
-    tenants = [number for number, feature in enumerate(FEATURES) if feature.slot is not None]
-    slot = len(tenants) // TENANT_SLOTS
+    """The features, those of tenants once for all slots; those of extra groups have no fixed number."""
+    of_all = [feature.name for feature in FEATURES if feature.group in GROUPS]
+    slot = sum(feature.slot == 0 for feature in FEATURES)
     rows = ["| number | feature | group | meaning | scaling |", "|---|---|---|---|---|"]
-    for number, feature in enumerate(FEATURES[: tenants[0] + slot]):
+    for feature in FEATURES:
+        if feature.slot:
+            continue
+        number = of_all.index(feature.name) if feature.group in GROUPS else "–"
         scaling = f"x / (x + {feature.half:g})" if feature.half else "as it is"
         place, name, meaning = str(number), feature.name, feature.meaning
         if feature.slot is not None:
             place, name = f"{number} + {slot} k", name.replace("tenant_0_", "tenant_k_")
             meaning = meaning.replace("tenant 0: ", "")
         rows.append(f"| {place} | `{name}` | {feature.group} | {meaning} | {scaling} |")
-    return [f"float32[{len(FEATURES)}]:", "", *rows]
+    return [f"float32[{len(of_all)}]:", "", *rows]
 
 
 def figures() -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmserve_env.controls import ACTION, to_action, to_array
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.episode import Episode
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.schema import ServeAction
@@ -45,7 +45,7 @@ def sticky(task, rng, count):
 
 def anything(rng, count):
     """Actions of the schema, on no grid, bounds included."""
-    actions = np.zeros(count, ACTION)
+    actions = constant(count)
     actions["batch_cap"] = rng.choice([1, 2, 7, 100, 511, 512], count)
     actions["kv_budget_fraction"] = rng.choice([0.1, 0.1234, 0.999, 1.0], count)
     actions["speculation_depth"] = rng.integers(0, 9, count)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmserve_env.controls import ACTION, CONTROLS, to_array
+from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
@@ -221,6 +221,14 @@ def _short_of(task_id: str) -> LLMServeEnv:
 # Refusals
 
 
+def coded(**codes):
+    """A record of the defaults with some codes, whether they are any or not."""
+    record = to_array([ServeAction()])[0]
+    for name, code in codes.items():
+        record[name] = code
+    return record
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [
@@ -229,11 +237,11 @@ def _short_of(task_id: str) -> LLMServeEnv:
         ([0, 0, 0, 0, 0], "expected 7 whole numbers"),
         ([0.0] * 7, "expected 7 whole numbers"),
         (3, "expected 7 whole numbers"),
-        (np.array((0, 1.0, 0, 0, 0, 0, np.inf), ACTION), "batch_cap': expected 1..512"),
-        (np.array((8, np.nan, 0, 0, 0, 0, np.inf), ACTION), r"kv_budget_fraction': expected 0.1..1.0"),
-        (np.array((8, 1.0, 0, 3, 0, 0, np.inf), ACTION), "quantization_tier': expected 0..2"),
-        (np.array((8, 1.0, 0, 0, 0, 0, 1001.0), ACTION), "admission_rate': expected"),
-        (np.array((8, 1.0, 0, 0, 0, 0, 0.0), ACTION), "admission_rate': expected"),
+        (coded(batch_cap=0), "batch_cap': expected 1..512"),
+        (coded(kv_budget_fraction=np.nan), r"kv_budget_fraction': expected 0.1..1.0"),
+        (coded(quantization_tier=3), "quantization_tier': expected 0..2"),
+        (coded(admission_rate=1001.0), "admission_rate': expected"),
+        (coded(admission_rate=0.0), "admission_rate': expected"),
     ],
 )
 def test_actions_out_of_range_are_refused_and_change_nothing(action, message):

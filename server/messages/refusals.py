@@ -31,12 +31,6 @@ class Conflict(Refusal):
     status = 409
 
 
-class TooLarge(Refusal):
-    """More bytes than the service reads."""
-
-    status = 413
-
-
 class AtCapacity(Refusal):
     """No room now.
 

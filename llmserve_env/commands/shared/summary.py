@@ -148,9 +148,7 @@ def _extras(cell: dict[str, Any]) -> str:
     """The settings that are not as they come."""
     words = []
     for name, spec in SPECS.items():
-        if (
-            name in ("batch_cap", "quantization_tier") or cell[name] == spec.default
-        ):  # the rows above say these
+        if name in _IN_ROWS or cell[name] == spec.default:
             continue
         number = "" if spec.options else f" {cell[name]:g} ({spec.declared.unit})"
         words.append(f"{spec.label_in_text}{number}")

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 16 * 2**20
 """Of an answer; a server with some hundred engines shows a few megabytes."""
 
-_COUNTERS = tuple(name for name, metric in METRICS.items() if metric.kind == "counter")
 _HISTOGRAMS = tuple(name for name, metric in METRICS.items() if metric.kind == "histogram")
 
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 import llmserve_env
 from llmserve_env.agents import trained
 from llmserve_env.agents.policy import Policy, PolicyConfig, save_policy, shapes
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import Task, load_task
+from tests.of_every_task import FEATURES
 
 # A shell without job control starts what it puts into the background with interrupts ignored, which processes
 # that tests start, to interrupt them, would inherit.

@@ -35,7 +35,7 @@ def drawn(count, seed=0):
             values[..., tenants:] = 0
         windows[name] = values
     windows["output_tokens"] -= 40
-    actions = TASK.grid.actions(rng.integers(TASK.grid.nvec, size=(count, len(CONTROLS))))
+    actions = TASK.grid.actions(rng.integers(TASK.grid.nvec, size=(count, len(TASK.grid.nvec))))
     return windows, actions, rng.integers(0, TASK.windows + 1, count)
 
 

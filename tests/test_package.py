@@ -21,8 +21,8 @@ from llmserve_env import cli
 from llmserve_env.agents.policy import PolicyAgent, save_policy
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
+from tests.of_every_task import FEATURES
 
 if sys.version_info >= (3, 11):
     import tomllib

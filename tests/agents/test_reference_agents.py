@@ -8,7 +8,7 @@ import pytest
 from llmserve_env.agents import AGENTS, ConstantAgent, RandomAgent, load_agent, play
 from llmserve_env.agents.tuned import PATH, tuned_constant, tuned_rule, tuning
 from llmserve_env.backend import WINDOW
-from llmserve_env.controls import CONTROLS, to_action, to_array
+from llmserve_env.controls import to_action, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
@@ -63,7 +63,7 @@ def test_every_agent_plays_every_task_with_granted_controls_only(task_id, name):
     play(agent, task, [3, 4], watch=lambda batch, _: seen.append(batch.actions))
     actions = np.concatenate(seen)
     assert all(to_action(row) is not None for row in actions)
-    for control, count in zip(CONTROLS, task.grid.nvec, strict=True):
+    for control, count in zip(task.grid.values, task.grid.nvec, strict=True):
         assert count > 1 or (actions[control] == start[control]).all()
 
 
@@ -113,7 +113,7 @@ def test_load_agent_names_what_there_is():
 def test_tuned_values_are_complete(task_id):
     task = load_task(task_id)
     grid, best = task.grid, to_array([tuned_constant(task_id)])
-    for control, count in zip(CONTROLS, grid.nvec, strict=True):
+    for control, count in zip(grid.values, grid.nvec, strict=True):
         assert count > 1 or best[control] == to_array([task.start])[control]
     assert tuned_rule(task_id).memory_s > 0
     for agent in ("best_constant", "reactive"):

@@ -13,11 +13,11 @@ from llmserve_env.agents import load_agent, play
 from llmserve_env.cli import main
 from llmserve_env.commands.dataset import OnGrid
 from llmserve_env.controls import ACTION, to_array
-from llmserve_env.observation import FEATURES
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
 from tests.live.pilot.test_decision_log import steer
+from tests.of_every_task import FEATURES
 
 TASK = "bursty_workload"
 

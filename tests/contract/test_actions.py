@@ -15,6 +15,7 @@ from tests.strategies import actions
 
 ACTIONS = actions()
 VALUES = {
+    **{name: (value,) for name, value in ServeAction().model_dump().items()},
     "batch_cap": (8, 64, 512),
     "kv_budget_fraction": (0.1, 0.5, 1.0),
     "speculation_depth": (0, 1, 2, 3, 5),
@@ -47,14 +48,14 @@ def test_a_grid_knows_the_place_of_each_of_its_points(task_id):
     assert grid.actions(indices).tobytes() == everything.tobytes()
     assert (np.diff(np.ravel_multi_index(tuple(indices.T), grid.nvec)) == 1).all(), "the last changes fastest"
     for row, index in zip(everything[::37], indices[::37], strict=True):
-        values = {name: grid.values[name][k] for name, k in zip(CONTROLS, index, strict=True)}
+        values = {name: grid.values[name][k] for name, k in zip(grid.values, index, strict=True)}
         assert to_action(row) == ServeAction(**values)
 
 
 @pytest.mark.parametrize("task_id", list_tasks())
 def test_a_control_that_is_not_granted_stays_as_it_starts(task_id):
     task = load_task(task_id)
-    for name, count in zip(CONTROLS, task.grid.nvec, strict=True):
+    for name, count in zip(task.grid.values, task.grid.nvec, strict=True):
         if name in task.controls:
             assert count == len(task.controls[name])
         else:
@@ -66,7 +67,7 @@ def test_a_control_that_is_not_granted_stays_as_it_starts(task_id):
 def test_the_nearest_point_is_found(action):
     grid = ActionGrid(VALUES)
     (index,) = grid.indices(to_array([action]))
-    for name, place in zip(CONTROLS, index, strict=True):
+    for name, place in zip(grid.values, index, strict=True):
         if name == "admission_rate" and action.admission_rate is None:
             assert VALUES[name][place] is None
         elif name == "admission_rate":

@@ -12,12 +12,12 @@ from llmserve_env.client import RemoteSession
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.live import EndpointSettings, LiveEpisode
-from llmserve_env.observation import FEATURES
 from llmserve_env.play import play_batch
 from llmserve_env.rewards import COMPONENTS
 from llmserve_env.schema import EpisodeLog, ServeAction
 from llmserve_env.session import RemoteEpisode
 from tests.live.endpoint_server import CompletionEndpoint, serving
+from tests.of_every_task import FEATURES
 from tests.server.conftest import running
 
 SEED = 7

@@ -8,11 +8,11 @@ import gymnasium as gym
 import pytest
 
 import llmserve_env
-from llmserve_env.controls import CONTROLS, SPECS
+from llmserve_env.controls import SPECS
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.envs.vector_env import LLMServeVectorEnv
-from llmserve_env.observation import FEATURES
 from scripts.document_tables import DOCUMENTS, with_tables
+from tests.of_every_task import CONTROLS, FEATURES
 
 PAGES = ("environments.md", "environment-forms.md")
 DOCUMENT = "".join((DOCUMENTS / page).read_text(encoding="utf-8") for page in PAGES)

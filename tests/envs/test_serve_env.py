@@ -102,7 +102,9 @@ def test_action_masks_show_what_the_cell_cannot_apply():
     wide = load_task(TASK, controls=controls, horizon_s=6.0)
     env = LLMServeEnv(wide)
     env.reset(seed=0)
-    masks = dict(zip(CONTROLS, np.split(env.action_masks(), np.cumsum(wide.grid.nvec)[:-1]), strict=True))
+    masks = dict(
+        zip(wide.grid.values, np.split(env.action_masks(), np.cumsum(wide.grid.nvec)[:-1]), strict=True)
+    )
     assert masks["prefill_decode_split"].tolist() == [True, False]
     assert masks["batch_cap"].all()
     assert [tier in wide.profile.tier_names for tier in wide.grid.values["quantization_tier"]] == masks[

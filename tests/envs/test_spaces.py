@@ -8,14 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from llmserve_env.controls import CONTROLS, ActionGrid, BoxActions
+from llmserve_env.controls import ActionGrid, BoxActions
 from llmserve_env.envs import spaces
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES, TENANT_SLOTS
+from llmserve_env.observation import TENANT_SLOTS
+from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import list_tasks, load_task
+from tests.of_every_task import CONTROLS, FEATURES
 
 GRID = ActionGrid(
     {
+        **{name: [value] for name, value in ServeAction().model_dump().items()},
         "batch_cap": [8, 16, 32, 64, 128, 256, 512],
         "kv_budget_fraction": [0.5, 0.75, 0.9, 1.0],
         "speculation_depth": [1, 2, 5],

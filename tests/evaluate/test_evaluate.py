@@ -22,9 +22,9 @@ from evaluate.scores import read_scores
 from llmserve_env.agents import Shield, load_agent, play
 from llmserve_env.agents.policy import Policy, PolicyAgent, PolicyConfig, save_policy, shapes
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.report.stats import interval
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
+from tests.of_every_task import FEATURES
 
 STATIC = Setting(task="static_workload")
 SEEDS = list(EVALUATION_SEEDS[:23])  # three jobs: they begin at multiples of ten

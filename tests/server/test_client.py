@@ -20,9 +20,9 @@ from llmserve_env.client import (
 )
 from llmserve_env.envs.tool_env import ServeToolEnv
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.schema import EpisodeLog, QuantizationTier, ServeAction, ServeObservation
 from llmserve_env.tasks.catalog import catalog
+from tests.of_every_task import FEATURES
 from tests.server.conftest import ends, running
 
 TASK = "adversarial_multitenant"

@@ -13,12 +13,13 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 
 import llmserve_env  # noqa: F401 - registers the ids
-from llmserve_env.controls import CONTROLS, to_array
+from llmserve_env.controls import to_array
 from llmserve_env.envs.remote_env import LLMServeRemoteEnv
 from llmserve_env.envs.serve_env import LLMServeEnv
 from llmserve_env.errors import InputError
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import TRAINING_SEEDS, list_tasks, load_task
+from tests.of_every_task import CONTROLS
 from tests.server.conftest import ends
 
 

@@ -7,8 +7,8 @@ import torch
 
 import llmserve_env
 from llmserve_env.agents.policy import PolicyConfig
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
+from tests.of_every_task import FEATURES
 from train.network import Network
 
 

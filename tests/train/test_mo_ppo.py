@@ -14,8 +14,8 @@ from llmserve_env.agents import play
 from llmserve_env.agents.policy import CONFIG, PolicyAgent, load_policy, save_policy
 from llmserve_env.errors import InputError
 from llmserve_env.objectives import OBJECTIVES, Objectives
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
+from tests.of_every_task import FEATURES
 from train import mo_ppo, ppo
 from train.mo_ppo import Preferences, objectives
 

@@ -18,10 +18,9 @@ from llmserve_env.agents.policy import (
     save_policy,
     stack,
 )
-from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
+from tests.of_every_task import CONTROLS, FEATURES
 
 SHAPES = [(False, 1), (False, 4), (True, 1), (True, 3)]
 

@@ -9,8 +9,8 @@ from _small import trainer_of, updates
 
 from llmserve_env.agents.policy import save_policy
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import TRAINING_SEEDS
+from tests.of_every_task import FEATURES
 from train import ppo
 from train.ppo import Statistics
 

@@ -17,10 +17,10 @@ from llmserve_env.agents.continuous_policy import (
 )
 from llmserve_env.agents.find import find_agent
 from llmserve_env.agents.policy import CLIP, CONFIG, WEIGHTS, load_policy, save_policy
-from llmserve_env.controls import CONTROLS, to_array
+from llmserve_env.controls import to_array
 from llmserve_env.errors import InputError
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import load_task
+from tests.of_every_task import CONTROLS, FEATURES
 from train.sac import Arguments, Trainer
 
 ENVS = 4

@@ -15,8 +15,8 @@ from llmserve_env.agents import load_agent, play
 from llmserve_env.agents.policy import Policy, PolicyConfig, save_policy, shapes, weight_features
 from llmserve_env.errors import InputError
 from llmserve_env.objectives import OBJECTIVES, Objectives
-from llmserve_env.observation import FEATURES
 from llmserve_env.tasks import EVALUATION_SEEDS, load_task
+from tests.of_every_task import FEATURES
 
 TASK = "death_spiral"
 

@@ -16,9 +16,9 @@ from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.change_limits import ChangeLimits
 from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
 from llmserve_env.live.pilot.pilot import Pilot
-from llmserve_env.observation import FEATURES
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
+from tests.of_every_task import FEATURES
 
 from ..agents import Scripted
 

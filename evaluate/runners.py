@@ -27,6 +27,7 @@ def play_jobs(
         processes: to play in.
         cluster: address of the Ray cluster to play on instead, see `evaluate.cluster`.
     """
+    prepare()  # once, before processes begin that would each do it
     if cluster is not None:
         yield from play_on_cluster(jobs, cluster, processes)
         return
@@ -34,7 +35,6 @@ def play_jobs(
         for job in jobs:
             yield job, play_job(job)
         return
-    prepare()
     with ProcessPoolExecutor(
         min(processes, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:

@@ -4,54 +4,50 @@ from __future__ import annotations
 
 import os
 import pickle
-from dataclasses import dataclass
-from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.backend import MAX_TENANTS, WINDOW, WindowRecord
+from llmserve_env.backend import WINDOW, WindowRecord
 from llmserve_env.controls import ACTION, CONTROLS, to_array
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.latency import MAX_TOKENS, compile_latency
-from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS, Profile
 from llmserve_env.schema import ServeAction
 from llmserve_env.sim import kernel
+from llmserve_env.sim.outcomes import Outcomes, outcomes_of
 from llmserve_env.sim.state import (
-    ACCEPT_ONE,
     BLOCK_TOKENS,
-    CANCELLED,
     CELL,
     COLOCATED,
-    COMPLETED,
     DECODE,
-    ENGINE,
     FAILED,
     MAX_BLOCKS,
-    MAX_CLASSES,
-    MAX_RUNNING,
-    NEVER_PS,
-    NODE,
     OUTCOME,
-    PLACE,
     PREFILL,
     PS_PER_S,
     REQUEST,
     RETRYING,
     RUNNING,
-    SEGMENT,
     SLOTS,
-    STATUS_NAMES,
     SUMS,
-    TENANT,
     TIMER,
     TRANSFER,
     WAITING,
     Batch,
-    Cost,
+)
+from llmserve_env.sim.tables import (
+    block_records,
+    cost_of,
+    empty_slots,
+    idle_engines,
+    prefix_tokens_of,
+    shortest_wait_ps,
+    small_ids,
+    tenant_rows,
+    to_ps,
 )
 
 if TYPE_CHECKING:
@@ -64,41 +60,8 @@ if TYPE_CHECKING:
 
 
 _BATCH_CAP, _TIER, _SPLIT = map(CONTROLS.index, ("batch_cap", "quantization_tier", "prefill_decode_split"))
-_SMALL_ID = 1 << 40
 _LONGEST_S = 4e6
 """Last arrival that leaves room to serve out before NEVER_PS."""
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What became of every request, in order of arrival.
-
-    Attributes:
-        arrival_s: float64[n] (s).
-        ttft_s: float64[n], from arrival to first token (s; nan without one).
-        tpot_s: float64[n], mean time between output tokens (s; nan with fewer than two).
-        worst_gap_s: float64[n], longest time between two of its tokens (s; nan with fewer than two).
-        e2e_s: float64[n], from arrival to last token (s; nan if not completed).
-        finish_s: float64[n], time of the last token, or of failing (s; nan while in flight).
-        preemptions: uint16[n].
-        retries: int8[n], attempts after the first that were sent or will be.
-        status_code: int8[n], index into sim.state.STATUS_NAMES.
-    """
-
-    arrival_s: NDArray[np.float64]
-    ttft_s: NDArray[np.float64]
-    tpot_s: NDArray[np.float64]
-    worst_gap_s: NDArray[np.float64]
-    e2e_s: NDArray[np.float64]
-    finish_s: NDArray[np.float64]
-    preemptions: NDArray[np.uint16]
-    retries: NDArray[np.int8]
-    status_code: NDArray[np.int8]
-
-    @property
-    def status(self) -> NDArray[np.str_]:
-        """str[n], one of sim.state.STATUS_NAMES."""
-        return np.array(STATUS_NAMES)[self.status_code]
 
 
 class SimulatorBatch:
@@ -161,14 +124,14 @@ class SimulatorBatch:
         self.threads = checked_threads(threads)
         self._tenants = workloads[0].tenants
         self._records: Batch | None = None
-        self.tenants, self._accept, drafting = _tenants(workloads[0])
-        self._cost = _cost(profile)
+        self.tenants, self._accept, drafting = tenant_rows(workloads[0])
+        self._cost = cost_of(profile)
         if kv_blocks is not None:
             self._cost = self._cost._replace(blocks=np.full_like(self._cost.blocks, kv_blocks))
         episodes = len(workloads)
         self.workloads: list[Workload] = list(workloads)
         self._own_action = action or ServeAction()
-        self.engines = _engines(episodes, engines, budget)
+        self.engines = idle_engines(episodes, engines, budget)
         self.engines["synchronous"] = not profile.engine.async_scheduling
         self.cells = np.zeros(episodes, CELL)
         self.cells["classes"] = len(self._accept)
@@ -183,12 +146,12 @@ class SimulatorBatch:
         if engines > 1 and not 1 <= self.cells["prefill_engines"][0] < engines:
             raise InputError(f"expected 1..{engines - 1}, found {prefill_engines}", field="prefill_engines")
         self.cells["burst_ps"] = round(constants().admission.burst_s * PS_PER_S)
-        self.cells["shortest_wait_ps"] = _shortest_wait_ps(self.tenants)
+        self.cells["shortest_wait_ps"] = shortest_wait_ps(self.tenants)
         self._set_switching()
-        self._prefix_tokens = _prefix_tokens(workloads) if prefix_cache else 0
+        self._prefix_tokens = prefix_tokens_of(workloads) if prefix_cache else 0
         self.cells["blocks_per_id"] = self._prefix_tokens // BLOCK_TOKENS
         self.slots = np.zeros(self.engines.size, SLOTS)
-        self.queue, self.nodes, self.table = _block_records(
+        self.queue, self.nodes, self.table = block_records(
             self.engines.size, self._cost, self._prefix_tokens > 0
         )
         self.sums = np.zeros(episodes, SUMS)
@@ -280,7 +243,7 @@ class SimulatorBatch:
         if self._prefix_tokens:
             offsets = workload.prefix_offsets + self._first_id[episode]
             self.prefix_offsets[low + episode : low + episode + len(workload) + 1] = offsets
-            self.prefix_ids[offsets[0] : offsets[-1]] = _small(workload.prefix_ids)
+            self.prefix_ids[offsets[0] : offsets[-1]] = small_ids(workload.prefix_ids)
         cell: Any = self.cells[episode]
         cell["requests"] = len(workload)
         for name in ("begun", "next_request", "transfers", "retrying", "full_ps"):
@@ -324,10 +287,10 @@ class SimulatorBatch:
         """Put a cell in the configuration that it starts with, at no cost."""
         engines, cell, action = self.engines[episode], self.cells[episode], self._own_action
         synchronous = int(engines["synchronous"][0])
-        engines[:] = _engines(1, len(engines), int(engines["token_budget"][0]))[0]
+        engines[:] = idle_engines(1, len(engines), int(engines["token_budget"][0]))[0]
         engines["synchronous"] = synchronous
         engines["row"] = rows = np.arange(episode * len(engines), (episode + 1) * len(engines))
-        self.slots[rows] = _slots()
+        self.slots[rows] = empty_slots()
         missing = self.not_applied(action)
         cell["tier"] = 0 if "quantization_tier" in missing else TIERS.index(action.quantization_tier.value)
         cell["split"] = action.prefill_decode_split and "prefill_decode_split" not in missing
@@ -412,7 +375,7 @@ class SimulatorBatch:
             raise InputError(f"expected ACTION records, found {actions.dtype}", field="actions")
         start_ps = self._now_ps
         until_s = self.now_s + window_s
-        until_ps = _ps(until_s)
+        until_ps = to_ps(until_s)
         if which is None:
             self.now_s, self._now_ps = until_s, until_ps
         else:
@@ -491,7 +454,7 @@ class SimulatorBatch:
         """What became of each request of an episode so far."""
         low = self._first[episode]
         high = low + self.cells["requests"][episode]
-        return _outcomes(self.requests[low:high], self.outcomes[low:high])
+        return outcomes_of(self.requests[low:high], self.outcomes[low:high])
 
 
 class Simulator:
@@ -539,147 +502,3 @@ def checked_threads(threads: int | None) -> int:
     if threads < 1:
         raise InputError(f"expected 1 or more, found {threads}", field="threads")
     return threads
-
-
-def _ps(time_s: NDArray[np.float64]) -> NDArray[np.int64]:
-    ps: NDArray[np.int64] = np.rint(np.minimum(time_s * PS_PER_S, NEVER_PS)).astype(np.int64)
-    return np.minimum(ps, NEVER_PS)
-
-
-def _engines(episodes: int, count: int, budget: int) -> NDArray[np.void]:
-    engines = np.zeros((episodes, count), ENGINE)
-    engines["next_ps"] = NEVER_PS
-    engines["leave_ps"] = NEVER_PS
-    engines["token_budget"] = budget
-    engines["slots_free"] = MAX_RUNNING
-    for name in ("run_head", "run_tail", "partial", "limbo_head", "resumed_head", "fresh_head", "fresh_tail"):
-        engines[name] = -1
-    return engines
-
-
-@cache
-def _slots() -> NDArray[np.void]:
-    """SLOTS[1] of an engine in which nothing runs."""
-    slots = np.zeros(1, SLOTS)
-    slots["free_slot"] = np.arange(MAX_RUNNING - 1, -1, -1)
-    return slots
-
-
-def _tenants(workload: Workload) -> tuple[NDArray[np.void], NDArray[np.int64], tuple[int, bool]]:
-    """A workload's tenants as records, and how they speculate.
-
-    Returns:
-        TENANT[tenant]; int64[class, depth], tokens a step; how many decoder layers a draft token runs, and
-        whether the LM head.
-    """
-    tenants = workload.tenants
-    if len(tenants) > MAX_TENANTS:
-        raise InputError(f"expected at most {MAX_TENANTS}, found {len(tenants)}", field="tenants")
-    classes = sorted({tenant.speculation_class for tenant in tenants})
-    known = constants().speculation
-    for name in classes:
-        if name not in known:
-            raise InputError(f"expected one of {', '.join(known)}, found '{name}'", field="speculation_class")
-    if len(classes) > MAX_CLASSES:
-        raise InputError(
-            f"expected at most {MAX_CLASSES} classes, found {classes}", field="speculation_class"
-        )
-    accept = np.array([known[name].tokens_per_step for name in classes])
-    ranks = sorted({tenant.priority for tenant in tenants})
-    drafting = max((known[name].draft_layers, known[name].draft_head) for name in classes)
-    rows = np.zeros(len(tenants), TENANT)
-    rows["patience_ps"] = _ps(np.array([min(tenant.patience_s, tenant.deadline_s) for tenant in tenants]))
-    rows["deadline_ps"] = _ps(np.array([tenant.deadline_s for tenant in tenants]))
-    rows["retries"] = [tenant.retries for tenant in tenants]
-    rows["retry_after_ps"] = _ps(np.array([tenant.retry_after_s for tenant in tenants]))
-    rows["rank"] = [ranks.index(tenant.priority) for tenant in tenants]
-    rows["speculation_class"] = [classes.index(tenant.speculation_class) for tenant in tenants]
-    rows["ttft_slo_ps"] = _ps(np.array([tenant.ttft_slo_s for tenant in tenants]))
-    rows["tpot_slo_ps"] = _ps(np.array([tenant.tpot_slo_s for tenant in tenants]))
-    return rows, np.rint(accept * ACCEPT_ONE).astype(np.int64), drafting
-
-
-def _shortest_wait_ps(tenants: NDArray[np.void]) -> int:
-    """The shortest wait of clients who give up and try again, NEVER_PS without any (ps)."""
-    come_back = (tenants["retries"] > 0) & (tenants["patience_ps"] < NEVER_PS)
-    return int(tenants["retry_after_ps"][come_back].min(initial=NEVER_PS))
-
-
-@lru_cache(maxsize=32)
-def _cost(profile: Profile) -> Cost:
-    """A profile's latency tables in integer picoseconds; decode attention as base and slope per segment."""
-    arrays = compile_latency(profile)
-    decode = np.maximum.accumulate(np.rint(arrays.decode_s * PS_PER_S), axis=-1).astype(np.int64)
-    knots = arrays.decode_kv.astype(np.int64)
-    slope = np.zeros_like(decode)
-    slope[..., :-1] = np.rint(np.diff(decode, axis=-1) / np.diff(knots)).astype(np.int64)
-    slope[..., -1] = slope[..., -2]
-    return Cost(
-        dense_ps=np.rint(arrays.dense_s * PS_PER_S).astype(np.int64),
-        head_ps=np.rint(arrays.head_s * PS_PER_S).astype(np.int64),
-        decode_kv=knots,
-        decode_ps=decode,
-        decode_slope=slope,
-        prefill_chunk=arrays.prefill_chunk,
-        prefill_kv=arrays.prefill_kv,
-        prefill_ps=arrays.prefill_s * PS_PER_S,
-        mixed_chunk=arrays.mixed_chunk,
-        mixed_kv=arrays.mixed_kv,
-        mixed_ps=arrays.mixed_s * PS_PER_S,
-        mixed_skew=float(arrays.mixed_skew),
-        blocks=np.array(
-            [kv_blocks(profile, name if name in profile.tier_names else "FP16") for name in TIERS]
-        ),
-    )
-
-
-def _prefix_tokens(workloads: Sequence[Workload]) -> int:
-    """Tokens in a prefix block of the workloads, 0 if no prompts share any."""
-    tokens = workloads[0].prefix_block_tokens
-    if tokens % BLOCK_TOKENS:
-        raise InputError(f"expected a multiple of {BLOCK_TOKENS}", field="prefix_block_tokens")
-    return tokens
-
-
-def _small(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Small numbers for prefix ids: any integer may name a block; the kernel's keys are multiples of them."""
-    if len(ids) == 0 or (ids.min() >= 0 and ids.max() < _SMALL_ID):
-        return ids
-    return np.unique(ids, return_inverse=True)[1].astype(np.int64)
-
-
-def _block_records(
-    engines: int, cost: Cost, shared: bool
-) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.void]]:
-    """SEGMENT, NODE, PLACE[row, n]: the free queue; where prompts share prefixes, a node for each block."""
-    blocks = int(cost.blocks.max())
-    ring = 1 << (2 * blocks + 4096).bit_length() if shared else 4096
-    table = 1 << (3 * blocks // 2).bit_length() if shared else 1  # at most two thirds full
-    return (
-        np.zeros((engines, ring), SEGMENT),
-        np.zeros((engines, blocks if shared else 0), NODE),
-        np.zeros((engines, table), PLACE),
-    )
-
-
-def _outcomes(requests: NDArray[np.void], outcomes: NDArray[np.void]) -> Outcomes:
-    arrival_ps, first_ps = requests["arrival_ps"], outcomes["first_ps"]
-    status = outcomes["status"]
-    completed = status == COMPLETED
-    over = np.isin(status, (COMPLETED, FAILED, CANCELLED))
-    gaps = requests["output_tokens"] - 1
-    ttft_s = np.where(first_ps > 0, (first_ps - arrival_ps) / PS_PER_S, np.nan)
-    finish_ps = outcomes["finish_ps"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        tpot_s = np.where(completed & (gaps > 0), (finish_ps - first_ps) / gaps / PS_PER_S, np.nan)
-    return Outcomes(
-        arrival_s=arrival_ps / PS_PER_S,
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        worst_gap_s=np.where(np.isnan(tpot_s), np.nan, outcomes["worst_gap_ps"] / PS_PER_S),
-        e2e_s=np.where(completed, (finish_ps - arrival_ps) / PS_PER_S, np.nan),
-        finish_s=np.where(over, finish_ps / PS_PER_S, np.nan),
-        preemptions=outcomes["preemptions"].copy(),
-        retries=outcomes["retries"].copy(),
-        status_code=status.copy(),
-    )

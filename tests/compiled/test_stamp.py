@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import llmserve_env
+from llmserve_env import rewards
 from llmserve_env.compiled import part, stamp
-from llmserve_env.rewards import Rewards
+from llmserve_env.episode import prepare
+from llmserve_env.observation import observer
 from llmserve_env.sim import kernel
 
 PACKAGE = Path(llmserve_env.__file__).parent
@@ -49,28 +51,46 @@ def _factory(digest):
     return outer
 
 
-def played(copy: Path, cache: Path) -> list[str]:
-    """What an episode came to in a copy of the package, and the digest of its kernel."""
-    environment = {**os.environ, "PYTHONPATH": str(copy), "NUMBA_CACHE_DIR": str(cache)}
+def played(copy: Path, cache: Path | None = None) -> list[str]:
+    """What an episode came to in a copy of the package, and the digest of its kernel.
+
+    Args:
+        copy: the folder with the copy.
+        cache: the folder of the cache (default: beside the copy's sources).
+    """
+    environment = {**os.environ, "PYTHONPATH": str(copy), "NUMBA_CACHE_DIR": str(cache or "")}
     ran = subprocess.run(
         [sys.executable, "-c", DIGEST], env=environment, cwd=copy, check=True, capture_output=True, text=True
     )
     return ran.stdout.splitlines()
 
 
+def kept(folder: Path) -> list[str]:
+    """Names of the files with machine code."""
+    return sorted(path.name for path in folder.rglob("*.nbc"))
+
+
 def test_a_constant_of_another_file_changes_what_a_warm_cache_gives(tmp_path: Path):
-    copy, warm, empty = tmp_path / "copy", tmp_path / "warm", tmp_path / "empty"
-    shutil.copytree(PACKAGE, copy / "llmserve_env", ignore=shutil.ignore_patterns("__pycache__"))
-    before = played(copy, warm)
-    state = copy / "llmserve_env" / "sim" / "state.py"
+    prepare()
+    copy, empty = tmp_path / "copy", tmp_path / "empty"
+    package = copy / "llmserve_env"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, folder in (("_fill", ""), ("_add", ""), ("serve", "sim/kernel"), ("_fill", "observation")):
+        module = {"": rewards, "observation": observer}.get(folder, kernel)
+        shutil.copytree(
+            getattr(module, name)._run.stats.cache_path, package / folder / "__pycache__", dirs_exist_ok=True
+        )
+    warm = kept(copy)
+    before = played(copy)
+    assert kept(copy) == warm, "the copy finds what was compiled for the package"
+    state = package / "sim" / "state.py"
     text = state.read_text(encoding="utf-8")
     state.write_text(re.sub(r"^MAX_DOUBLINGS = 4$", "MAX_DOUBLINGS = 0", text, flags=re.M), encoding="utf-8")
     assert state.read_text(encoding="utf-8") != text
-    after = played(copy, warm)
+    after = played(copy)
     assert after[0] != before[0], "clients who do not wait longer each time come back sooner"
     assert after == played(copy, empty)
-    kept = [path.name for path in empty.rglob("*.nbc")]
-    assert len(kept) == ENTRIES, f"parts are in their entries alone: {kept}"
+    assert len(kept(empty)) == ENTRIES, f"parts are in their entries alone: {kept(empty)}"
 
 
 def test_a_stamp_follows_constants_through_callees(monkeypatch: pytest.MonkeyPatch):
@@ -102,7 +122,7 @@ def test_what_cannot_be_stamped_is_refused(monkeypatch: pytest.MonkeyPatch):
     [
         (kernel.serve, "llmserve_env.sim.kernel.clients", "MAX_DOUBLINGS"),
         (kernel.serve, "llmserve_env.sim.kernel.cell", "MAX_DEPTH"),
-        (Rewards.of.__globals__["_fill"], "llmserve_env.rewards", "KV_LIMIT"),
+        (rewards._fill, "llmserve_env.rewards", "KV_LIMIT"),
     ],
     ids=["state", "hardware", "rewards"],
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmserve_env.backend import WindowRecord
     from llmserve_env.hardware import Profile
     from llmserve_env.schema import ServeAction
-    from llmserve_env.sim.simulator import Outcomes
+    from llmserve_env.sim.outcomes import Outcomes
     from llmserve_env.workloads import Workload
 
 COLUMNS = (

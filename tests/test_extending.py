@@ -35,7 +35,7 @@ def played(task_id, name, changes):
     while not batch.over.all():
         observations = batch.step(agent.act(observations, batch.windows)).observations
     log = batch.log()
-    return [log.digests[-1], log.score, observations.shape[1], len(task.grid.nvec)]
+    return [log.digests[-1], log.score, observations.shape[1], len(task.grid.nvec), log.task]
 
 def all_played(policies, changes):
     return {f"{task_id} {name}": played(task_id, name, changes) for task_id, name in policies}
@@ -134,7 +134,7 @@ def test_policies_play_as_before_where_there_is_more(extended):
     exec(PLAY, scope)
     before = scope["all_played"](POLICIES, {})  # type: ignore[operator]
     assert found["played"] == before
-    for name, (_, score, features, controls) in found["granted"].items():
+    for name, (_, score, features, controls, _) in found["granted"].items():
         assert score == before[name][1], "a control that a policy does not know stays as it starts"
         assert features == before[name][2] + 2, "power, and what is set of the clock"
         assert controls == before[name][3] + 1

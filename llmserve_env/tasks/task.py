@@ -165,6 +165,9 @@ class Task(BaseModel):
         written: dict[str, Any] = write(self)
         if not self.extra_groups:
             written.pop("extra_groups", None)
+        for name, spec in SPECS.items():
+            if spec.declared.group in EXTRA_GROUPS and getattr(self.start, name) == spec.default:
+                written.get("start", {}).pop(name, None)
         return written
 
     @model_validator(mode="after")

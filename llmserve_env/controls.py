@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from llmserve_env.errors import InputError
-from llmserve_env.schema import GROUPS, Control, ServeAction, bounds
+from llmserve_env.schema import EXTRA_GROUPS, GROUPS, Control, ServeAction, bounds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -198,7 +198,7 @@ class ActionGrid:
 
     Args:
         values: for each control, ascending values as a ServeAction takes them, None last; a control with
-            one value is not the agent's to set.
+            one value is not the agent's to set. One of an extra group may be left out: it keeps its default.
 
     Attributes:
         granted: names of the controls that are the agent's to set.
@@ -211,6 +211,8 @@ class ActionGrid:
     """
 
     def __init__(self, values: Mapping[str, Sequence[Any]]) -> None:
+        extra = [name for name, spec in SPECS.items() if spec.declared.group in EXTRA_GROUPS]
+        values = {**{name: [SPECS[name].default] for name in extra}, **values}
         for name in (*values, *CONTROLS):
             if name not in SPECS or not values.get(name):
                 raise InputError(f"expected values for each of {', '.join(CONTROLS)}", field=name)

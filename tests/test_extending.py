@@ -49,6 +49,7 @@ from llmserve_env.schema import ServeAction
 task = load_task("static_workload", horizon_s=20.0)
 values = {name: [value] for name, value in task.start.model_dump().items()}
 grid = ActionGrid({**values, "clock_mhz": [4, 500, 2000]})
+assert ActionGrid(task.grid.values).values == task.grid.values
 saving = load_task("static_workload", horizon_s=20.0, extra_groups=["energy"])
 slow = EpisodeBatch(task)
 slow.reset([1])

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from llmserve_env.controls import SPECS, ControlSpec
 from llmserve_env.envs.serve_env import check_seed, draw_seed
 from llmserve_env.errors import InputError
-from llmserve_env.schema import ServeAction
+from llmserve_env.schema import GROUPS, ServeAction
 from llmserve_env.session import LocalSession, Session
 
 if TYPE_CHECKING:
@@ -236,6 +236,13 @@ def _range(spec: ControlSpec) -> str:
     )
 
 
+def _left_out(spec: ControlSpec) -> Any:
+    """What a control is set to that is left out: without it one of every task must be given."""
+    if spec.optional:
+        return None
+    return Parameter.empty if spec.declared.group in GROUPS else spec.value(spec.code(spec.default))
+
+
 def _config_signature() -> Signature:
     """The arguments of `set_serving_config`: each control, and for how many windows."""
     parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
@@ -245,7 +252,7 @@ def _config_signature() -> Signature:
             Parameter(
                 name,
                 Parameter.POSITIONAL_OR_KEYWORD,
-                default=None if spec.optional else Parameter.empty,
+                default=_left_out(spec),
                 annotation=kind | None if spec.optional else kind,
             )
         )
@@ -258,10 +265,13 @@ def _config_signature() -> Signature:
 def _config_doc(doc: str) -> str:
     """Its docstring, which tells a model what each argument sets."""
     lines = []
-    for name, spec in SPECS.items():
-        text = (
-            f"{name}: {spec.meaning} Expects {_range(spec)}{'; none if left out' if spec.optional else ''}."
-        )
+    for name in _CONFIG.parameters:
+        if name not in SPECS:
+            continue
+        spec, left_out = SPECS[name], _left_out(SPECS[name])
+        value = "none" if left_out is None else left_out
+        alone = "" if left_out is Parameter.empty else f"; {value} if left out"
+        text = f"{name}: {spec.meaning} Expects {_range(spec)}{alone}."
         lines += textwrap.wrap(text, 90, subsequent_indent="    ")
     controls = "\n            ".join(lines)
     return doc.replace("{controls}", controls).replace("{most_windows}", str(_MOST_WINDOWS))

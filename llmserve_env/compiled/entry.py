@@ -75,7 +75,7 @@ def _told(name: str, kept: str) -> Iterator[None]:
     """Say what is going on where it takes longer than somebody waits without wondering."""
 
     def tell() -> None:
-        text = f"llmserve: compiling the simulator ({name}), once on this machine; {kept}"
+        text = f"llmserve: compiling the simulator ({name}), some 15 s, once on this machine; {kept}"
         print(text, file=sys.stderr, flush=True)
 
     timer = threading.Timer(_SAY_AFTER_S, tell)

@@ -109,6 +109,7 @@ def main() -> None:
     sys.setswitchinterval(5e-4)  # a replay in a thread holds up everybody else's steps for as long
     try:
         app = create_app(settings)
+        prepare()  # who is told that the server listens is not to wait for a compilation
         sockets = [listen(settings.host, port) for port in settings.ports]
     except InputError as error:
         raise SystemExit(f"error: {error}") from None

@@ -71,7 +71,9 @@ def bench(
         )
         progress.update()
         with tempfile.TemporaryDirectory() as empty:
-            report["first_result_cold_s"] = _elapsed([*worker, "first", profile], NUMBA_CACHE_DIR=empty)
+            report["first_result_cold_s"] = _elapsed(
+                [*worker, "first", profile], stderr=subprocess.DEVNULL, NUMBA_CACHE_DIR=empty
+            )
         progress.update()
         _elapsed([*worker, "first", profile])
         report["first_result_warm_s"] = _median(runs, [*worker, "first", profile])
@@ -124,9 +126,11 @@ def _said(command: list[str]) -> dict[str, float]:
     return said
 
 
-def _elapsed(command: list[str], **environment: str) -> float:
+def _elapsed(command: list[str], *, stderr: int | None = None, **environment: str) -> float:
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, **environment}
+    )
     return time.perf_counter() - start
 
 

@@ -84,7 +84,7 @@ def _told(name: str, kept: str) -> Iterator[None]:
     """Say what is going on where it takes longer than somebody waits without wondering."""
 
     def tell() -> None:
-        text = f"llmserve: compiling the simulator ({name}), once on this machine; {kept}"
+        text = f"llmserve: compiling the simulator ({name}), some 15 s, once on this machine; {kept}"
         if sys.stderr is not None:  # print would take stdout
             print(text, file=sys.stderr, flush=True)
 

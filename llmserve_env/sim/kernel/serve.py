@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from functools import cache
-from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
 
 from llmserve_env.compiled import entry, part
@@ -82,19 +82,52 @@ def serve_on_threads(threads: int, batch: Any, actions: Any, start_ps: Any, unti
     """`serve` for all episodes of a batch, a slice on each of so many threads; the results are the same."""
     episodes = len(until_ps)
     edges = [episodes * i // threads for i in range(threads + 1)]
-    rest = [
-        _threads(threads - 1).submit(serve, batch, actions, start_ps, until_ps, low, high)
-        for low, high in pairwise(edges[1:])
-    ]
-    serve(batch, actions, start_ps, until_ps, 0, edges[1])
-    for each in rest:
-        each.result()
+    asked = [_Helper.number(i) for i in range(threads - 1)]
+    with _turn:  # helpers answer one caller at a time
+        for helper, low, high in zip(asked, edges[1:-1], edges[2:], strict=True):
+            helper.asked.put((batch, actions, start_ps, until_ps, low, high))
+        try:
+            serve(batch, actions, start_ps, until_ps, 0, edges[1])
+        finally:
+            failed = [error for error in [helper.done.get() for helper in asked] if error is not None]
+    for error in failed:
+        raise error
 
 
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "llmserve-kernel")
+class _Helper:
+    """A thread that serves slices while the process lives; its queues take a tenth of a thread pool's time."""
+
+    def __init__(self) -> None:
+        self.asked: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="llmserve-kernel", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            slice_ = self.asked.get()
+            try:
+                serve(*slice_)
+                self.done.put(None)
+            except BaseException as error:
+                self.done.put(error)
+            del slice_  # holds a batch that nobody may want any more
+
+    @staticmethod
+    @cache
+    def number(index: int) -> _Helper:
+        """The helper of this index in this process."""
+        return _Helper()
 
 
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_threads.cache_clear)
+_turn = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads."""
+    global _turn  # noqa: PLW0603
+    _turn = threading.Lock()
+    _Helper.number.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

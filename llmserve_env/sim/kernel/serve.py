@@ -95,7 +95,7 @@ def serve_on_threads(threads: int, batch: Any, actions: Any, start_ps: Any, unti
 
 
 class _Helper:
-    """A thread that serves slices while the process lives; a thread pool would take ten times as long."""
+    """A thread that serves slices while the process lives, without a pool's bookkeeping for every one."""
 
     def __init__(self) -> None:
         self.asked: SimpleQueue[tuple[Any, ...]] = SimpleQueue()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,7 @@ def simulate(
     )
 
 
+@cache
 def prepare() -> None:
     """Compile what simulated episodes need, or load it, once for this process.
 

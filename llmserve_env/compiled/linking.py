@@ -107,15 +107,10 @@ class _WholeCompiler(CompilerBase):
         return _passes(self.state, _LowerWhole)
 
 
-part = _njit(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+_PART = {**_OPTIONS, "pipeline_class": _PartCompiler, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+part = _njit(**_PART)
 """Decorates a function that entries are made of."""
-hot = _njit(
-    pipeline_class=_PartCompiler,
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-    forceinline=True,
-    **_OPTIONS,
-)
+hot = _njit(forceinline=True, **_PART)
 """As `part`, for a function whose code is to stand wherever it is called."""
 
 

@@ -40,6 +40,8 @@ def _sources(function: Any, seen: set[int]) -> Iterator[str]:
     if id(function) in seen:
         return
     seen.add(id(function))
+    if function.__closure__:
+        raise TypeError(f"no digest can be made of what {function.__qualname__} closes over: name a constant")
     yield f"{sorted((name, repr(value)) for name, value in options.items() if name != 'pipeline_class')}"
     yield f"def {function.__module__}.{function.__qualname__} {function.__defaults__}"
     for code in _codes(function.__code__):

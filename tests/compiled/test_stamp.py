@@ -117,6 +117,16 @@ def test_what_cannot_be_stamped_is_refused(monkeypatch: pytest.MonkeyPatch):
         stamp(_factory)
 
 
+def test_what_a_function_closes_over_is_refused():
+    factor = 3
+
+    def closed(x):
+        return x * factor
+
+    with pytest.raises(TypeError, match="closed"):
+        stamp(closed)
+
+
 @pytest.mark.parametrize(
     ("entry", "module", "name"),
     [

@@ -10,6 +10,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from llmserve_env.errors import InputError
+
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +67,8 @@ class Failures:
         reason = "".join(traceback.format_exception_only(type(error), error)).strip()
         kind = re.sub(r"\d+", "0", reason)
         if kind != self._told:
-            _log.error("%s failed, and goes on: %s", self._name, reason, exc_info=error)
+            trace = None if isinstance(error, InputError) else error  # that one says all
+            _log.error("%s failed, and goes on: %s", self._name, reason, exc_info=trace)
         self._told = kind
 
     def end(self) -> None:

@@ -143,20 +143,18 @@ def read_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Lin
         max_line_bytes: most bytes of a line.
 
     Raises:
-        InputError: the file cannot be read, or has a longer line; names it.
+        InputError: a line is longer; names it.
+        OSError: the file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            number = end = 0
-            while content := file.readline(max_line_bytes + 1):
-                number, end = number + 1, end + len(content)
-                whole = content.endswith(b"\n")
-                if len(content) > max_line_bytes and not whole:
-                    reason = f"expected a line of at most {max_line_bytes:,} bytes, found a longer one"
-                    raise InputError(reason, file=str(path), line=number)
-                yield Line(number, content.removesuffix(b"\n"), end, whole)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from error
+    with path.open("rb") as file:
+        number = end = 0
+        while content := file.readline(max_line_bytes + 1):
+            number, end = number + 1, end + len(content)
+            whole = content.endswith(b"\n")
+            if len(content) > max_line_bytes and not whole:
+                reason = f"expected a line of at most {max_line_bytes:,} bytes, found a longer one"
+                raise InputError(reason, file=str(path), line=number)
+            yield Line(number, content.removesuffix(b"\n"), end, whole)
 
 
 def write_lines(path: Path, *lines: bytes) -> int:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
 from llmserve_env.disk.append_log import AppendLog, read_lines
+from llmserve_env.disk.append_log import Line as FileLine
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer, Reader, feature_names, features
@@ -126,9 +127,9 @@ class DecisionLog:
         self.path = Path(path)
         self._max_bytes, self._keep = max_bytes, keep
         self._beginning: Beginning | None = None
-        if self.path.is_file():
-            _check_log(self.path)
         try:
+            if self.path.is_file():
+                _check_log(self.path)
             self._file = AppendLog(self.path)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -339,7 +340,8 @@ def _check_log(path: Path) -> None:
     """Refuse to append to a file that is none: its end might be cut off.
 
     Raises:
-        InputError: it cannot be read, or is no decision log of this version.
+        InputError: it is no decision log of this version.
+        OSError: it cannot be read.
     """
     first = next(read_lines(path), None)
     if first is None:
@@ -362,7 +364,7 @@ def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
     """What a file has; lines that were not written to their end are left out and told."""
     torn: tuple[int, InputError] | None = None  # the last line, where it may be one
     begun = False
-    for number, content, _, whole in read_lines(path):
+    for number, content, _, whole in _readable(path):
         if torn is not None and not content.startswith(_BEGIN):
             raise torn[1]
         if torn is not None:
@@ -383,6 +385,13 @@ def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
             torn = number, error  # as a process left it that ended it later
     if torn is not None:
         note(f"{path}:{torn[0]}: left out, it was not written to its end")
+
+
+def _readable(path: Path) -> Iterator[FileLine]:
+    try:
+        yield from read_lines(path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from error
 
 
 def _parsed(content: bytes, path: Path, number: int) -> Line:

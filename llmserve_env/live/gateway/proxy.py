@@ -35,6 +35,7 @@ from llmserve_env.live.gateway.exchange import (
 from llmserve_env.live.gateway.gateway import Gateway, Refused
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.wire import RequestBody
+from llmserve_env.net.loops import forever
 
 LOG = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Proxy:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self._exchange.open()
-                ticking = asyncio.create_task(self._tick())
+                ticking = asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick"))
                 await send({"type": "lifespan.startup.complete"})
             else:
                 if ticking is not None:
@@ -130,14 +131,6 @@ class Proxy:
     async def close(self) -> None:
         """Close the connections to upstreams."""
         await self._exchange.close()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            try:
-                self.gateway.tick()
-            except Exception as error:  # a reader of KV caches may be anybody's
-                LOG.error("unexpected %s in a tick", type(error).__name__)
 
     # ------------------------------------------------------------------------------------------- completions
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import signal
-from contextlib import contextmanager
 
 import pytest
 
@@ -20,6 +18,7 @@ from server.messages.refusals import Unavailable
 from server.messages.requests import ResetRequest
 from server.service import Service
 from server.settings import Settings
+from tests.full_disk import largest_file
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 from tests.server.conftest import started
 
@@ -39,17 +38,6 @@ def journal(tmp_path):
     journal = Journal(tmp_path / "journal")
     yield journal
     journal.close()
-
-
-@contextmanager
-def largest_file(size):
-    """Files that this process writes are no larger: what is beyond is written in part, then refused."""
-    found = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, found[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, found)
 
 
 def restored(**settings):

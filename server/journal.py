@@ -83,7 +83,7 @@ class Journal:
         self._max_actions = max_actions
         self._sizes: dict[str, int] = {}  # of files, as far as they count
         self._left: set[Path] = set()  # files of closed sessions that could not be removed
-        self._failures = Failures("removing files of closed sessions")
+        self._writes, self._removals = Failures("the journal"), Failures("removing closed sessions' files")
         self._lock: FolderLock | None = None
         if folder is not None:
             try:
@@ -114,7 +114,7 @@ class Journal:
         if self._folder is None:
             return
         first = _Beginning(version=llmserve_env.__version__, begun=begun)
-        with _writing(self._folder):
+        with self._writing():
             # Not `write_atomic`: a restart needs no fsync, which would hold up everybody for long.
             path = self._path(self._folder, session_id)
             self._sizes[session_id] = write_lines(path, _line(first))
@@ -127,7 +127,7 @@ class Journal:
         """
         if self._folder is None:
             return
-        with _writing(self._folder), self._open(self._folder, session_id) as file:
+        with self._writing(), self._open(self._folder, session_id) as file:
             file.append(*map(_line, actions))
             self._sizes[session_id] = file.size
 
@@ -172,7 +172,7 @@ class Journal:
         if self._folder is None:
             return
         self._sizes[entry.session_id] = entry.size
-        with _writing(self._folder):
+        with self._writing():
             self._open(self._folder, entry.session_id).close()
 
     def set_aside(self, session_id: str, reason: str) -> None:
@@ -190,16 +190,25 @@ class Journal:
         except OSError as error:
             _log.error("%s: cannot be set aside, and stays: %s", path, error)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._writes.tell(error)
+            raise Unavailable("the journal of the service cannot be written") from error
+        self._writes.end()
+
     def _remove(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._left.add(path)
-            self._failures.tell(error)
+            self._removals.tell(error)
             return
         self._left.discard(path)
         if not self._left:
-            self._failures.end()
+            self._removals.end()
 
     def _paths(self) -> list[Path]:
         return [] if self._folder is None else sorted(self._folder.glob(f"*{_SUFFIX}"))
@@ -263,12 +272,3 @@ def _invalid(error: ValidationError, line: int) -> InputError:
 
 def _line(record: BaseModel) -> bytes:
     return json.dumps(record.model_dump(mode="json"), allow_nan=False).encode()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        _log.error("%s: %s", folder, error)
-        raise Unavailable("the journal of the service cannot be written") from error

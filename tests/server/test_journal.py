@@ -244,7 +244,7 @@ def test_a_file_that_cannot_be_removed_now_holds_up_no_session(tmp_path, caplog)
         for _ in range(2):
             await service._sweep()
             assert (len(service.sessions), files(tmp_path)) == (0, [stuck.stem])
-        assert caplog.text.count("removing files of closed sessions failed") == 1
+        assert caplog.text.count("removing closed sessions' files failed") == 1
         (stuck / "full").rmdir()
         stuck.rmdir()
         stuck.write_bytes(b"")

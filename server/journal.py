@@ -31,6 +31,8 @@ from server.messages.requests import ResetRequest
 _log = logging.getLogger(__name__)
 _SUFFIX = ".jsonl"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,255}")
+_LEFT = re.compile(r"[A-Za-z0-9_-]{32}\.tmp")
+"""A beginning that a killed process did not finish; other files in the folder are somebody's."""
 
 
 class _Version(BaseModel):
@@ -93,12 +95,14 @@ class Journal:
             self._lock = FolderLock(folder, "another server")
             try:
                 (folder / "writable.tmp").touch()
-                for left in folder.glob("*.tmp"):  # also by a process that was killed
-                    with suppress(OSError):
-                        left.unlink()
+                (folder / "writable.tmp").unlink()
             except OSError as error:
                 self.close()
                 raise InputError(f"cannot be written: {error.strerror}", file=str(folder)) from error
+            for path in folder.glob("*.tmp"):
+                if _LEFT.fullmatch(path.name):
+                    with suppress(OSError):
+                        path.unlink()
 
     def close(self) -> None:
         """Let another server have the folder."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
 from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
 from llmserve_env.live.servers.metrics import Scrape, read_metrics
@@ -262,14 +261,14 @@ class Sender:
                 timeout=aiohttp.ClientTimeout(total=_PROBE_S),
                 allow_redirects=False,
             ) as answer:
-                text = await answer.text(errors="replace")
+                content = await answer.read()
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return True
         if answer.status != 200:
             return False
         try:
-            scrape = read_metrics(text, at_s)
-        except InputError:
+            scrape = read_metrics(content.decode(errors="replace"), at_s)
+        except Exception:  # whatever it says, they are not vLLM's
             return False
         return scrape if scrape.gauges else False
 

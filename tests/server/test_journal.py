@@ -87,6 +87,14 @@ def test_any_number_of_crashes_costs_only_what_was_not_played(tmp_path, journal)
     journal.close()
 
 
+def test_only_what_a_killed_server_left_is_removed(tmp_path):
+    mine, other = tmp_path / ("A" * 32 + ".tmp"), tmp_path / "notes.tmp"
+    for path in (mine, other):
+        path.write_bytes(b"{")
+    Journal(tmp_path).close()
+    assert list(tmp_path.iterdir()) == [other]
+
+
 def test_a_folder_is_of_one_server(tmp_path, journal):
     journal.begin("one", BEGUN)
     with pytest.raises(InputError, match=f"{tmp_path}/journal: another server uses this folder"):

@@ -25,10 +25,11 @@ import aiohttp
 from yarl import URL
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.callers import Callers
 from llmserve_env.live.gateway.dashboard import PATHS, Dashboard
 from llmserve_env.live.gateway.exposition import merged
-from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
+from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.wire import RequestBody, as_error, error_event, error_json
 from llmserve_env.live.servers.stream import StreamReader

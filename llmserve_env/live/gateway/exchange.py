@@ -96,6 +96,9 @@ class Exchange:
             LOG.warning("lost an upstream: %s", type(error).__name__)
             await answer.fail(Refused(502, "The connection to the upstream was lost", "upstream lost"))
         except asyncio.CancelledError:
+            if passage.displaced is not None:
+                await answer.fail(passage.displaced)
+                return
             if not passage.silent:
                 raise
             await answer.fail(Refused(504, "Nothing came from the upstream in time", "upstream silent"))
@@ -108,6 +111,8 @@ class Exchange:
         while True:
             assert passage.turn is not None
             await passage.turn
+            if passage.displaced is not None:
+                raise passage.displaced
             assert passage.upstream is not None
             assert task is not None
             passage.cut = task.cancel
@@ -224,6 +229,7 @@ class _Answer:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
+        self._passage.on_answer()
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _part(self, content: bytes) -> None:
@@ -237,7 +243,7 @@ class _Answer:
 
 def _error_of(refused: Refused) -> bytes:
     other = "invalid_request_error" if refused.status < 500 else "server_error"
-    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status)
+    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status, refused.param)
 
 
 async def refuse(send: Send, refused: Refused) -> None:

@@ -11,8 +11,9 @@ from llmserve_env.hardware.constants import constants
 class TokenBucket:
     """Lets sequences in at a rate, and a burst of them at once.
 
-    With requests of one sequence it is the simulator's `lets_in`. A request takes a token for each of its sequences, all at once. One that needs more than a burst gets in
-    when the bucket is full, and those after it wait until its tokens are there.
+    With requests of one sequence it is the simulator's `lets_in`. A request takes a token for each of its
+    sequences, all at once. One that needs more than a burst gets in when the bucket is full, and those after
+    it wait until its tokens are there.
 
     Under priority routing the most urgent have the whole burst, the less urgent the smaller a part of it.
     What the less urgent take counts against the more urgent up to that part, and leaves them a token.

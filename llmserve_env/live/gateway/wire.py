@@ -45,6 +45,8 @@ class RequestBody:
 
     Attributes:
         prompt_tokens: length of its prompt: counted where it is token ids, else a token for every four bytes.
+        model: model that it asks for; None where it names none.
+        streamed: whether it asks for a stream.
 
     Raises:
         InputError: not a JSON object in UTF-8. What was found is not in the message, which may be logged.
@@ -58,6 +60,9 @@ class RequestBody:
             raise InputError("expected a JSON object", field="body") from error
         self._content = content
         self._empty = not values
+        model = values.get("model")
+        self.model = model if isinstance(model, str) else None
+        self.streamed = values.get("stream") is True
         self.prompt_tokens = max(
             1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
         )

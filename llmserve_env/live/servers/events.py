@@ -29,22 +29,22 @@ class EventTooLong(Exception):
 
 
 class EventReader:
-    """Reads a stream of server-sent events, however it is cut into chunks.
+    r"""Reads a stream of server-sent events, however it is cut into chunks.
 
-    Lines end with LF, CR or CRLF; an event ends with an empty line. Its data are all its data lines, wherever they
-    stand. `id` and `retry` are read over: they are for clients that connect anew.
+    Lines end with LF, CR or CRLF; an event ends with an empty line. Its data are all its data lines, wherever
+    they stand. `id` and `retry` are read over: they are for clients that connect anew.
 
     Args:
         max_event_bytes: Size of an event, at most.
 
     Attributes:
-        whole: Bytes that the last `feed` completed: whole events, empty lines, and comments between events. All
-            that were ever in `whole`, and what `held` says beyond them, are the stream.
+        whole: Bytes that the last `feed` completed: whole events, empty lines, and comments between events.
+            What was in it from the first `feed` on, and the bytes held now, are the stream.
 
     Example:
         >>> reader = EventReader()
-        >>> reader.feed(b"data: a\\n\\nda"), reader.whole, reader.held
-        ([Event(data=b'a', name=b'')], b'data: a\\n\\n', 2)
+        >>> reader.feed(b"data: a\n\nda"), reader.whole, reader.held
+        ([Event(data=b'a', name=b'')], b'data: a\n\n', 2)
     """
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:

@@ -47,8 +47,8 @@ async def stream_completion(
         The endpoint's `usage`; empty where it sends none.
 
     Raises:
-        RequestFailed: refused, an error in the stream (which vLLM sends with HTTP 200), broken off, empty, or with
-            an event that is too long.
+        RequestFailed: refused, an error in the stream (which vLLM sends with HTTP 200), broken off, empty, or
+            with an event that is too long.
         aiohttp.ClientError: no connection, or a lost one.
     """
     reader, steps = StreamReader(), 0
@@ -99,8 +99,7 @@ class StreamReader:
         max_event_bytes: Size of an event, at most.
 
     Attributes:
-        events: Whole events with data so far. Comments and events without data, which keep connections open, are
-            none.
+        events: Whole events with data so far. Comments, which keep connections open, are none.
         ended: Whether the answer said that it is complete: a finish reason, the end of a response, or [DONE].
         usage: Token counts of the engine, if it told them, by the names of completions.
         error: Error object of the first event that held one.
@@ -118,7 +117,7 @@ class StreamReader:
 
     @property
     def whole(self) -> bytes:
-        """What the last `feed` or `finish` completed, to be passed on: whole events, and comments between them."""
+        """What the last `feed` or `finish` completed: whole events, and comments between them."""
         return self._whole
 
     @property
@@ -249,7 +248,7 @@ _STATUSES = {
 
 
 def error_status(error: Mapping[str, Any]) -> int:
-    """HTTP status of an error object: its code where that is one, else by its code's or type's words; 502 without.
+    """HTTP status of an error object: its code where that is one, else by the words of its code or type, or 502.
 
     vLLM's codes are HTTP statuses, OpenAI's are words, and some servers write statuses as texts.
     """

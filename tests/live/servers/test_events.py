@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -58,7 +59,7 @@ def reference(stream: bytes) -> list[tuple[str, str]]:
 def read(stream: bytes, cuts: list[int]) -> tuple[list[tuple[str, str]], EventReader, list[bytes]]:
     reader, events, whole = EventReader(), [], []
     bounds = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         events += reader.feed(stream[start:end])
         whole.append(reader.whole)
     return (

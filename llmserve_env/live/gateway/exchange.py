@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
+from llmserve_env.live.gateway.admission.passage import Passage, Refused
+from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.wire import RequestBody, as_error, error_event, error_json
 from llmserve_env.live.servers.events import begins_as_events
 from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
@@ -98,6 +99,9 @@ class Exchange:
             LOG.warning("lost an upstream: %s", type(error).__name__)
             await answer.fail(Refused(502, "The connection to the upstream was lost", "upstream lost"))
         except asyncio.CancelledError:
+            if passage.displaced is not None:
+                await answer.fail(passage.displaced)
+                return
             if not passage.silent:
                 raise
             await answer.fail(Refused(504, "Nothing came from the upstream in time", "upstream silent"))
@@ -110,6 +114,8 @@ class Exchange:
         while True:
             assert passage.turn is not None
             await passage.turn
+            if passage.displaced is not None:
+                raise passage.displaced
             assert passage.upstream is not None
             assert task is not None
             passage.cut = task.cancel
@@ -262,6 +268,7 @@ class _Answer:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
+        self._passage.on_answer()
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _part(self, content: bytes) -> None:
@@ -291,7 +298,7 @@ def _error_of(refused: Refused) -> bytes:
     if isinstance(refused, _Told):
         return json.dumps({"error": refused.error}).encode()
     other = "invalid_request_error" if refused.status < 500 else "server_error"
-    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status)
+    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status, refused.param)
 
 
 async def refuse(send: Send, refused: Refused) -> None:

@@ -248,7 +248,7 @@ _STATUSES = {
 
 
 def error_status(error: Mapping[str, Any]) -> int:
-    """HTTP status of an error object: its code where that is one, else by the words of its code or type, or 502.
+    """HTTP status of an error object: its code where it is one, else by the words of code or type, or 502.
 
     vLLM's codes are HTTP statuses, OpenAI's are words, and some servers write statuses as texts.
     """

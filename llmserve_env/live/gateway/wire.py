@@ -49,6 +49,8 @@ class RequestBody:
 
     Attributes:
         prompt_tokens: length of its prompt: counted where it is token ids, else a token for every four bytes.
+        model: model that it asks for; None where it names none.
+        streamed: whether it asks for a stream.
         sequences: sequences that an engine runs for it: `n`, the width of a beam search, too, or `best_of`
             where that is more, for each of its prompts.
         multiplied_by: field that asks for most of them: `prompt`, `n` or `best_of`.
@@ -66,6 +68,9 @@ class RequestBody:
             raise InputError("expected a JSON object", field="body") from error
         self._content = content
         self._empty = not values
+        model = values.get("model")
+        self.model = model if isinstance(model, str) else None
+        self.streamed = values.get("stream") is True
         self.prompt_tokens = max(
             1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
         )

@@ -163,7 +163,7 @@ class _Answer:
         self._gateway = gateway
         self._passage = passage
         self._send = send
-        self._reader = StreamReader()
+        self._reader = StreamReader(apart=passage.sequences > 1)
         self._started = False
 
     async def is_stream(self, response: aiohttp.ClientResponse, asked: bool) -> tuple[bool, bytes]:
@@ -197,7 +197,8 @@ class _Answer:
             chunk = first or await response.content.readany()
             first, more = b"", bool(chunk)
             try:
-                gateway.got(passage, reader.feed(chunk) if chunk else reader.finish())
+                steps = reader.feed(chunk) if chunk else reader.finish()
+                gateway.got(passage, steps, reader.sequences)
             except RequestFailed:
                 raise Refused(502, "An event of the upstream is too long", "event too long") from None
             if self._started:

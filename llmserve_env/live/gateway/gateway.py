@@ -296,11 +296,17 @@ class Gateway:
         for each in self._room.crowded_out(self.action.priority_routing, passage):
             self.displace(each)
 
-    def got(self, passage: Passage, steps: int = 0) -> None:
-        """Something came from its upstream, with so many pieces of its answer."""
+    def got(self, passage: Passage, steps: int = 0, sequences: Sequence[int] = ()) -> None:
+        """Something came from its upstream, with so many pieces of its answer.
+
+        Args:
+            passage: which.
+            steps: pieces that came.
+            sequences: index of the sequence of each; all are of one where there are none.
+        """
         now_s = passage.since_s = self._clock()
-        for _ in range(steps):
-            self.ledger.step(passage, now_s)
+        for step in range(steps):
+            self.ledger.step(passage, now_s, sequences[step] if sequences else 0)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
@@ -361,7 +367,7 @@ class Gateway:
 
     def _next(self) -> tuple[Passage, Upstream] | None:
         """Whose turn it is, and where it goes: the first in the queue, once there is room for it."""
-        order = self._room.in_order(self.action.priority_routing)
+        order = self._room.in_order(self.action.priority_routing) if self.waiting else iter(())
         first = next(order, None)
         if first is None:
             return None
@@ -403,7 +409,7 @@ class Gateway:
 
     def _need(self, sequences: int) -> int:
         """Sequences that there must be room for: of what weighs more than the cap, an empty upstream's."""
-        return min(sequences, max(map(self._cap, self._reachable())))
+        return min(sequences, max(map(self._cap, self._reachable()))) if sequences > 1 else 1
 
     def _least_loaded(self, upstreams: Iterable[Upstream]) -> Upstream | None:
         return min(upstreams, key=lambda each: each.running / each.engines, default=None)

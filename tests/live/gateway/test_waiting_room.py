@@ -64,13 +64,20 @@ class Model:
     def held(self, passages):
         return [sum(each.sequences for each in passages if each.tenant == i) for i in range(len(TENANTS))]
 
+    def enter(self, tenant, sequences):
+        """Its refusal, if it is refused."""
+        try:
+            self.passages.append(self.gateway.enter(tenant, 1, sequences=sequences))
+        except Refused as refused:
+            return refused
+        return None
+
     def arrive(self, tenant, sequences):
         before, held = self.waiting, self.held(self.waiting)
         self.arrived[tenant] += sequences
         own = held[tenant] + sequences
-        try:
-            self.passages.append(self.gateway.enter(tenant, 1, sequences=sequences))
-        except Refused as refused:
+        refused = self.enter(tenant, sequences)
+        if refused is not None:
             assert (refused.status, refused.reason) == (429, "queue full")
             assert refused.retry_after_s
             assert before == self.waiting  # nobody lost a place in vain
@@ -160,7 +167,7 @@ def test_everybody_ends_once_and_nobody_gives_way_to_those_who_hold_more(routing
 
 
 def filled(routing, *sent, batch_cap=1, max_waiting=6):
-    """A gateway whose one upstream is busy, and the requests (tenant, sequences) that were sent to it then."""
+    """A gateway whose one upstream is full, and the requests (tenant, sequences) that it was sent then."""
     gateway = Gateway(
         [Upstream("http://up")],
         TENANTS,

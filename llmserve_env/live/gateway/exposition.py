@@ -98,7 +98,7 @@ class GatewayMetrics(Collector):
             tenant.name: totals for tenant, totals in zip(gateway.tenants, gateway.ledger.totals, strict=True)
         }
         for name, of, text in (
-            ("requests_arrived", "arrived", "Requests that a tenant sent."),
+            ("requests_arrived", "arrived", "Requests that a tenant sent, once for each sequence."),
             ("requests_in_slo", "in_slo", "Requests completed within their tenant's SLO, TTFT and TPOT."),
             ("prompt_tokens", "prompt_tokens", "Tokens of prompts; of text, one for every four bytes."),
             ("output_tokens", "output_tokens", "Tokens of answers."),
@@ -134,7 +134,7 @@ class GatewayMetrics(Collector):
         yield _family(
             GaugeMetricFamily,
             "requests_waiting",
-            "Requests in the gateway's queue.",
+            "Sequences of the requests in the gateway's queue.",
             [],
             [((), gateway.waiting)],
         )
@@ -160,7 +160,7 @@ class GatewayMetrics(Collector):
         history = self._history
         found = {each.url: each for each in history.upstreams()}  # one that is named twice has one line
         for name, of, text in (
-            ("requests_at_upstream", "running", "Requests at an upstream."),
+            ("requests_at_upstream", "running", "Sequences of the requests at an upstream."),
             ("upstream_up", "up", "1 where it took its last connection and answers for its metrics."),
             ("upstream_kv_usage_ratio", "kv_usage", "Share of its KV cache in use."),
             ("telemetry_age_seconds", "telemetry_age_s", "Since its metrics were last read."),

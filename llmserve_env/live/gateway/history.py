@@ -37,7 +37,7 @@ class UpstreamNow:
         url: without credentials.
         tier: precision of its weights, as stated.
         speculation: draft tokens a step, as stated.
-        running: requests there.
+        running: sequences of the requests there.
         up: it took its last connection, and answers for its metrics where it is asked for them.
         kv_usage: share of its KV cache in use; None where it is not known.
         telemetry_age_s: since its metrics were last read (s); None where they never were.

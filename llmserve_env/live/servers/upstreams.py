@@ -29,7 +29,7 @@ class Upstream:
         engines: behind it; a batch cap is of each.
         control: folder of its `LiveScheduler`, None where it has none.
         in_engine: fields of an action that its engines apply themselves, so that nobody before them has to.
-        running: requests that it has now.
+        running: sequences of the requests that it has now.
         passed_over_until_s: it could not be reached; others come first until then (s of the gateway's clock).
     """
 

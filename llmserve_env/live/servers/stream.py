@@ -70,7 +70,7 @@ async def stream_completion(
                 raise RequestFailed("stream without JSON")
     if not reader.ended:
         raise RequestFailed("stream broken off")
-    if not steps:
+    if not (steps or reader.finished):  # an answer may end with its first token, which has no text
         raise RequestFailed("empty answer")
     return reader.usage
 
@@ -105,6 +105,7 @@ class StreamReader:
     Attributes:
         events: Complete events so far.
         ended: Whether the answer said that it is complete: a finish reason, or [DONE].
+        finished: Whether a choice told its finish reason.
         usage: Token counts of the engine, if it told them.
         error: Error object of the first event that held one.
         garbled: Whether the data of an event was no JSON object.
@@ -112,7 +113,7 @@ class StreamReader:
 
     def __init__(self) -> None:
         self.events = 0
-        self.ended = False
+        self.ended = self.finished = False
         self.usage: dict[str, Any] = {}
         self.error: dict[str, Any] | None = None
         self.garbled = False
@@ -172,7 +173,8 @@ class StreamReader:
 
     def _choice(self, choice: dict[str, Any]) -> int:
         end = choice.get("finish_reason")
-        self.ended = self.ended or end is not None
+        if end is not None:
+            self.ended = self.finished = True
         delta = choice.get("delta")
         if not isinstance(delta, dict):
             # A token can be no text yet (half a character); an end without text is none.

@@ -43,6 +43,15 @@ class Passage(LiveRequest):
         cut: how to end it from outside; None while it waits.
         silent: it was ended because nothing came from the upstream.
         tries: upstreams that took no connection for it.
+        sent_s: when it went to its upstream (s).
+        began: whether something came from there.
+        answered: whether its client got something.
+        probe: whether it finds out if its upstream is well again.
+        noted: whether its upstream's health knows what became of it there.
+        stalled: whether its upstream's health knows that its answer stopped.
+        failed_at: upstreams that failed it.
+        retried: whether it was sent a second time for what failed.
+        moving: it is taken from its upstream, to be sent to another one.
     """
 
     upstream: Upstream | None = None
@@ -52,6 +61,15 @@ class Passage(LiveRequest):
     cut: Callable[[], object] | None = None
     silent: bool = False
     tries: int = 0
+    sent_s: float = 0.0
+    began: bool = False
+    answered: bool = False
+    probe: bool = False
+    noted: bool = False
+    stalled: bool = False
+    failed_at: frozenset[Upstream] = frozenset()
+    retried: bool = False
+    moving: bool = False
 
     @property
     def waits(self) -> bool:

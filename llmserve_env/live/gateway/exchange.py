@@ -71,7 +71,7 @@ class Exchange:
         """Wait for a turn, send the request on and its answer back."""
         passage = request.passage
         while True:
-            answer = Answer(self.gateway, passage, send)
+            answer = Answer(self.gateway, passage, request.url.partition("?")[0], send)
             try:
                 if await self._attempt(request, answer):
                     return
@@ -85,6 +85,9 @@ class Exchange:
                 LOG.warning("lost an upstream: %s", type(error).__name__)
                 failure = _lost(answer.began)
             except asyncio.CancelledError:
+                if passage.displaced is not None:
+                    await answer.fail(UpstreamFailed(passage.displaced))
+                    return
                 if not (passage.silent or passage.moving):
                     raise
                 failure = UpstreamFailed(
@@ -105,6 +108,8 @@ class Exchange:
         passage, task = request.passage, asyncio.current_task()
         assert passage.turn is not None
         await passage.turn
+        if passage.displaced is not None:
+            raise passage.displaced
         assert passage.upstream is not None
         assert task is not None
         passage.cut = task.cancel

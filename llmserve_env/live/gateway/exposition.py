@@ -114,9 +114,9 @@ class GatewayMetrics(Collector):
             CounterMetricFamily,
             "requests",
             "Requests that are over. completed; failed: without a complete answer; refused: at the admission "
-            "rate or a full queue; given_up: by their client; rejected: by the upstream, for a mistake of their "
-            "client, and so no demand; turned_away: from somebody unknown or with a "
-            "body that cannot be used, and so of no tenant.",
+            "rate or a full queue; given_up: by their client; rejected: by the upstream, for a mistake of "
+            "their client, so no demand; turned_away: from somebody unknown or with a body that cannot be "
+            "used, and so of no tenant.",
             ["tenant", "outcome"],
             [*ended, (("", "turned_away"), history.turned_away.total())],
         )

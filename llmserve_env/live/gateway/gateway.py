@@ -6,9 +6,10 @@ It knows nothing of HTTP: `proxy.Proxy` brings it the requests. All of it runs i
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,11 @@ from llmserve_env.controls import SPECS
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.admission.token_bucket import TokenBucket
+from llmserve_env.live.gateway.admission.turns import Turns
 from llmserve_env.live.gateway.admission.waiting_room import WaitingRoom
 from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
 from llmserve_env.live.gateway.relay.watch import Watch
-from llmserve_env.live.servers.choice import RetryBudget, another, choose
+from llmserve_env.live.servers.choice import RetryBudget, another
 from llmserve_env.live.servers.fault import Cause, fault_of
 from llmserve_env.live.servers.health import EJECTED_S, UP, State
 from llmserve_env.schema import QuantizationTier, ServeAction
@@ -48,7 +50,10 @@ _APPLIED = (
 class Gateway:
     """Lets requests in, queues them, hands them to upstreams, and keeps account.
 
-    Of an action it applies `batch_cap` (requests at each engine of an upstream), `kv_budget_fraction`
+    A request weighs as many sequences as engines run for it, wherever requests are counted: at the batch cap,
+    in the token bucket, in the queue and in its records.
+
+    Of an action it applies `batch_cap` (sequences at each engine of an upstream), `kv_budget_fraction`
     (nothing is sent to an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket
     before the queue), `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM
     is told), and `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an
@@ -59,7 +64,9 @@ class Gateway:
         upstreams: one or more.
         tenants: who sends requests.
         action: action in force from the start.
-        max_waiting: requests in the queue, at most.
+        max_waiting: sequences in the queue, at most. Where it is full, `WaitingRoom` says who gives way.
+        max_sequences: sequences of a request, at most (None: as many as the batch cap in force lets run at
+            the largest upstream). What weighs more than that cap goes to an upstream that is empty.
         queue_timeout_s: a request that waited so long is refused (s).
         idle_timeout_s: a request is ended when nothing more came from its upstream, or its client took
             nothing, for so long (s).
@@ -75,7 +82,7 @@ class Gateway:
     Attributes:
         action: action in force.
         kv_usage: as given.
-        ledger: counts.
+        ledger: counts, by sequences.
         retries: requests that were sent a second time, by the cause of the first failure.
 
     Raises:
@@ -94,6 +101,7 @@ class Gateway:
         action: ServeAction = ServeAction(),  # noqa: B008 - immutable
         *,
         max_waiting: int = 1000,
+        max_sequences: int | None = None,
         queue_timeout_s: float = 60.0,
         idle_timeout_s: float = 300.0,
         first_byte_timeout_s: float | None = None,
@@ -107,6 +115,7 @@ class Gateway:
             first_byte_timeout_s = idle_timeout_s
         for name, value in (
             ("max_waiting", max_waiting),
+            ("max_sequences", math.inf if max_sequences is None else max_sequences),
             ("queue_timeout_s", queue_timeout_s),
             ("idle_timeout_s", idle_timeout_s),
             ("first_byte_timeout_s", first_byte_timeout_s),
@@ -117,13 +126,14 @@ class Gateway:
         self.tenants = tuple(tenants)
         self.ledger = Ledger(self.tenants, sum(each.engines for each in self.upstreams))
         priorities = [tenant.priority for tenant in self.tenants]
-        self._room = WaitingRoom(priorities)
+        self._room = WaitingRoom(priorities, max_waiting)
         self._bucket = TokenBucket(priorities)
-        self._max_waiting = max_waiting
+        self._max_sequences = max_sequences
         self._queue_timeout_s = queue_timeout_s
         self.kv_usage = kv_usage
         self._clock = clock
         self._numbers = count()
+        self._in_flight: set[Passage] = set()
         self._at_upstreams: set[Passage] = set()
         self._turns = count()
         self._begun_s = self._window_s = clock()
@@ -177,7 +187,7 @@ class Gateway:
             now_s,
             self._window_s - self._begun_s if start_s is None else start_s,
             now_s - self._begun_s if end_s is None else end_s,
-            [*self._room, *self._at_upstreams],
+            self._in_flight,
         )
         self._window_s = now_s
         self._look(window)
@@ -209,20 +219,30 @@ class Gateway:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._room)
+        """Sequences of the requests in the queue."""
+        return self._room.sequences
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences of a request, at most, now."""
+        if self._max_sequences is not None:
+            return self._max_sequences
+        return self.action.batch_cap * max(each.engines for each in self.upstreams)
 
     def state(self, upstream: Upstream) -> State:
         """What is to be expected of an upstream now."""
         return upstream.health.state(self._clock())
 
-    def enter(self, tenant: int, prompt_tokens: int, arrival_s: float | None = None) -> Passage:
+    def enter(
+        self, tenant: int, prompt_tokens: int, arrival_s: float | None = None, *, sequences: int = 1
+    ) -> Passage:
         """A request has arrived.
 
         Args:
             tenant: index of who sent it.
             prompt_tokens: about.
             arrival_s: when it was due, from which its latencies count (s of the clock; default: now).
+            sequences: sequences that an engine runs for it.
 
         Raises:
             Refused: 429, at the admission rate or with a full queue.
@@ -230,33 +250,48 @@ class Gateway:
         now_s = self._clock()
         self._budget.earn()
         due_s = now_s if arrival_s is None else arrival_s
-        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, due_s, since_s=now_s)
+        priority = self.tenants[tenant].priority
+        passage = Passage(next(self._numbers), tenant, priority, due_s, sequences, since_s=now_s)
+        self._in_flight.add(passage)
         self.ledger.arrived(passage, prompt_tokens)
-        rate, routing = self.action.admission_rate, self.action.priority_routing
-        wait_s = self._bucket.wait_s(rate, passage.priority, routing, now_s)
+        drawn = (self.action.admission_rate, sequences, priority, self.action.priority_routing, now_s)
+        wait_s = self._bucket.wait_s(*drawn)
         if wait_s > 0:
-            self._refuse(passage, "admission rate", "Too many requests: try again later", wait_s)
-        if self.waiting >= self._max_waiting:
-            self._refuse(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        self._bucket.take(rate, now_s)
+            raise self._refused(passage, "admission rate", "Too many requests: try again later", wait_s)
         passage.turn = asyncio.get_running_loop().create_future()
         self._room.join(passage)
         self.dispatch()
+        crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
+        if passage in crowded_out:
+            raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
+        for each in crowded_out:
+            self.displace(each)
+        self._bucket.take(*drawn)
         return passage
+
+    def displace(self, passage: Passage) -> None:
+        """It gives way to others, unless its answer has begun."""
+        displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
+        if passage.waits:
+            self._end(passage)
+            self.ledger.refused(passage, self._clock(), displaced.reason)
+            passage.refuse(displaced)
+        elif not passage.over:
+            passage.displaced = displaced
+            if passage.cut is not None:
+                passage.cut()
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        while (passage := self._room.next(self.action.priority_routing)) is not None:
-            now_s = self._clock()
-            upstream = self._free(passage.failed_at)
-            if upstream is None:
-                return
+        now_s = self._clock()
+        while (found := self._turn(now_s).next(self._room)) is not None:
+            passage, upstream = found
             self._room.leave(passage)
             passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
             passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
             passage.probe = upstream.health.sent(now_s, idle=not upstream.running)
             passage.began = passage.noted = passage.stalled = False
-            upstream.running += 1
+            upstream.running += passage.sequences
             upstream.turn = next(self._turns)
             self._at_upstreams.add(passage)
             self.ledger.sent(passage, now_s)
@@ -315,6 +350,8 @@ class Gateway:
         passage.cut, passage.since_s = None, now_s
         self._room.rejoin(passage)
         self.dispatch()
+        for each in self._room.crowded_out(self.action.priority_routing, passage):
+            self.displace(each)
 
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""
@@ -350,23 +387,23 @@ class Gateway:
                 passage.noted = True
                 passage.upstream.health.succeeded(now_s, probe=passage.probe)
             self.ledger.completed(passage, now_s, tokens)
-            self._leave(passage)
+            self._end(passage)
             self.dispatch()
 
     def fail(self, passage: Passage, reason: str, *, given_up: bool = False) -> None:
         """It will have no complete answer; `given_up`: because its client went away."""
-        self._end(passage, reason, self.ledger.given_up if given_up else self.ledger.failed)
+        self._over(passage, reason, self.ledger.given_up if given_up else self.ledger.failed)
 
     def reject(self, passage: Passage, reason: str) -> None:
         """Its upstream refused it for a mistake of its client: it is nobody's failure, and was no demand."""
-        self._end(passage, reason, self.ledger.rejected)
+        self._over(passage, reason, self.ledger.rejected)
 
-    def _end(self, passage: Passage, reason: str, note: Callable[[LiveRequest, float, str], None]) -> None:
+    def _over(self, passage: Passage, reason: str, note: Callable[[LiveRequest, float, str], None]) -> None:
         if not passage.over:
             now_s = self._clock()
             self._note(passage, reason, now_s)
             note(passage, now_s, reason)
-            self._leave(passage)
+            self._end(passage)
             self.dispatch()
 
     def _note(self, passage: Passage, reason: str, now_s: float, retry_after_s: float | None = None) -> None:
@@ -387,10 +424,7 @@ class Gateway:
         now_s = self._clock()
         for passage in self._room:
             if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
-                assert passage.turn is not None
-                passage.turn.set_exception(
-                    Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
-                )
+                passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
         self._watch.look(self._pool, self._room, self._at_upstreams, now_s)
         self.dispatch()
 
@@ -418,27 +452,29 @@ class Gateway:
             return {}
         return {"kv_budget_fraction": "an upstream's KV cache usage is not known now"}
 
-    def _refuse(self, passage: Passage, reason: str, message: str, wait_s: float) -> None:
+    def _refused(self, passage: Passage, reason: str, message: str, wait_s: float) -> Refused:
+        """It is not let in."""
         self.ledger.refused(passage, self._clock(), reason)
-        raise Refused(429, message, reason, wait_s)
+        self._end(passage)
+        return Refused(429, message, reason, wait_s)
 
-    def _free(self, avoided: Collection[Upstream] = ()) -> Upstream | None:
-        """The upstream of the pool that a request goes to now; None while none has room."""
-        cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
+    def _turn(self, now_s: float) -> Turns:
+        return Turns(self._pool, self.action, self.kv_usage, now_s)
 
-        def has_room(upstream: Upstream) -> bool:
-            if upstream.running >= cap * upstream.engines:
-                return False
-            if budget == 1 or "kv_budget_fraction" in upstream.in_engine:
-                return True
-            return (self.kv_usage(upstream) or 0.0) < budget
+    def _free(self, sequences: int = 1) -> Upstream | None:
+        """The upstream that takes a request of so many sequences now."""
+        return self._turn(self._clock()).free(sequences)
 
-        return choose(self._pool, has_room, self._clock(), avoided)
+    def _end(self, passage: Passage) -> None:
+        """It is over."""
+        self._leave(passage)
+        self._in_flight.discard(passage)
 
     def _leave(self, passage: Passage) -> None:
-        """It is at no upstream any more."""
+        """It is neither in the queue nor at an upstream any more."""
+        self._room.leave(passage)
         if passage in self._at_upstreams:
             self._at_upstreams.remove(passage)
             assert passage.upstream is not None
-            passage.upstream.running -= 1
+            passage.upstream.running -= passage.sequences
         passage.upstream = None

@@ -53,6 +53,12 @@ def choose(
     return chosen
 
 
+def reachable(pool: Sequence[Upstream], now_s: float) -> Sequence[Upstream]:
+    """Upstreams that may get a request now; where all are out, all that do not drain."""
+    fit = [each for each in pool if each.health.takes(now_s)]
+    return fit or [each for each in pool if not each.health.draining]
+
+
 def another(pool: Sequence[Upstream], than: Collection[Upstream | None], now_s: float) -> bool:
     """Whether there is an upstream that is not out, apart from some."""
     return any(each not in than and not each.health.out and each.health.takes(now_s) for each in pool)

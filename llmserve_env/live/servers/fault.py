@@ -69,11 +69,13 @@ FAULTS = {
     "no completion": _upstream(Cause.NO_COMPLETION),
     "empty answer": _upstream(Cause.NO_COMPLETION),
     "answer too long": Fault(Owner.UPSTREAM),
+    "event too long": Fault(Owner.UPSTREAM),
     "connection": _upstream(Cause.LOST),  # this and the next: as live episodes call them
     "timeout": _upstream(Cause.STALLED),
     "key refused": Fault(Owner.GATEWAY, Cause.KEY_REFUSED),
     "admission rate": _GATEWAY,
     "queue full": _GATEWAY,
+    "displaced": _GATEWAY,
     "queue timeout": _GATEWAY,
     "gateway stopped": _GATEWAY,
     "client went away": _CLIENT,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.relay.reply import JSON, error_of, passed_on, refuse, reply
 from llmserve_env.live.gateway.wire import as_error, error_event
+from llmserve_env.live.servers.events import begins_as_events
 from llmserve_env.live.servers.fault import Owner, fault_of
-from llmserve_env.live.servers.stream import StreamReader
+from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
 
 if TYPE_CHECKING:
     import aiohttp
@@ -27,22 +28,10 @@ if TYPE_CHECKING:
 
 _LATER = (429, 503)
 """Refusals that are worth another attempt, so that a time is told for it."""
-_CODES = {
-    "invalid_request_error": 400,
-    "badrequesterror": 400,
-    "context_length_exceeded": 400,
-    "authentication_error": 401,
-    "invalid_api_key": 401,
-    "permission_error": 403,
-    "notfounderror": 404,
-    "model_not_found": 404,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-}
-"""HTTP statuses of errors that name a code or a type in place of one; in lower case."""
-_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
-"""How a stream of server-sent events begins."""
+_HOLDS = {"/v1/completions": "choices", "/v1/chat/completions": "choices"}
+"""What an answer holds, by path; of others nothing is known but that they are JSON objects."""
+_MAX_COMMENTS_BYTES = 1 << 20
+"""Of comments before the first event of a stream, which are held back; what comes after them is an answer."""
 _PROOF_PIECES = 64
 _PROOF_BYTES = 64 << 10
 """How far a stream comes until its upstream has proven that it is well again, if it does not end before."""
@@ -68,16 +57,18 @@ class Answer:
     Args:
         gateway: keeps account.
         passage: the request.
+        path: its path.
         send: ASGI's.
 
     Attributes:
         began: whether something came from the upstream.
     """
 
-    def __init__(self, gateway: Gateway, passage: Passage, send: Send) -> None:
+    def __init__(self, gateway: Gateway, passage: Passage, path: str, send: Send) -> None:
         self.began = False
         self._gateway = gateway
         self._passage = passage
+        self._path = path
         self._send = send
         self._reader = StreamReader()
         self._started = False
@@ -93,49 +84,67 @@ class Answer:
             UpstreamFailed: it is no completion, or not a whole one.
             aiohttp.ClientError, OSError: the connection was lost.
         """
-        chunk = await response.content.readany()
-        self.began = bool(chunk)
         if response.status != 200:
-            raise _refusal(self._passage, response, await self._body(response, chunk, most))
+            raise _refusal(self._passage, response, await self._body(response, b"", most))
         headers = passed_on(_raw(response), b"content-length")
         if response.content_type == "text/event-stream":
-            await self._stream(response, chunk, headers)
-        elif _is_stream(chunk):
-            headers = [each for each in headers if each[0] != b"content-type"]
-            await self._stream(response, chunk, [*headers, (b"content-type", b"text/event-stream")])
+            await self._stream(response, b"", headers)
+            return
+        first, streamed = b"", None
+        while streamed is None and len(first) <= _MAX_COMMENTS_BYTES:
+            chunk = await self._read(response)
+            if not chunk:
+                break
+            first += chunk
+            streamed = begins_as_events(first)
+        if streamed:  # some proxies send it under another content type
+            await self._stream(response, first, headers)
         else:
-            await self._whole(await self._body(response, chunk, most), headers)
+            await self._whole(await self._body(response, first, most), headers)
 
-    async def _stream(self, response: aiohttp.ClientResponse, chunk: bytes, headers: Headers) -> None:
-        """Pass a stream on, each event when it is whole."""
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        chunk = await response.content.readany()
+        if chunk:
+            self.began = True
+            self._gateway.got(self._passage)
+        return chunk
+
+    async def _stream(self, response: aiohttp.ClientResponse, first: bytes, headers: Headers) -> None:
+        """Pass a stream on, whole events only, each when it comes."""
         gateway, passage, reader = self._gateway, self._passage, self._reader
         proving = gateway.held_back(passage)  # nothing is passed on yet: another upstream can still answer
-        held, untold = b"", 0  # what is not passed on; pieces of the answer in it that are not counted
-        while chunk:
-            came = reader.feed(chunk)
-            if proving:
-                untold += came
-                came = 0
-            gateway.got(passage, came)
-            if self._started and not held and not reader.within_event:
-                await self._part(chunk)
-            else:
-                held += chunk
-                self._check(passage.steps + untold, proving)
-                if proving and (untold >= _PROOF_PIECES or len(held) >= _PROOF_BYTES):
-                    gateway.proven(passage)
-                    gateway.got(passage, untold)
-                    proving, untold = False, 0
-                # Of the first event alone nothing is known if it is no piece of an answer.
-                if not proving and (passage.steps or reader.finished or reader.events > 1):
-                    end = _whole_events(held)
-                    if end:
-                        await self._start(200, headers)
-                        await self._part(held[:end])
-                        held = held[end:]
-            chunk = await response.content.readany()
-        untold += reader.finish()
-        self._check(passage.steps + untold, proving)
+        held, untold, more = b"", 0, True  # what is not passed on; pieces of the answer that are not counted
+        while more:
+            chunk = first or await response.content.readany()
+            first, more = b"", bool(chunk)
+            try:
+                untold += reader.feed(chunk) if chunk else reader.finish()
+            except RequestFailed:
+                raise UpstreamFailed(
+                    Refused(502, "An event of the upstream is too long", "event too long")
+                ) from None
+            if self._started:
+                gateway.got(passage, untold)
+                untold = 0
+                if reader.whole:
+                    await self._part(reader.whole)
+                continue
+            self.began = self.began or more
+            held += reader.whole
+            self._check(untold, proving)
+            if proving and (untold >= _PROOF_PIECES or len(held) >= _PROOF_BYTES):
+                gateway.proven(passage)
+                proving = False
+            # Of a single event nothing is known if it is no piece of an answer.
+            known = untold or reader.finished or reader.events > 1 or len(held) > _MAX_COMMENTS_BYTES
+            if known and not proving and more:
+                gateway.got(passage, untold)
+                untold = 0
+                await self._start(200, headers)
+                await self._part(held)
+                held = b""
+            elif more:
+                gateway.got(passage)
         if reader.error is None and not reader.ended:
             raise UpstreamFailed(Refused(502, "The upstream broke its answer off", "stream broken off"))
         empty = not (passage.steps or untold or reader.finished)
@@ -148,8 +157,8 @@ class Answer:
             gateway.fail(passage, "empty answer")
         else:
             gateway.complete(passage, _count(reader.usage))
-        await self._start(200, headers)
-        if held:
+        if not self._started:
+            await self._start(200, headers)
             await self._part(held)
         await self._end()
 
@@ -165,16 +174,14 @@ class Answer:
         if reader.garbled and not steps:
             raise _no_completion()
 
-    async def _body(self, response: aiohttp.ClientResponse, chunk: bytes, most: int) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, first: bytes, most: int) -> bytes:
         """An answer that is not streamed."""
-        parts, size = [], 0
-        while chunk:
-            self._gateway.got(self._passage)
+        parts, size = [first], len(first)
+        while chunk := await self._read(response):
             parts.append(chunk)
             size += len(chunk)
             if size > most:
                 raise UpstreamFailed(Refused(502, "The upstream's answer is too long", "answer too long"))
-            chunk = await response.content.readany()
         return b"".join(parts)
 
     async def _whole(self, body: bytes, headers: Headers) -> None:
@@ -183,11 +190,15 @@ class Answer:
             answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
-        if not (isinstance(answer, dict) and isinstance(answer.get("choices"), list) and answer["choices"]):
+        held = _HOLDS.get(self._path)
+        if not isinstance(answer, dict) or (
+            held is not None and not (isinstance(answer.get(held), list) and answer[held])
+        ):
             raise _no_completion()
         self._gateway.got(self._passage, 1)
         self._gateway.complete(self._passage, _count(answer.get("usage")))
         self._passage.answered = self._started = True
+        self._passage.on_answer()
         await reply(self._send, 200, headers, body)
 
     async def fail(self, failed: UpstreamFailed) -> None:
@@ -208,6 +219,7 @@ class Answer:
     async def _start(self, status: int, headers: Headers) -> None:
         if not self._started:
             self._passage.answered = self._started = True
+            self._passage.on_answer()
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _part(self, content: bytes) -> None:
@@ -238,45 +250,15 @@ def _refusal(passage: Passage, response: aiohttp.ClientResponse, body: bytes) ->
 
 def _refusal_in_stream(error: dict[str, Any]) -> UpstreamFailed:
     """A stream whose first event is an error, as vLLM refuses a request that wants a stream."""
-    status = _status(error)
-    message = error.get("message")
-    refused = Refused(
-        status,
-        message if isinstance(message, str) and message else "refused",
-        f"refused with {status}",
-        1.0 if status in _LATER else None,
-    )
+    status = error_status(error)
+    message = str(error.get("message") or "refused")
     headers = [(b"retry-after", b"1")] if status in _LATER else []
-    body = as_error(status, json.dumps({"error": error}).encode())
-    refused.retry_after_s = None  # the upstream itself has asked for none
-    return UpstreamFailed(refused, ([*JSON, *headers], body))
-
-
-def _status(error: dict[str, Any]) -> int:
-    """HTTP status of an error: its code, as a number or as digits, or what its code or type stands for."""
-    for said in (error.get("code"), error.get("status"), error.get("type")):
-        if isinstance(said, str):
-            known = int(said) if said.isdecimal() and len(said) == 3 else _CODES.get(said.lower())
-        else:
-            known = said if isinstance(said, int) else None
-        if known is not None and 400 <= known <= 599:
-            return known
-    return 502
+    body = json.dumps({"error": {**error, "message": message}}).encode()
+    return UpstreamFailed(Refused(status, message, f"refused with {status}"), ([*JSON, *headers], body))
 
 
 def _no_completion() -> UpstreamFailed:
     return UpstreamFailed(Refused(502, "The upstream's answer is no completion", "no completion"))
-
-
-def _is_stream(chunk: bytes) -> bool:
-    """Whether an answer begins as a stream of events does, whatever its type says."""
-    head = chunk.lstrip()[:6]
-    return bool(head) and any(head.startswith(field) or field.startswith(head) for field in _FIELDS)
-
-
-def _whole_events(held: bytes) -> int:
-    """Length of the whole events in what came."""
-    return max(held.rfind(end) + len(end) if end in held else 0 for end in (b"\n\n", b"\r\n\r\n", b"\r\r"))
 
 
 def _count(usage: Any) -> int | None:

@@ -40,7 +40,7 @@ async def refuse(send: Send, refused: Refused) -> None:
 def error_of(refused: Refused) -> bytes:
     """A refusal in OpenAI's form."""
     other = "invalid_request_error" if refused.status < 500 else "server_error"
-    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status)
+    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status, refused.param)
 
 
 def passed_on(headers: Headers, *without: bytes) -> Headers:

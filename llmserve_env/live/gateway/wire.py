@@ -53,7 +53,7 @@ class RequestBody:
         streamed: whether it asks for a stream.
         sequences: sequences that an engine runs for it: `n`, the width of a beam search, too, or `best_of`
             where that is more, for each of its prompts.
-        multiplied_by: field that asks for most of them: `prompt`, `n` or `best_of`.
+        multiplied_by: field that asks for most of them, such as `prompt` or `n`.
 
     Raises:
         InputError: not a JSON object in UTF-8, or a number of sequences that is none. What was found is not
@@ -74,10 +74,10 @@ class RequestBody:
         self.prompt_tokens = max(
             1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
         )
-        prompts = max(1, sum(_prompts(values.get(name)) for name in _PROMPTS))
+        prompts = {name: _prompts(values.get(name)) for name in _PROMPTS}
         answers = {name: _count(name, values.get(name)) for name in _ANSWERS}
-        self.sequences = prompts * max(answers.values())
-        factors = {"prompt": prompts, **answers}
+        self.sequences = max(1, sum(prompts.values())) * max(answers.values())
+        factors = prompts | answers
         self.multiplied_by = max(factors, key=lambda name: factors[name])
 
     def forget(self) -> None:

@@ -61,7 +61,7 @@ def test_prompts_are_measured(body, tokens):
 @pytest.mark.parametrize(
     ("body", "sequences", "by"),
     [
-        ({}, 1, "prompt"),
+        ({}, 1, "n"),
         ({"prompt": "p", "n": None, "best_of": None}, 1, "prompt"),
         ({"prompt": [1, 2, 3], "n": 4}, 4, "n"),
         ({"prompt": ["p", "q"], "n": 4.0}, 8, "n"),
@@ -69,9 +69,10 @@ def test_prompts_are_measured(body, tokens):
         ({"prompt": [[[1]], 2, None]}, 3, "prompt"),  # for vLLM to judge
         ({"prompt": ["p", 1], "n": 1}, 2, "prompt"),
         ({"prompt": []}, 1, "prompt"),
-        ({"prompt_embeds": ["e", "f", "g"]}, 3, "prompt"),
-        ({"input": ["a", "b"]}, 2, "prompt"),
-        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, 1, "prompt"),
+        ({"prompt_embeds": ["e", "f", "g"]}, 3, "prompt_embeds"),
+        ({"prompt": "p", "prompt_embeds": ["e", "f"]}, 3, "prompt_embeds"),
+        ({"input": ["a", "b"]}, 2, "input"),
+        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, 1, "input"),
         ({"messages": [{"content": "a"}, {"content": "b"}], "n": 2, "use_beam_search": True}, 2, "n"),
     ],
 )

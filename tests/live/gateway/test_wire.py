@@ -89,6 +89,14 @@ def test_a_number_of_sequences_that_is_none_is_refused_by_its_field(name, value)
     assert caught.value.field == name
 
 
+@pytest.mark.parametrize(
+    ("opens", "closes", "depth"), [("[", "]", 600), ('{"content": ', "}", 600), ('[{"content": ', "}]", 300)]
+)
+def test_deep_prompts_are_for_the_upstream_to_refuse(opens, closes, depth):
+    found = RequestBody(f'{{"prompt": {opens * depth}1{closes * depth}}}'.encode())
+    assert (found.sequences, found.prompt_tokens) == (1, 1)
+
+
 def test_of_what_is_sent_twice_the_last_counts_as_for_engines():
     assert RequestBody(b'{"n": 1, "n": 5}').sequences == 5
 

@@ -76,7 +76,11 @@ class About:
         }
         if not texts:
             raise Refused(503, "No upstream can be reached", "upstream down", 1.0)
-        return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], merge_metrics(texts)[0].encode()
+        return (
+            200,
+            [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")],
+            merge_metrics(texts)[0].encode(),
+        )
 
     async def _ask_all(self, path: str, headers: Headers) -> list[tuple[int, bytes] | None]:
         """Status and body of each upstream's answer; None without one."""

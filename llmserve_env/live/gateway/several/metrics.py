@@ -30,7 +30,7 @@ def merge_metrics(texts: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         texts: in Prometheus' text format, by what the label shall say.
 
     Returns:
-        The text, and what could not be read, by what the label says. A line that is none of the format is left
+        The text, and what could not be read, by what the label says. A line that is of no such text is left
         out: Prometheus would refuse all of the text for it.
     """
     families: Families = {}  # a family's lines stand together: its head, its samples

@@ -170,6 +170,7 @@ class Replica:
         url: without /v1.
         last: its last answer.
         error: why the last scrape was lost; None where it was not.
+        moved_s: when what it told last changed, or nothing ran there (s of the scrapes' clock).
     """
 
     def __init__(self, url: str, stale_after_s: float) -> None:
@@ -177,12 +178,15 @@ class Replica:
         self.stale_after_s = stale_after_s
         self.last: Scrape | None = None
         self.error: str | None = None
+        self.moved_s = 0.0
         self._begin()
 
     def took(self, scrape: Scrape) -> None:
         """It answered."""
         before, self.last, self.error = self.last, scrape, None
         self._note_kv(scrape)
+        if before is None or not scrape.gauges.get("running") or _moves(scrape) != _moves(before):
+            self.moved_s = scrape.at_s
         if before is None:
             return
         restarted = _restarted(before, scrape)
@@ -222,6 +226,15 @@ class Replica:
         """Whether it has no figures."""
         return self.last is None or now_s - self.last.at_s > self.stale_after_s
 
+    def still_s(self, now_s: float) -> float | None:
+        """Time for which nothing has moved while requests run there (s); None if none run, or nobody tells.
+
+        The end of requests does not count, which an API server notes without its engine.
+        """
+        if self.stale(now_s) or self.last is None or not self.last.gauges.get("running"):
+            return None
+        return max(0.0, self.last.at_s - self.moved_s)
+
     def window(self, now_s: float) -> TelemetryWindow:
         """What it did since this was last asked."""
         counts, observed, span_s, restarts = self._counts, self._observed, self._span_s, self._restarts
@@ -256,6 +269,16 @@ class Replica:
     def _note_kv(self, scrape: Scrape) -> None:
         if scrape.gauges.get("running") and (held := scrape.gauges.get("kv_occupancy")) is not None:
             self._busy_kv.append(held)
+
+
+def _moves(scrape: Scrape) -> tuple[object, ...]:
+    """What an engine that does anything changes: memory in a prefill, counts of tokens in each iteration."""
+    gauges, counters = scrape.gauges, scrape.counters
+    return (
+        gauges.get("running"),
+        gauges.get("kv_occupancy"),
+        *(counters.get(name) for name in ("prompt_tokens", "output_tokens", "preemptions")),
+    )
 
 
 def _restarted(before: Scrape, after: Scrape) -> set[Labels]:

@@ -25,11 +25,12 @@ from llmserve_env.disk.lock import FolderLock
 from llmserve_env.errors import InputError
 from llmserve_env.net.loops import Failures
 from llmserve_env.schema import ServeAction
-from server.messages.refusals import Unavailable
+from server.messages.refusals import Refusal, Unavailable
 from server.messages.requests import ResetRequest
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".jsonl"
+_LONGEST = 300  # characters of a reason
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,255}")
 _LEFT = re.compile(r"[A-Za-z0-9_-]{32}\.tmp")
 """A beginning that a killed process did not finish; other files in the folder are somebody's."""
@@ -161,9 +162,8 @@ class Journal:
                 entry = _entry(path, self._max_actions)
             except OSError as error:
                 _log.error("%s: cannot be read, and stays as it is: %s", path, error.strerror or error)
-            except InputError as error:
-                line = "" if error.line is None else f"line {error.line}: "
-                self.set_aside(path.stem, line + error.reason)
+            except Exception as error:  # whatever it holds, the others are restored
+                self.set_aside(path.stem, error)
             else:
                 yield entry
 
@@ -179,7 +179,7 @@ class Journal:
         with self._writing():
             self._open(self._folder, entry.session_id).close()
 
-    def set_aside(self, session_id: str, reason: str) -> None:
+    def set_aside(self, session_id: str, error: Exception) -> None:
         """Keep a file that cannot be replayed, for somebody to look at."""
         if self._folder is None:
             return
@@ -188,11 +188,11 @@ class Journal:
         while os.path.lexists(aside):
             number += 1
             aside = path.with_suffix(f".{number}.bad")
-        _log.error("%s: cannot be restored, and is set aside: %s", path, reason)
+        _log.error("%s: cannot be restored, and is set aside: %s", path, _reason(error))
         try:
             path.rename(aside)
-        except OSError as error:
-            _log.error("%s: cannot be set aside, and stays: %s", path, error)
+        except OSError as raised:
+            _log.error("%s: cannot be set aside, and stays: %s", path, raised)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -272,6 +272,14 @@ def _invalid(error: ValidationError, line: int) -> InputError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return InputError(f"{place}: {first['msg']}" if place else first["msg"], line=line)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in a few words: it may hold anything."""
+    if isinstance(error, InputError) and error.line is not None:
+        return f"line {error.line}: {error.reason}"[:_LONGEST]
+    known = isinstance(error, (InputError, Refusal))
+    return (str(error) if known else f"{type(error).__name__}: {error}")[:_LONGEST]
 
 
 def _line(record: BaseModel) -> bytes:

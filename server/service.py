@@ -191,10 +191,8 @@ class Service:
                 await self._reopen(entry)
             except (AtCapacity, Unavailable) as error:
                 _log.error("session %s stays in the journal: %s", entry.session_id, error)
-            except (InputError, Refusal) as error:
-                self._journal.set_aside(entry.session_id, str(error))
-            except Exception as error:  # one file must not keep the service from its start
-                self._journal.set_aside(entry.session_id, f"{type(error).__name__}: {error}")
+            except Exception as error:  # whatever it holds, the service starts
+                self._journal.set_aside(entry.session_id, error)
         if left:
             most = self.settings.max_sessions
             _log.warning("%d sessions stay in the journal: %d are open, as many as there may be", left, most)

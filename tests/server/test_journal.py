@@ -220,7 +220,7 @@ def test_a_restored_session_keeps_to_the_bounds_of_a_new_one(tmp_path, journal, 
     many = {"workload": "poisson://?rate=200", "horizon_s": 10.0}
     asked = {
         "few": {"workload": "poisson://?rate=4", "horizon_s": 10.0},
-        "file": {"workload": f"trace://{tmp_path}/trace.csv"},
+        "file": {"workload": f"trace://{tmp_path}/trace.csv" + "x" * 100_000},
         "long": {"horizon_s": 5000.0},
         "many": many,
         "unknown": {"task_id": "nonesuch"},
@@ -234,6 +234,7 @@ def test_a_restored_session_keeps_to_the_bounds_of_a_new_one(tmp_path, journal, 
     assert files(tmp_path / "journal", ".bad") == ["file", "long", "many", "unknown"]
     for said in ("at most 1,000 requests", "expected at most 400", "no task 'nonesuch'", "workload"):
         assert said in caplog.text
+    assert len(caplog.text) < 5000  # whatever they hold
 
 
 def test_a_file_that_cannot_be_removed_now_holds_up_no_session(tmp_path, caplog):

@@ -55,7 +55,7 @@ class ControlFolder:
             kept = _kept(path)
             if kept is not None:
                 _bring_back(path, kept)
-                _log.warning("%s: the settings are back that a process found which did not end well", path)
+                _log.warning("%s: brought back the settings that a process had found which was killed", path)
             there = _content(path / SETTINGS_FILE)
             self._found = _Found(settings=None if there is None else there.decode("latin-1"))
         except BaseException:

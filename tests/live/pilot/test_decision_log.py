@@ -196,6 +196,11 @@ def test_what_follows_a_full_disk_begins_with_what_the_run_is(tmp_path):
             lambda lines: [lines[0], lines[1].replace('"batch_cap":8', '"batch_cap":0', 1)],
             "2: expected a line",
         ),
+        (
+            lambda lines: [*lines[:2], lines[2].replace('"arrived":0', f'"arrived":{"9" * 400}', 1)],
+            "another kind",
+        ),
+        (lambda lines: [*lines[:2], lines[2].replace('"arrived":0', '"arrived":[]', 1)], "another kind"),
         (lambda lines: [*lines[:2], "[" * 5000, *lines[2:]], "3: expected a line of a decision log"),
         (lambda lines: [*lines[:2], "\0" * 500, *lines[2:]], "3: expected a line of a decision log"),
         (lambda lines: [*lines[:2], lines[2].replace('"arrived":0', '"arrived":"x"', 1)], "another kind"),

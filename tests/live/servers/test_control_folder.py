@@ -68,7 +68,7 @@ def test_a_killed_gateway_loses_no_settings_and_another_one_waits_for_its_end(tm
     assert read_settings(tmp_path).batch_cap == 16
     folder = ControlFolder(tmp_path)
     assert read_settings(tmp_path).batch_cap == 3
-    assert "the settings are back" in caplog.text
+    assert "brought back the settings" in caplog.text
     assert names(tmp_path) == ["settings.json"]
     folder.close()
 

@@ -51,11 +51,13 @@ class BadServer:
     Attributes:
         mode: key of `SAID`; may change.
         served: completions asked for in the mode.
+        health: what it sends for a GET.
     """
 
     mode: str = "well"
     served: int = 0
     port: int = 0
+    health: bytes = answer(200)
     _writers: set = field(default_factory=set)
 
     async def __aenter__(self):
@@ -92,7 +94,7 @@ class BadServer:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 if head.startswith(b"get"):
-                    writer.write(answer(200))
+                    writer.write(self.health)
                     continue
                 length = head.partition(b"content-length:")[2].split(b"\r\n")[0]
                 await reader.readexactly(int(length))

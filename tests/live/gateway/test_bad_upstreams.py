@@ -9,9 +9,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import aiohttp
 import pytest
 
+from llmserve_env.live.gateway.about import About
 from llmserve_env.live.gateway.callers import Callers
+from llmserve_env.live.gateway.exchange import Exchange
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
+from llmserve_env.live.gateway.relay.probe import Probe
 from llmserve_env.live.servers.fault import Cause
 from llmserve_env.live.servers.health import SILENT_S, State
 from llmserve_env.live.servers.upstreams import Upstream
@@ -240,7 +243,7 @@ def test_an_answer_has_its_time_to_begin_and_another_to_go_on(stream, begun):
     asyncio.run(main())
 
 
-# ------------------------------------------------------------------------------------------- whose fault it is
+# Whose fault it is
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
@@ -346,5 +349,66 @@ def test_of_a_cut_stream_the_client_gets_whole_events_and_then_an_error():
             begun, last, rest = body.split(b"\n\n")
             assert (status, begun + b"\n\n", rest) == (200, PIECE, b"")
             assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 502
+
+    asyncio.run(main())
+
+
+# Asked in the background
+
+
+ENDLESS = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n" + b"x" * 100_000
+
+
+def test_health_is_asked_in_the_background_and_told_at_once(caplog):
+    async def main():
+        async with BadServer() as well, BadServer() as failing, BadServer() as dead, BadServer() as endless:
+            failing.health, endless.health = answer(503), ENDLESS
+            await dead.become("refused")
+            servers = (well, failing, dead, endless)
+            gateway = Gateway([Upstream(each.url) for each in servers])
+            exchange = Exchange(gateway, max_answer_bytes=1, connect_timeout_s=5)
+            probe = Probe(exchange, gateway.clock)
+            about = About(exchange)
+
+            async def told():
+                _, _, body = await about.answer("/health", [])
+                return [(each["state"], each["cause"]) for each in json.loads(body)["upstreams"]]
+
+            for turn in range(3):
+                for each in gateway.upstreams:
+                    await probe.ask(each)
+                if not turn:
+                    assert (await told())[1:3] == [("well", None), ("ejected", "unreachable")]
+            ejected = [("ejected", "unhealthy"), ("ejected", "unreachable")]
+            assert await told() == [("well", None), *ejected, ("well", None)]
+            said = [each.message for each in caplog.records if "at the start" in each.message]
+            assert said == [
+                f"{failing.url} is down at the start: /health: HTTP 503",
+                f"{dead.url} is down at the start: /health: it takes no connection",
+            ]
+            failing.health = answer(200)
+            await dead.become("well")
+            for each in gateway.upstreams:
+                await probe.ask(each)
+            assert {state for state, _ in await told()} == {"well", "probing"}
+            await exchange.close()
+
+    asyncio.run(main())
+
+
+def test_a_draining_upstream_ends_what_it_has_and_gets_nothing():
+    async def main():
+        async with standing("stall", "well") as here:
+            begun = asyncio.create_task(ask(here))
+            await until(lambda: here.servers[0].served == 1)
+            here.upstreams[0].health.draining = True
+            for _ in range(6):
+                assert is_whole(await ask(here))
+            assert (here.servers[0].served, begun.done()) == (1, False)
+            async with here.client.get("/health") as response:
+                said = (await response.json())["upstreams"][0]
+            assert (said["well"], said["state"], said["running"]) == (False, "draining", 1)
+            await here.servers[0].close()
+            await begun
 
     asyncio.run(main())

@@ -130,6 +130,17 @@ def test_silence_lasts_as_long_as_it_is_seen_and_ends_when_something_moves():
     assert broken_now.state(0.5) is State.EJECTED
 
 
+def test_the_evidence_that_came_first_is_the_cause_for_as_long_as_any_is_seen():
+    health = Health()
+    for now_s in range(30):
+        health.silent(now_s)
+        health.answered(False, now_s)
+    assert (health.cause, sum(health.ejections.values())) == (Cause.SILENT, 1)
+    late = broken()
+    late.failed(Cause.UNREACHABLE, 0.5, probe=False)
+    assert (late.cause, late.state(EJECTED_S)) == (Cause.UNREACHABLE, State.EJECTED)
+
+
 def test_a_failing_health_ejects_and_its_return_lets_a_request_find_out():
     health = Health()
     health.answered(False, 0.0)

@@ -70,6 +70,7 @@ def gateway(
     window_s: float | None = None,
     metrics: bool = True,
     max_waiting: int = 1000,
+    max_sequences: int | None = None,
     max_body_mb: float = 8.0,
     queue_timeout_s: float = 60.0,
     first_byte_timeout_s: float = 300.0,
@@ -95,7 +96,9 @@ def gateway(
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
         metrics: whether the servers' metrics are read.
-        max_waiting: requests in the queue, at most.
+        max_waiting: sequences in the queue, at most.
+        max_sequences: sequences of a request (n times its prompts), at most (default: as many as the batch
+            cap lets run at the largest upstream, with an agent the largest cap that it may set).
         max_body_mb: size of a request, at most (MB).
         queue_timeout_s: time after which a waiting request is refused (s).
         first_byte_timeout_s: time that an upstream has to begin its answer (s); one that is not streamed
@@ -148,6 +151,7 @@ def gateway(
         known.all,
         action,
         max_waiting=max_waiting,
+        max_sequences=_most_sequences(task, upstreams) if max_sequences is None else max_sequences,
         queue_timeout_s=queue_timeout_s,
         idle_timeout_s=idle_timeout_s,
         first_byte_timeout_s=first_byte_timeout_s,
@@ -302,6 +306,13 @@ def _task(
     start = task.start.model_dump(mode="json") | {name: given[name] for name in task.grid.granted}
     changes = {} if window_s is None else {"window_s": window_s}
     return load_task(steering.task, cell=cell, start=start, **changes)
+
+
+def _most_sequences(task: Task | None, upstreams: list[Upstream]) -> int | None:
+    """Sequences that the largest upstream may run under the largest cap of an agent; None without one."""
+    if task is None or "batch_cap" not in task.grid.granted:
+        return None
+    return int(task.grid.ends("batch_cap")[1]) * max(each.engines for each in upstreams)
 
 
 def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> Pilot:

@@ -8,8 +8,8 @@ import json
 
 from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.exchange import LOST, Exchange
-from llmserve_env.live.gateway.exposition import merged
 from llmserve_env.live.gateway.relay.reply import JSON, Headers
+from llmserve_env.live.gateway.several.metrics import merge_metrics
 from llmserve_env.live.gateway.wire import as_error
 from llmserve_env.live.servers.health import UP
 from llmserve_env.live.servers.upstreams import Upstream
@@ -81,7 +81,11 @@ class About:
         }
         if not texts:
             raise Refused(503, "No upstream can be reached", "upstream down", 1.0)
-        return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], merged(texts).encode()
+        return (
+            200,
+            [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")],
+            merge_metrics(texts)[0].encode(),
+        )
 
     async def _ask_all(self, path: str, headers: Headers) -> list[tuple[int, bytes] | None]:
         """Status and body of each upstream's answer; None without one."""

@@ -290,7 +290,7 @@ class Gateway:
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
         now_s = self.clock()
-        while (found := self._turn(now_s).next(self._room)) is not None:
+        while self.waiting and (found := self._turn(now_s).next(self._room)) is not None:
             passage, upstream = found
             self._room.leave(passage)
             passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
@@ -370,8 +370,14 @@ class Gateway:
             passage.upstream.health.succeeded(self.clock(), probe=True)
             passage.probe = False
 
-    def got(self, passage: Passage, steps: int = 0) -> None:
-        """Something came from its upstream, with so many pieces of its answer."""
+    def got(self, passage: Passage, steps: int = 0, sequences: Sequence[int] = ()) -> None:
+        """Something came from its upstream, with so many pieces of its answer.
+
+        Args:
+            passage: which.
+            steps: pieces that came.
+            sequences: index of the sequence of each; all are of one where there are none.
+        """
         now_s = passage.since_s = self.clock()
         upstream = passage.upstream
         if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
@@ -382,8 +388,8 @@ class Gateway:
         if not passage.began:
             passage.began = True
             self._watch.first_bytes.add(now_s - passage.sent_s, now_s)
-        for _ in range(steps):
-            self.ledger.step(passage, now_s)
+        for step in range(steps):
+            self.ledger.step(passage, now_s, sequences[step] if sequences else 0)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""

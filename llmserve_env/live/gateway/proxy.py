@@ -244,7 +244,7 @@ class Proxy:
         if body.sequences > most:
             raise Refused(
                 400,
-                f"Invalid {body.multiplied_by}: a request may ask for {most} sequences (prompts times n)",
+                f"Invalid {body.multiplied_by}: n times the prompts of a request may be {most} at most",
                 "too many sequences",
                 param=body.multiplied_by,
             )

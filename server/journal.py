@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -76,14 +77,18 @@ class Journal:
     Args:
         folder: folder of this service alone, for as long as the journal is open.
         max_actions: most actions of a session that are read.
+        max_line_bytes: longest line that is written or read.
 
     Raises:
         InputError: it cannot be written, or another server uses it.
     """
 
-    def __init__(self, folder: Path | None, max_actions: int = 1_000_000) -> None:
+    def __init__(
+        self, folder: Path | None, max_actions: int = 100_000, max_line_bytes: int = 16 << 20
+    ) -> None:
         self._folder = folder
         self._max_actions = max_actions
+        self._max_line_bytes = max_line_bytes
         self._sizes: dict[str, int] = {}  # of files, as far as they count
         self._left: set[Path] = set()  # files of closed sessions that could not be removed
         self._writes, self._removals = Failures("the journal"), Failures("removing closed sessions' files")
@@ -114,15 +119,23 @@ class Journal:
         """Record that an episode is begun, before it is.
 
         Raises:
+            InputError: it cannot be written as JSON, or is longer than a line may be.
             Unavailable: it cannot be recorded; the file is as it was.
         """
         if self._folder is None:
             return
-        first = _Beginning(version=llmserve_env.__version__, begun=begun)
+        try:
+            # As it is: pydantic's JSON makes null of an infinite number.
+            first = _line({"version": llmserve_env.__version__, "begun": begun.model_dump()})
+        except ValueError as error:  # an infinite number, half of a surrogate pair
+            raise InputError(f"cannot be recorded: {error}", field="workload") from error
+        if len(first) > self._max_line_bytes:
+            most = f"{self._max_line_bytes:,} bytes"
+            raise InputError(f"expected at most {most} as the journal has it, found more", field="workload")
         with self._writing():
             # Not `write_atomic`: a restart needs no fsync, which would hold up everybody for long.
             path = self._path(self._folder, session_id)
-            self._sizes[session_id] = write_lines(path, _line(first))
+            self._sizes[session_id] = write_lines(path, first)
 
     def add(self, session_id: str, actions: list[ServeAction]) -> None:
         """Record actions, before they are played.
@@ -133,7 +146,7 @@ class Journal:
         if self._folder is None:
             return
         with self._writing(), self._open(self._folder, session_id) as file:
-            file.append(*map(_line, actions))
+            file.append(*(_line(action.model_dump(mode="json")) for action in actions))
             self._sizes[session_id] = file.size
 
     def end(self, session_id: str) -> None:
@@ -159,7 +172,7 @@ class Journal:
         """
         for path in self._paths():
             try:
-                entry = _entry(path, self._max_actions)
+                entry = _entry(path, self._max_actions, self._max_line_bytes)
             except OSError as error:
                 _log.error("%s: cannot be read, and stays as it is: %s", path, error.strerror or error)
             except Exception as error:  # whatever it holds, the others are restored
@@ -198,7 +211,7 @@ class Journal:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._writes.tell(error)
             raise Unavailable("the journal of the service cannot be written") from error
         self._writes.end()
@@ -226,7 +239,7 @@ class Journal:
         return folder / f"{session_id}{_SUFFIX}"  # ids are the service's own, letters, digits, - and _
 
 
-def _entry(path: Path, max_actions: int) -> Entry:
+def _entry(path: Path, max_actions: int, max_line_bytes: int) -> Entry:
     """What a file says; what follows its last newline is a line that a crash cut off.
 
     Raises:
@@ -237,7 +250,7 @@ def _entry(path: Path, max_actions: int) -> Entry:
         raise InputError("expected the id of a session as its name")
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
         raise InputError("expected a file")
-    lines = (line for line in read_lines(path) if line.whole)
+    lines = (line for line in read_lines(path, max_line_bytes) if line.whole)
     first = next(lines, None)
     if first is None:
         raise InputError("expected what the episode was begun with, found nothing", line=1)
@@ -282,5 +295,5 @@ def _reason(error: Exception) -> str:
     return (str(error) if known else f"{type(error).__name__}: {error}")[:_LONGEST]
 
 
-def _line(record: BaseModel) -> bytes:
-    return json.dumps(record.model_dump(mode="json"), allow_nan=False).encode()
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False).encode()

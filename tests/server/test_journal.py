@@ -114,6 +114,11 @@ def lines(content):
     return lambda path: path.write_bytes(content.replace(b"VERSION", llmserve_env.__version__.encode()))
 
 
+def sparse(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # zeros, which take no room on the disk
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -123,7 +128,7 @@ def lines(content):
         (lines(b'{"version": "\xff"}\n'), "line 1: Invalid JSON"),
         (lines(b"\x00" * 5000 + b"\n" + FIRST.encode()), "line 1: Invalid JSON"),
         (lines(b"[" * 5000 + b"]" * 5000 + b"\n"), "line 1: Invalid JSON: recursion limit"),
-        (lines(FIRST.encode() + b'{"batch_cap": ' + b"[" * 100_000 + b"\n"), "line 2: Invalid JSON"),
+        (lines(FIRST.encode() + b'{"batch_cap": ' + b"[" * 10_000 + b"\n"), "line 2: Invalid JSON"),
         (lines(b"[]\n"), "line 1"),
         (lines(b'{"version": "0.0.1", "begun": {}}\n'), "0.0.1"),
         (lines(b'{"version": 7}\n'), "line 1: version"),
@@ -133,12 +138,13 @@ def lines(content):
         (lines(FIRST.encode() + GOOD * 12), "line 12: expected at most 10 actions"),
         (lines(FIRST.replace('"seed": 5', '"seed": null').encode()), "seed"),
         (lines(FIRST.replace('"seed"', '"sedd"').encode()), "sedd"),
+        (sparse, "line 1: expected a line of at most 20,000 bytes"),
         (os.mkdir, "expected a file"),
         (os.mkfifo, "expected a file"),
     ],
 )
 def test_what_cannot_be_read_is_set_aside_with_the_reason(tmp_path, caplog, make, said):
-    journal = Journal(tmp_path / "journal", max_actions=10)
+    journal = Journal(tmp_path / "journal", max_actions=10, max_line_bytes=20_000)
     journal.begin("good", BEGUN)
     make(tmp_path / "journal" / "bad.jsonl")
     assert list(journal.entries()) == [Entry("good", BEGUN, [])]
@@ -159,6 +165,20 @@ def test_a_name_that_is_no_session_is_set_aside_or_restored(tmp_path, journal, n
         file.write(FIRST.encode().replace(b"VERSION", llmserve_env.__version__.encode()))
     found = [entry.session_id for entry in journal.entries()]
     assert found == ([name] if name == "a" * 249 else [])
+
+
+def test_what_is_recorded_can_be_read(tmp_path, journal):
+    wide = BEGUN.model_copy(update={"workload": {"a": ["é\U0001f600", 1e15, 10**300, -0.0, "\x7f"] * 100}})
+    for never in (float("inf"), "\ud800"):
+        with pytest.raises(InputError, match="cannot be recorded"):
+            journal.begin("never", BEGUN.model_copy(update={"workload": {"a": never}}))
+    journal.begin("wide", wide)
+    assert list(journal.entries()) == [Entry("wide", wide, [])]
+    journal.close()
+    tight = Journal(tmp_path / "journal", max_line_bytes=1000)
+    with pytest.raises(InputError, match="at most 1,000 bytes"):
+        tight.begin("wider", wide)
+    tight.close()
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_the_start(tmp_path):

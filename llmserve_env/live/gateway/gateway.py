@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -264,22 +264,26 @@ class Gateway:
         crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
         if passage in crowded_out:
             raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        for each in crowded_out:
-            self.displace(each)
         self._bucket.take(*drawn)
+        self._displace(crowded_out)
         return passage
 
     def displace(self, passage: Passage) -> None:
-        """It gives way to others, unless its answer has begun."""
+        """It gives way to others: its answer has not begun."""
+        self._displace([passage])
+
+    def _displace(self, passages: Iterable[Passage]) -> None:
         displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
-        if passage.waits:
-            self._end(passage)
-            self.ledger.refused(passage, self._clock(), displaced.reason)
-            passage.refuse(displaced)
-        elif not passage.over:
-            passage.displaced = displaced
-            if passage.cut is not None:
-                passage.cut()
+        for passage in passages:
+            if passage.waits:
+                self._end(passage)
+                self.ledger.refused(passage, self._clock(), displaced.reason)
+                passage.refuse(displaced)
+            elif not passage.over:
+                passage.displaced = displaced
+                if passage.cut is not None:
+                    passage.cut()
+        self.dispatch()  # those behind one that took many places
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
@@ -350,8 +354,7 @@ class Gateway:
         passage.cut, passage.since_s = None, now_s
         self._room.rejoin(passage)
         self.dispatch()
-        for each in self._room.crowded_out(self.action.priority_routing, passage):
-            self.displace(each)
+        self._displace(self._room.crowded_out(self.action.priority_routing, passage))
 
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""

@@ -53,7 +53,7 @@ class Turns:
 
     def free(self, sequences: int = 1, avoided: Collection[Upstream] = ()) -> Upstream | None:
         """The upstream that takes a request of so many sequences now; not one of those to be avoided."""
-        need = self._need(sequences)
+        need = self._need(sequences, avoided)
         return self._choose(lambda each: self._cap(each) - each.running >= need, avoided)
 
     def _overtaking(self, first: Passage, behind: Iterator[Passage]) -> tuple[Passage, Upstream] | None:
@@ -63,7 +63,7 @@ class Turns:
         lower priority under priority routing, and then no more: so it waits for as much as it weighs, and
         nobody waits where there is room without need.
         """
-        need, left = self._need(first.sequences), first.sequences - first.overtaken
+        need, left = self._need(first.sequences, ()), first.sequences - first.overtaken
         kept = choose(self._pool, lambda each: self._cap(each) >= need, self._now_s)
         seats = {each: self._cap(each) - each.running for each in self._pool if self._is_open(each)}
         if kept in seats:
@@ -91,11 +91,12 @@ class Turns:
             return False
         return seats.get(of, 0) >= passage.sequences
 
-    def _need(self, sequences: int) -> int:
+    def _need(self, sequences: int, avoided: Collection[Upstream]) -> int:
         """Sequences that there must be room for: of what weighs more than the cap, an empty upstream's."""
         if sequences == 1:
             return 1
-        return min(sequences, max(map(self._cap, reachable(self._pool, self._now_s)), default=sequences))
+        caps = map(self._cap, reachable(self._pool, self._now_s, avoided))
+        return min(sequences, max(caps, default=sequences))
 
     def _choose(self, has_room: Callable[[Upstream], bool], avoided: Collection[Upstream]) -> Upstream | None:
         return choose(self._pool, lambda each: has_room(each) and self._is_open(each), self._now_s, avoided)

@@ -54,7 +54,7 @@ def choose(
 def reachable(
     pool: Sequence[Upstream], now_s: float, avoided: Collection[Upstream] = ()
 ) -> Sequence[Upstream]:
-    """Upstreams that may get a request now; where all are out, all that do not drain. Arguments as `choose`."""
+    """Upstreams that may get a request now; where all are out, all that do not drain."""
     return _fit(pool, now_s, avoided) or [each for each in pool if not each.health.draining]
 
 

@@ -524,7 +524,7 @@ def test_other_paths_and_methods():
             for method, path, status in (
                 ("GET", "/v1/completions", 405),
                 ("POST", "/v1/models", 405),
-                ("POST", "/v1/embeddings", 404),
+                ("POST", "/v1/files", 404),
             ):
                 async with here.client.request(method, path) as response:
                     assert response.status == status

@@ -40,40 +40,64 @@ class Turns:
     def next(self, room: WaitingRoom) -> tuple[Passage, Upstream] | None:
         """Whose turn it is, and where it goes: the first in the queue, once there is room for it.
 
-        One that waits for another upstream than those that have failed it keeps nobody waiting.
+        One that waits for another upstream than those that have failed it keeps nobody waiting, and one that
+        waits for those that serve its model keeps nobody waiting who goes elsewhere.
         """
         order = room.in_order(self._action.priority_routing)
+        kept: set[Upstream] = set()  # for those of several sequences that wait for their model
+        blocked: set[tuple[object, ...]] = set()
         for passage in order:
-            upstream = self.free(passage.sequences, passage.failed_at)
+            kind = (passage.sequences, passage.places, passage.failed_at)
+            if kind in blocked:
+                continue
+            upstream = self._free(passage, kept)
             if upstream is not None:
                 return passage, upstream
-            if not passage.failed_at:
-                return self._overtaking(passage, order) if passage.sequences > 1 else None
+            if not passage.failed_at and passage.places is None:
+                return self._overtaking(passage, order, kept) if passage.sequences > 1 else None
+            blocked.add(kind)
+            if passage.places is not None and passage.sequences > 1:
+                kept.update(passage.pool(self._pool))
         return None
 
-    def free(self, sequences: int = 1, avoided: Collection[Upstream] = ()) -> Upstream | None:
-        """The upstream that takes a request of so many sequences now; not one of those to be avoided."""
-        need = self._need(sequences)
-        return self._choose(lambda each: self._cap(each) - each.running >= need, avoided)
+    def free(self, sequences: int = 1) -> Upstream | None:
+        """The upstream that takes a request of so many sequences now, whatever its model."""
+        need = self._need(sequences, self._pool)
+        return self._choose(self._pool, lambda each: self._cap(each) - each.running >= need, ())
 
-    def _overtaking(self, first: Passage, behind: Iterator[Passage]) -> tuple[Passage, Upstream] | None:
+    def _free(self, passage: Passage, kept: Collection[Upstream]) -> Upstream | None:
+        """The upstream that takes a request now; not one that has failed it or is kept for another one."""
+        pool = passage.pool(self._pool)
+        need = self._need(passage.sequences, pool)
+        return self._choose(
+            pool,
+            lambda each: self._cap(each) - each.running >= need and each not in kept,
+            passage.failed_at,
+        )
+
+    def _overtaking(
+        self, first: Passage, behind: Iterator[Passage], closed: Collection[Upstream]
+    ) -> tuple[Passage, Upstream] | None:
         """Who goes before the first in the queue, while there is room, but not for all of its sequences.
 
         One upstream is kept for the first. As many sequences as it has itself may go there before it, of no
         lower priority under priority routing, and then no more: so it waits for as much as it weighs, and
         nobody waits where there is room without need.
         """
-        need, left = self._need(first.sequences), first.sequences - first.overtaken
+        need, left = self._need(first.sequences, self._pool), first.sequences - first.overtaken
         kept = choose(self._pool, lambda each: self._cap(each) >= need, self._now_s)
-        seats = {each: self._cap(each) - each.running for each in self._pool if self._is_open(each)}
+        seats = {
+            each: self._cap(each) - each.running
+            for each in self._pool
+            if self._is_open(each) and each not in closed
+        }
         if kept in seats:
             seats[kept] = min(seats[kept], left)
         if max(seats.values(), default=0) <= 0:
             return None
         for passage in behind:
-            upstream = self._choose(
-                partial(self._has_seat, seats, passage, kept, first.priority), passage.failed_at
-            )
+            has_seat = partial(self._has_seat, seats, passage, kept, first.priority)
+            upstream = self._choose(passage.pool(self._pool), has_seat, passage.failed_at)
             if upstream is not None:
                 first.overtaken += passage.sequences * (upstream is kept)
                 return passage, upstream
@@ -91,14 +115,19 @@ class Turns:
             return False
         return seats.get(of, 0) >= passage.sequences
 
-    def _need(self, sequences: int) -> int:
+    def _need(self, sequences: int, pool: Sequence[Upstream]) -> int:
         """Sequences that there must be room for: of what weighs more than the cap, an empty upstream's."""
         if sequences == 1:
             return 1
-        return min(sequences, max(map(self._cap, reachable(self._pool, self._now_s)), default=sequences))
+        return min(sequences, max(map(self._cap, reachable(pool, self._now_s)), default=sequences))
 
-    def _choose(self, has_room: Callable[[Upstream], bool], avoided: Collection[Upstream]) -> Upstream | None:
-        return choose(self._pool, lambda each: has_room(each) and self._is_open(each), self._now_s, avoided)
+    def _choose(
+        self,
+        pool: Sequence[Upstream],
+        has_room: Callable[[Upstream], bool],
+        avoided: Collection[Upstream],
+    ) -> Upstream | None:
+        return choose(pool, lambda each: has_room(each) and self._is_open(each), self._now_s, avoided)
 
     def _is_open(self, upstream: Upstream) -> bool:
         """Whether it may be sent something, as far as its KV cache goes."""

@@ -196,3 +196,35 @@ AGENT = ["--agent", "defaults", "--task", "static_workload"]
 def test_an_agent_that_cannot_steer_is_refused(capsys, options, told):
     assert main(["gateway", "--upstream", "http://h", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_what_anybody_may_send_is_bounded_and_pages_of_other_sites_may_send_nothing():
+    endpoint = ScriptedEndpoint(lambda asked: [event(piece("a", "length")), event("[DONE]")])
+    body = {"prompt": "a", "stream": True}
+
+    async def run():
+        async with Running(endpoint) as upstream, started(upstream) as (process, listening):
+            async with aiohttp.ClientSession(url(listening)) as client:
+                for other in ({"origin": "https://other.example"}, {"sec-fetch-site": "cross-site"}):
+                    async with client.post("/v1/completions", json=body, headers=other) as response:
+                        assert response.status == 403
+                        assert "other sites" in (await response.json())["error"]["message"]
+                for own in ({}, {"sec-fetch-site": "same-origin"}):
+                    async with client.post("/v1/completions", json=body, headers=own) as response:
+                        assert response.status == 200
+                async with client.get("/dashboard", headers={"host": "rebound.example"}) as response:
+                    assert response.status == 400
+                async with client.get("/dashboard") as response:
+                    assert response.headers.getall("x-content-type-options") == ["nosniff"]
+                    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+            place = url(listening).rpartition(":")
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(place[2].rstrip("/")))
+            writer.write(b"GET /health HTTP/1.1\r\nX: " + b"a" * 100_000)
+            assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 431 ")
+            assert b'"error": {' in await asyncio.wait_for(reader.read(), 60)
+            writer.close()
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(process.communicate(), 60)
+
+    asyncio.run(run())
+    assert len(endpoint.asked) == 2

@@ -119,9 +119,15 @@ class Exchange:
         assert passage.upstream is not None
         assert task is not None
         passage.cut = task.cancel
-        content = request.body.with_priority(self.gateway.priority_of(passage))
+        priority = self.gateway.priority_of(passage)
         try:
-            response = await self.ask("POST", passage.upstream, request.url, request.headers, content)
+            response = await self.ask(
+                "POST",
+                passage.upstream,
+                request.url,
+                request.headers,
+                request.body.with_priority(priority),  # by no name: not held for as long as the answer takes
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             self.gateway.unreachable(passage)
             return False

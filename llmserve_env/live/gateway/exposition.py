@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from llmserve_env.controls import SPECS
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.live.servers.fault import fault_of
 from llmserve_env.report.version import __version__
 from llmserve_env.schema import QuantizationTier
 
@@ -87,9 +88,9 @@ class GatewayMetrics(Collector):
         yield _family(
             CounterMetricFamily,
             "failures",
-            "Requests without a complete answer.",
-            ["reason"],
-            [((reason,), count) for reason, count in reasons.items()],
+            "Requests without a complete answer, and whose fault that is: client, upstream or gateway.",
+            ["reason", "owner"],
+            [((reason, fault_of(reason).owner.value), count) for reason, count in reasons.items()],
         )
         in_flight = [((tenant,), totals.in_flight) for tenant, totals in of_tenants.items()]
         yield _family(
@@ -124,7 +125,7 @@ class GatewayMetrics(Collector):
         history = self._history
         found = {each.url: each for each in history.upstreams()}  # one that is named twice has one line
         for name, of, text in (
-            ("requests_at_upstream", "running", "Requests at an upstream."),
+            ("requests_at_upstream", "running", "Sequences of the requests at an upstream."),
             ("upstream_up", "up", "1 where it gets requests; 0 where it is ejected or drains."),
             ("upstream_kv_usage_ratio", "kv_usage", "Share of its KV cache in use."),
             ("telemetry_age_seconds", "telemetry_age_s", "Since its metrics were last read."),

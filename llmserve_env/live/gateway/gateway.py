@@ -82,6 +82,7 @@ class Gateway:
     Attributes:
         action: action in force.
         kv_usage: as given.
+        clock: as given.
         idle_timeout_s: as given.
         ledger: counts, by sequences.
         retries: requests that were sent a second time, by the cause of the first failure.
@@ -133,7 +134,7 @@ class Gateway:
         self._queue_timeout_s = queue_timeout_s
         self.idle_timeout_s = idle_timeout_s
         self.kv_usage = kv_usage
-        self._clock = clock
+        self.clock = clock
         self._numbers = count()
         self._in_flight: set[Passage] = set()
         self._at_upstreams: set[Passage] = set()
@@ -184,7 +185,7 @@ class Gateway:
         Returns:
             WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         window, ttft, gaps = self.ledger.close(
             now_s,
             self._window_s - self._begun_s if start_s is None else start_s,
@@ -197,7 +198,7 @@ class Gateway:
 
     def open_window(self) -> None:
         """Begin a window."""
-        self.ledger.open(self._clock())
+        self.ledger.open(self.clock())
 
     def blank(self) -> NDArray[np.void]:
         """WINDOW of a gateway that has done nothing."""
@@ -225,6 +226,11 @@ class Gateway:
         return self._room.sequences
 
     @property
+    def in_flight(self) -> int:
+        """Requests that are not over."""
+        return len(self._in_flight)
+
+    @property
     def max_sequences(self) -> int:
         """Sequences of a request, at most, now."""
         if self._max_sequences is not None:
@@ -233,7 +239,7 @@ class Gateway:
 
     def state(self, upstream: Upstream) -> State:
         """What is to be expected of an upstream now."""
-        return upstream.health.state(self._clock())
+        return upstream.health.state(self.clock())
 
     def enter(
         self,
@@ -256,7 +262,7 @@ class Gateway:
         Raises:
             Refused: 429, at the admission rate or with a full queue.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         self._budget.earn()
         due_s = now_s if arrival_s is None else arrival_s
         priority = self.tenants[tenant].priority
@@ -284,7 +290,7 @@ class Gateway:
         displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
         if passage.waits:
             self._end(passage)
-            self.ledger.refused(passage, self._clock(), displaced.reason)
+            self.ledger.refused(passage, self.clock(), displaced.reason)
             passage.refuse(displaced)
         elif not passage.over:
             passage.displaced = displaced
@@ -293,8 +299,8 @@ class Gateway:
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        now_s = self._clock()
-        while (found := self._turn(now_s).next(self._room)) is not None:
+        now_s = self.clock()
+        while self.waiting and (found := self._turn(now_s).next(self._room)) is not None:
             passage, upstream = found
             self._room.leave(passage)
             passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
@@ -318,7 +324,7 @@ class Gateway:
         Raises:
             Refused: 503, there is none.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         self._note(passage, "upstream down", now_s)
         passage.tries += 1
         pool = passage.pool(self._pool)
@@ -339,7 +345,7 @@ class Gateway:
         Returns:
             Whether it waits; if not, `fail` or `reject` it.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         self._note(passage, reason, now_s, retry_after_s)
         cause = fault_of(reason).cause
         if passage.over or passage.answered or cause is None:
@@ -367,17 +373,23 @@ class Gateway:
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""
         than, pool = (*passage.failed_at, passage.upstream), passage.pool(self._pool)
-        return passage.probe and not passage.retried and another(pool, than, self._clock())
+        return passage.probe and not passage.retried and another(pool, than, self.clock())
 
     def proven(self, passage: Passage) -> None:
         """Its answer has come so far that its upstream is well."""
         if passage.probe and passage.upstream is not None:
-            passage.upstream.health.succeeded(self._clock(), probe=True)
+            passage.upstream.health.succeeded(self.clock(), probe=True)
             passage.probe = False
 
-    def got(self, passage: Passage, steps: int = 0) -> None:
-        """Something came from its upstream, with so many pieces of its answer."""
-        now_s = passage.since_s = self._clock()
+    def got(self, passage: Passage, steps: int = 0, sequences: Sequence[int] = ()) -> None:
+        """Something came from its upstream, with so many pieces of its answer.
+
+        Args:
+            passage: which.
+            steps: pieces that came.
+            sequences: index of the sequence of each; all are of one where there are none.
+        """
+        now_s = passage.since_s = self.clock()
         upstream = passage.upstream
         if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
             health = upstream.health
@@ -387,13 +399,13 @@ class Gateway:
         if not passage.began:
             passage.began = True
             self._watch.first_bytes.add(now_s - passage.sent_s, now_s)
-        for _ in range(steps):
-            self.ledger.step(passage, now_s)
+        for step in range(steps):
+            self.ledger.step(passage, now_s, sequences[step] if sequences else 0)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
         if not passage.over:
-            now_s = self._clock()
+            now_s = self.clock()
             if passage.upstream is not None and not passage.noted:
                 passage.noted = True
                 passage.upstream.health.succeeded(now_s, probe=passage.probe)
@@ -411,7 +423,7 @@ class Gateway:
 
     def _over(self, passage: Passage, reason: str, note: Callable[[LiveRequest, float, str], None]) -> None:
         if not passage.over:
-            now_s = self._clock()
+            now_s = self.clock()
             self._note(passage, reason, now_s)
             note(passage, now_s, reason)
             self._end(passage)
@@ -432,7 +444,7 @@ class Gateway:
 
     def tick(self) -> None:
         """What time brings, to be called a few times a second: time limits, silence, room in KV caches."""
-        now_s = self._clock()
+        now_s = self.clock()
         for passage in self._room:
             if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
                 passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
@@ -465,7 +477,7 @@ class Gateway:
 
     def _refused(self, passage: Passage, reason: str, message: str, wait_s: float) -> Refused:
         """It is not let in."""
-        self.ledger.refused(passage, self._clock(), reason)
+        self.ledger.refused(passage, self.clock(), reason)
         self._end(passage)
         return Refused(429, message, reason, wait_s)
 
@@ -479,7 +491,7 @@ class Gateway:
             avoided: upstreams that were tried.
         """
         pool = [each for each in self.upstreams if places is None or each in places]
-        upstream = choose(pool, lambda each: each not in avoided, self._clock(), avoided)
+        upstream = choose(pool, lambda each: each not in avoided, self.clock(), avoided)
         if upstream is not None:
             upstream.turn = next(self._turns)
         return upstream
@@ -487,14 +499,14 @@ class Gateway:
     def lost(self, upstream: Upstream, reason: str) -> None:
         """An upstream failed a request that takes no place in a batch."""
         if (cause := fault_of(reason).cause) is not None:
-            upstream.health.failed(cause, self._clock())
+            upstream.health.failed(cause, self.clock())
 
     def _turn(self, now_s: float) -> Turns:
         return Turns(self._pool, self.action, self.kv_usage, now_s)
 
     def _free(self, sequences: int = 1) -> Upstream | None:
         """The upstream that takes a request of so many sequences now."""
-        return self._turn(self._clock()).free(sequences)
+        return self._turn(self.clock()).free(sequences)
 
     def _end(self, passage: Passage) -> None:
         """It is over."""

@@ -2,7 +2,7 @@
 
     POST /v1/completions, /v1/chat/completions, /v1/responses   by the gateway's rules, streamed or not
     GET  /v1/models, /v1/models/ID               of all upstreams that answer
-    GET  /health                                 200 while an upstream is well, else 503
+    GET  /health                                 200 while an upstream is well, else 503; as last known
     GET  /metrics                                of all upstreams that answer, each with a label `upstream`
     GET  /gateway/metrics, /dashboard            of the gateway itself, see `dashboard`
     POST /v1/embeddings, /tokenize, ...          passed on as they are, see `relay.aside`
@@ -29,15 +29,18 @@ from llmserve_env.live.gateway.exchange import Exchange, Request, sent_on, sent_
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.relay.aside import ASIDE, Aside, AsideRequest, form_model
+from llmserve_env.live.gateway.relay.probe import Probe
 from llmserve_env.live.gateway.relay.reply import Headers, Message, Receive, Send, refuse, reply
 from llmserve_env.live.gateway.several.models import NoModel
 from llmserve_env.live.gateway.wire import RequestBody
+from llmserve_env.net.loops import forever
 from llmserve_env.live.servers.upstreams import Upstream
 
 LOG = logging.getLogger(__name__)
 
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _TICK_S = 0.1
+_LAST_WORDS_S = 1.0
 
 
 class Proxy:
@@ -120,15 +123,21 @@ class Proxy:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         working: list[asyncio.Task[None]] = []
+        probe = Probe(self._exchange, self.gateway.clock)
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self._exchange.open()
-                working = [asyncio.create_task(self._tick()), asyncio.create_task(self._about.models.keep())]
+                working = [
+                    asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick")),
+                    asyncio.create_task(self._about.models.keep()),
+                ]
+                probe.begin()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 for each in working:
                     each.cancel()
+                await probe.end()
                 await self.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
@@ -137,14 +146,6 @@ class Proxy:
         """Close the connections to upstreams."""
         self._about.close()
         await self._exchange.close()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            try:
-                self.gateway.tick()
-            except Exception as error:  # a reader of KV caches may be anybody's
-                LOG.error("unexpected %s in a tick", type(error).__name__)
 
     # ------------------------------------------------------------------------------------------- completions
 
@@ -175,8 +176,10 @@ class Proxy:
                 serving.cancel()  # does nothing where it is done
                 await serving
             except asyncio.CancelledError:
-                if not serving.done():  # the server ends
+                if not serving.done():  # the server ends: the client is told
+                    passage.displaced = Refused(503, "The gateway stops", "gateway stopped", 1.0)
                     serving.cancel()
+                    await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
                     self.gateway.fail(passage, "gateway stopped")
                     raise
             finally:
@@ -308,7 +311,7 @@ class Proxy:
         if body.sequences > most:
             raise Refused(
                 400,
-                f"Invalid {body.multiplied_by}: a request may ask for {most} sequences (prompts times n)",
+                f"Invalid {body.multiplied_by}: n times the prompts of a request may be {most} at most",
                 "too many sequences",
                 param=body.multiplied_by,
             )

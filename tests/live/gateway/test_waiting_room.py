@@ -25,6 +25,7 @@ EVENTS = st.lists(
         st.tuples(st.just("arrive"), st.integers(0, 3), st.sampled_from([1, 1, 1, 2, 3, 5, 9, 14])),
         st.tuples(st.just("complete"), _of, _of),
         st.tuples(st.just("give_up"), _of, _of),
+        st.tuples(st.just("reject"), _of, _of),
         st.tuples(st.just("unreachable"), _of, _of),
         st.tuples(st.just("displace"), _of, _of),
         st.tuples(st.just("wait"), st.floats(0, 40), _of),
@@ -47,7 +48,7 @@ class Model:
             queue_timeout_s=60.0,
             clock=lambda: self.now_s,
         )
-        self.passages, self.arrived = [], [0] * len(TENANTS)
+        self.passages, self.arrived, self.rejected = [], [0] * len(TENANTS), 0
 
     @property
     def routing(self):
@@ -64,13 +65,20 @@ class Model:
     def held(self, passages):
         return [sum(each.sequences for each in passages if each.tenant == i) for i in range(len(TENANTS))]
 
+    def enter(self, tenant, sequences):
+        """Its refusal, if it is refused."""
+        try:
+            self.passages.append(self.gateway.enter(tenant, 1, sequences=sequences))
+        except Refused as refused:
+            return refused
+        return None
+
     def arrive(self, tenant, sequences):
         before, held = self.waiting, self.held(self.waiting)
         self.arrived[tenant] += sequences
         own = held[tenant] + sequences
-        try:
-            self.passages.append(self.gateway.enter(tenant, 1, sequences=sequences))
-        except Refused as refused:
+        refused = self.enter(tenant, sequences)
+        if refused is not None:
             assert (refused.status, refused.reason) == (429, "queue full")
             assert refused.retry_after_s
             assert before == self.waiting  # nobody lost a place in vain
@@ -108,11 +116,15 @@ class Model:
                 if not each.waits:
                     self.gateway.fail(each, "queue timeout")
         else:
-            among = self.running if event in ("complete", "unreachable") else [*self.running, *self.waiting]
+            there = event in ("complete", "reject", "unreachable")
+            among = self.running if there else [*self.running, *self.waiting]
             if among:
                 passage = among[first % len(among)]
                 if event == "complete":
                     self.gateway.complete(passage, 3)
+                elif event == "reject":
+                    self.rejected += passage.sequences
+                    self.gateway.reject(passage, "http 400")
                 elif event == "give_up":
                     self.gateway.fail(passage, "client went away", given_up=True)
                 elif event == "unreachable":
@@ -146,9 +158,9 @@ class Model:
             self.gateway.complete(self.running[0], 1)
         assert not self.waiting
         record = self.gateway.window()
-        assert (record.in_flight, record.arrived) == (0, sum(self.arrived))
+        assert (record.in_flight, record.arrived + self.rejected) == (0, sum(self.arrived))
         assert record.completed + record.failed == record.arrived
-        assert sum(self.gateway.ledger.failures.values()) == record.failed
+        assert sum(self.gateway.ledger.failures.values()) == record.failed + self.rejected
 
 
 @given(st.booleans(), EVENTS)
@@ -160,7 +172,7 @@ def test_everybody_ends_once_and_nobody_gives_way_to_those_who_hold_more(routing
 
 
 def filled(routing, *sent, batch_cap=1, max_waiting=6):
-    """A gateway whose one upstream is busy, and the requests (tenant, sequences) that were sent to it then."""
+    """A gateway whose one upstream is full, and the requests (tenant, sequences) that it was sent then."""
     gateway = Gateway(
         [Upstream("http://up")],
         TENANTS,

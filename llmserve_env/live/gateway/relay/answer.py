@@ -70,7 +70,7 @@ class Answer:
         self._passage = passage
         self._path = path
         self._send = send
-        self._reader = StreamReader()
+        self._reader = StreamReader(apart=passage.sequences > 1)
         self._started = False
 
     async def take(self, response: aiohttp.ClientResponse, most: int) -> None:
@@ -113,19 +113,21 @@ class Answer:
         """Pass a stream on, whole events only, each when it comes."""
         gateway, passage, reader = self._gateway, self._passage, self._reader
         proving = gateway.held_back(passage)  # nothing is passed on yet: another upstream can still answer
-        held, untold, more = b"", 0, True  # what is not passed on; pieces of the answer that are not counted
+        held, more = b"", True  # what is not passed on
+        untold, of = 0, list[int]()  # pieces of the answer that are not counted, and their sequences
         while more:
             chunk = first or await response.content.readany()
             first, more = b"", bool(chunk)
             try:
                 untold += reader.feed(chunk) if chunk else reader.finish()
+                of += reader.sequences
             except RequestFailed:
                 raise UpstreamFailed(
                     Refused(502, "An event of the upstream is too long", "event too long")
                 ) from None
             if self._started:
-                gateway.got(passage, untold)
-                untold = 0
+                gateway.got(passage, untold, of)
+                untold, of = 0, []
                 if reader.whole:
                     await self._part(reader.whole)
                 continue
@@ -138,8 +140,8 @@ class Answer:
             # Of a single event nothing is known if it is no piece of an answer.
             known = untold or reader.finished or reader.events > 1 or len(held) > _MAX_COMMENTS_BYTES
             if known and not proving and more:
-                gateway.got(passage, untold)
-                untold = 0
+                gateway.got(passage, untold, of)
+                untold, of = 0, []
                 await self._start(200, headers)
                 await self._part(held)
                 held = b""
@@ -150,7 +152,7 @@ class Answer:
         empty = not (passage.steps or untold or reader.finished)
         if empty and not self._started:
             raise _no_completion()
-        gateway.got(passage, untold)
+        gateway.got(passage, untold, of)
         if reader.error is not None:
             gateway.fail(passage, "error in the stream")
         elif empty:

@@ -228,3 +228,53 @@ def test_what_anybody_may_send_is_bounded_and_pages_of_other_sites_may_send_noth
 
     asyncio.run(run())
     assert len(endpoint.asked) == 2
+
+
+def test_pages_of_stated_origins_may_ask_and_requests_go_where_their_model_is(tmp_path):
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[[tenants]]\nname = "a"\nkey = "{SECRET}"\n', encoding="utf-8")
+    page = {"origin": "http://ui.example"}
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+
+    def endpoint(name):
+        return ScriptedEndpoint(
+            lambda asked: [event(piece("a", "length")), event("[DONE]")],
+            headers={"access-control-allow-origin": "*"},
+            others={"/v1/models": f'{{"data": [{{"id": "{name}"}}]}}'.encode(), "/health": b""},
+        )
+
+    async def run():
+        first, second = endpoint("m1"), endpoint("m2")
+        async with Running(first) as one, Running(second) as two:
+            options = ["--upstream", two.url, "--tenants", str(tenants), "--cors-origin", "http://ui.example"]
+            async with (
+                started(one, *options) as (process, said),
+                aiohttp.ClientSession(url(said)) as client,
+            ):
+                while "listening on" not in said:
+                    said = await line(process)
+                async with client.options("/v1/completions", headers=page | preflight) as answer:
+                    assert answer.status == 204
+                    assert answer.headers["access-control-allow-origin"] == "http://ui.example"
+                    assert answer.headers["access-control-allow-headers"] == "authorization,content-type"
+                key = {"authorization": f"Bearer {SECRET}"}
+                for origin, status, allowed in (
+                    ("http://ui.example", 200, "http://ui.example"),
+                    ("http://other.example", 403, None),
+                ):
+                    body = {"model": "m2", "prompt": "p"}
+                    sent = client.post("/v1/completions", json=body, headers={"origin": origin} | key)
+                    async with sent as answer:
+                        assert answer.status == status
+                        assert answer.headers.get("access-control-allow-origin") == allowed
+            assert (len(first.asked), len(second.asked)) == (0, 1)
+
+    asyncio.run(run())
+
+
+def test_what_is_no_origin_is_named(capsys):
+    assert main(["gateway", "--upstream", "http://127.0.0.1:1", "--cors-origin", "ui.example"]) != 0
+    assert "cors-origin" in capsys.readouterr().err

@@ -33,8 +33,8 @@ from llmserve_env.live.gateway.relay.probe import Probe
 from llmserve_env.live.gateway.relay.reply import Headers, Message, Receive, Send, refuse, reply
 from llmserve_env.live.gateway.several.models import NoModel
 from llmserve_env.live.gateway.wire import RequestBody
-from llmserve_env.net.loops import forever
 from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.net.loops import forever
 
 LOG = logging.getLogger(__name__)
 

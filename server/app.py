@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_websocket_route("/ws", websocket)
 
     errors.add_handlers(app)
-    protect(app, settings)
+    protect(app, service)
     app.state.service = service
     _run_with(app, service)
     service.answer_mcp = mount_mcp(app, service).answer

@@ -17,6 +17,7 @@ from llmserve_env.live.gateway.deployment import Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.gateway.relay.probe import Probe
+from llmserve_env.live.gateway.several import models
 from llmserve_env.live.sender import Sender
 from llmserve_env.live.servers import telemetry
 from llmserve_env.live.servers.upstreams import Upstream
@@ -119,6 +120,16 @@ async def probing(turn, monkeypatch):
 
 
 @asynccontextmanager
+async def looking_at_models(turn, monkeypatch):
+    monkeypatch.setattr(models, "REFRESH_S", 0.01)
+    known = models.Models([Upstream(URL), Upstream(URL)], turn)
+    known.refresh = turn
+    keeping = asyncio.create_task(known.keep())
+    yield
+    keeping.cancel()
+
+
+@asynccontextmanager
 async def looking_for_drains(turn, monkeypatch):
     deployment, drains = Deployment(Gateway([Upstream(URL)])), SimpleNamespace(look=turn)
     serving = asyncio.create_task(
@@ -134,6 +145,7 @@ LOOPS: dict[str, list[Callable]] = {
     "llmserve_env.commands.gateway": [looking_for_drains],
     "llmserve_env.live.gateway.proxy": [ticking_proxy],
     "llmserve_env.live.gateway.relay.probe": [probing],
+    "llmserve_env.live.gateway.several.models": [looking_at_models],
     "llmserve_env.live.gateway.steering": [steering_service],
     "llmserve_env.live.sender": [ticking_sender],
     "llmserve_env.live.servers.telemetry": [scraping],

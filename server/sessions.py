@@ -208,6 +208,7 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
+        self._most = settings.max_live_sessions if settings.mode == "real" else settings.max_sessions
         self._make_episode = make_episode
         self._clock = clock
         self._open: dict[str, Session] = {}
@@ -239,7 +240,7 @@ class Sessions:
     @property
     def full(self) -> bool:
         """Whether there are as many as there may be."""
-        return len(self._open) >= self._settings.max_sessions
+        return len(self._open) >= self._most
 
     def get(self, session_id: str) -> Session:
         """The session of a name.

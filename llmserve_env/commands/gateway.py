@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from llmserve_env.commands.shared.controls import options
+from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def gateway(
     *,
     host: str = "127.0.0.1",
     port: int = 8200,
+    allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    cors_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     tenants: Path | None = None,
     window_s: float | None = None,
     metrics: bool = True,
@@ -77,6 +80,7 @@ def gateway(
     idle_timeout_s: float = 300.0,
     drained: Path | None = None,
     drain_timeout_s: float = 30.0,
+    connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - immutable
 ) -> None:
     """Serve OpenAI's interface for completions and chats before one vLLM server or several.
 
@@ -92,6 +96,10 @@ def gateway(
         safe: configuration for when the agent cannot be relied on.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
+        allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
+            (default: any, and where only this machine can connect localhost). Addresses are always good.
+        cors_origin: origin of web pages that may use the gateway from a browser, SCHEME://HOST[:PORT], or *
+            for all; once for each (default: none).
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
@@ -106,6 +114,7 @@ def gateway(
         idle_timeout_s: time after which a request is ended whose upstream or client does nothing (s).
         drained: file of the URLs of upstreams that get no new requests, a line each; read once a second.
         drain_timeout_s: time that requests under way have at the gateway's end (s).
+        connections: bounds of connections, before anything else sees what clients send.
 
     Raises:
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
@@ -127,12 +136,18 @@ def gateway(
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
     from llmserve_env.live.gateway.proxy import Proxy
+    from llmserve_env.live.gateway.wire import error_json
     from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
-    from llmserve_env.net.sockets import listen
+    from llmserve_env.net.browsers import BrowserRules
+    from llmserve_env.net.connections import room_for
+    from llmserve_env.net.cors import CrossOrigin, origin_of
+    from llmserve_env.net.protocols import bounded
+    from llmserve_env.net.sockets import is_local, listen
 
     upstreams = [parse_upstream(each) for each in upstream]
+    origins = [each if each == "*" else origin_of(each) for each in cors_origin]
     task = _task(steering, action, window_s, upstreams)
     window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s
     for name, value in (
@@ -169,7 +184,24 @@ def gateway(
         task=None if task is None else task.id,
         dry_run=steering.dry_run,
     )
-    proxy = Proxy(here, known, history=history, max_body_bytes=int(max_body_mb * 1e6))
+    proxy = Proxy(
+        here,
+        known,
+        history=history,
+        max_body_bytes=int(max_body_mb * 1e6),
+        body_timeout_s=connections.body_timeout_s,
+    )
+    limits = replace(
+        connections,
+        max_connections=room_for(connections.max_connections, 2),  # each may have one to an upstream
+        # The gateway's own bounds come first: it counts what it turns away.
+        body_timeout_s=connections.body_timeout_s + 5,
+        write_timeout_s=max(connections.write_timeout_s, idle_timeout_s),
+    )
+
+    def error_body(message: str, status: int) -> bytes:
+        return error_json(message, "invalid_request_error" if status < 500 else "server_error", status)
+
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -182,10 +214,16 @@ def gateway(
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(
-        proxy,
+        BrowserRules(
+            CrossOrigin(proxy, origins),
+            hosts=allowed_host or (() if is_local(host) else None),
+            origins=origins,
+            error_body=error_body,
+        ),
+        **bounded(limits, error_body) | {"ws": "none"},
         log_level="warning",
         access_log=False,
-        ws="none",
+        headers=[("x-content-type-options", "nosniff")],
         proxy_headers=False,
         server_header=False,  # the upstream's pass
         date_header=False,

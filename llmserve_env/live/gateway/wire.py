@@ -15,6 +15,7 @@ _BYTES_PER_TOKEN = 4  # of English text, the usual rule of thumb
 _MAX_DEPTH = 8  # messages hold lists of parts that hold texts: 4
 _PROMPTS = ("prompt", "prompt_embeds", "input")
 """Fields that hold one prompt or a list of them."""
+_KEPT = ("background", "previous_response_id", "conversation")
 _ANSWERS = ("n", "best_of")
 """Fields that say how many sequences each prompt gets; vLLM's beam searches are as wide as `n`."""
 
@@ -54,6 +55,7 @@ class RequestBody:
         streamed: whether it asks for a stream.
         sequences: sequences that an engine runs for it: `n`, the width of a beam search, too, or `best_of`
             where that is more, for each of its prompts.
+        keeps: field by which it asks the server to keep something between requests; None for none.
         multiplied_by: field that asks for most of them, such as `prompt` or `n`.
 
     Raises:
@@ -73,8 +75,10 @@ class RequestBody:
         self.model = model if isinstance(model, str) else None
         self.streamed = values.get("stream") is True
         self.prompt_tokens = max(
-            1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
+            1,
+            sum(_prompt_tokens(values.get(name)) for name in ("prompt", "messages", "input", "instructions")),
         )
+        self.keeps = next((name for name in _KEPT if values.get(name)), None)
         prompts = {name: _prompts(values.get(name)) for name in _PROMPTS}
         answers = {name: _count(name, values.get(name)) for name in _ANSWERS}
         self.sequences = max(1, sum(prompts.values())) * max(answers.values())

@@ -18,7 +18,7 @@ from llmserve_env.live.gateway.relay.reply import JSON, error_of, passed_on, ref
 from llmserve_env.live.gateway.wire import as_error, error_event
 from llmserve_env.live.servers.events import begins_as_events
 from llmserve_env.live.servers.fault import Owner, fault_of
-from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
+from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status, usage_of_response
 
 if TYPE_CHECKING:
     import aiohttp
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LATER = (429, 503)
 """Refusals that are worth another attempt, so that a time is told for it."""
-_HOLDS = {"/v1/completions": "choices", "/v1/chat/completions": "choices"}
+_HOLDS = {"/v1/completions": "choices", "/v1/chat/completions": "choices", "/v1/responses": "output"}
 """What an answer holds, by path; of others nothing is known but that they are JSON objects."""
 _MAX_COMMENTS_BYTES = 1 << 20
 """Of comments before the first event of a stream, which are held back; what comes after them is an answer."""
@@ -187,8 +187,8 @@ class Answer:
                 raise UpstreamFailed(Refused(502, "The upstream's answer is too long", "answer too long"))
         return b"".join(parts)
 
-    def _usage(self, body: bytes) -> Any:
-        """What a whole answer tells of its tokens.
+    def _told(self, body: bytes) -> tuple[Any, bool]:
+        """What a whole answer tells of its tokens, and whether it says that it failed.
 
         Raises:
             UpstreamFailed: it is no completion.
@@ -199,10 +199,13 @@ class Answer:
             answer = None
         held = _HOLDS.get(self._path)
         if not isinstance(answer, dict) or (
-            held is not None and not (isinstance(answer.get(held), list) and answer[held])
+            held is not None
+            and not (isinstance(answer.get(held), list) and (answer[held] or held == "output"))
         ):
             raise _no_completion()
-        return answer.get("usage")
+        if held == "output":
+            return usage_of_response(answer), answer.get("status") == "failed"
+        return answer.get("usage"), False
 
     async def _whole(self, body: bytes, headers: Headers, *, packed: bool) -> None:
         """Pass an answer on that is not streamed; its first token comes with the last.
@@ -212,8 +215,10 @@ class Answer:
             headers: headers for the client.
             packed: whether it is compressed, though nobody asked for that: it is not read then.
         """
-        usage = None if packed else self._usage(body)
+        usage, failed = (None, False) if packed else self._told(body)
         self._gateway.got(self._passage, 1)
+        if failed:
+            self._gateway.fail(self._passage, "error in the stream")
         self._gateway.complete(self._passage, _count(usage))
         self._passage.answered = self._started = True
         self._passage.on_answer()

@@ -118,7 +118,7 @@ class Watch:
             return
         probe_s = max(HELD_S, 2 * self.first_bytes.slowest_s)
         if health.cause is Cause.SILENT or (passage.probe and quiet_s > probe_s):
-            elsewhere = another(pool, (*passage.failed_at, passage.upstream), now_s)
+            elsewhere = another(passage.pool(pool), (*passage.failed_at, passage.upstream), now_s)
             if elsewhere and self._budget.spend(now_s):
                 passage.moving = True
                 passage.cut()

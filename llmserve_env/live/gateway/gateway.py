@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmserve_env.live.servers.upstreams import Upstream
 
 _TIERS = list(QuantizationTier)
+_SILENT = Cause.SILENT  # looked up for every token
 _APPLIED = (
     "batch_cap",
     "kv_budget_fraction",
@@ -394,10 +395,11 @@ class Gateway:
         """
         now_s = passage.since_s = self.clock()
         upstream = passage.upstream
-        if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
+        # Bytes alone may be a proxy's, to keep a connection open; and a probe's first ones prove nothing.
+        if steps and upstream is not None and not passage.probe:
             health = upstream.health
             health.came_s = now_s
-            if health.cause is Cause.SILENT:
+            if health.cause is _SILENT:
                 health.moved(now_s)
         if not passage.began:
             passage.began = True
@@ -411,7 +413,9 @@ class Gateway:
             now_s = self.clock()
             if passage.upstream is not None and not passage.noted:
                 passage.noted = True
-                passage.upstream.health.succeeded(now_s, probe=passage.probe)
+                health = passage.upstream.health
+                health.succeeded(now_s, probe=passage.probe)
+                health.came_s = now_s
             self.ledger.completed(passage, now_s, tokens)
             self._end(passage)
             self.dispatch()

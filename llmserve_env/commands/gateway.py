@@ -264,6 +264,7 @@ def _serve(
 ) -> None:
     """Serve until a signal comes, and steer meanwhile."""
     import asyncio
+    import gc
     import logging
     import signal
 
@@ -274,6 +275,7 @@ def _serve(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
+            gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
             print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
             self.steering = asyncio.create_task(windows)
             self.steering.add_done_callback(self.steered)

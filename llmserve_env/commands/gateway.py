@@ -68,6 +68,7 @@ def gateway(
     host: str = "127.0.0.1",
     port: int = 8200,
     allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    cors_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     tenants: Path | None = None,
     window_s: float | None = None,
     metrics: bool = True,
@@ -98,6 +99,8 @@ def gateway(
         allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
             (default: any, and none where only this machine can connect). Addresses and names without a dot
             are always good.
+        cors_origin: origin of web pages that may use the gateway from a browser, SCHEME://HOST[:PORT], or *
+            for all; once for each (default: none).
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
@@ -140,10 +143,12 @@ def gateway(
     from llmserve_env.live.servers.upstreams import parse_upstream
     from llmserve_env.net.browsers import BrowserRules
     from llmserve_env.net.connections import room_for
+    from llmserve_env.net.cors import CrossOrigin, origin_of
     from llmserve_env.net.protocols import bounded
     from llmserve_env.net.sockets import is_local, listen
 
     upstreams = [parse_upstream(each) for each in upstream]
+    origins = [each if each == "*" else origin_of(each) for each in cors_origin]
     task = _task(steering, action, window_s, upstreams)
     window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s
     for name, value in (
@@ -210,7 +215,12 @@ def gateway(
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(
-        BrowserRules(proxy, hosts=allowed_host or (() if is_local(host) else None), error_body=error_body),
+        BrowserRules(
+            CrossOrigin(proxy, origins),
+            hosts=allowed_host or (() if is_local(host) else None),
+            origins=origins,
+            error_body=error_body,
+        ),
         **bounded(limits, error_body) | {"ws": "none"},
         log_level="warning",
         access_log=False,

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmserve_env.live.servers.upstreams import Upstream
 
 _TIERS = list(QuantizationTier)
+_SILENT = Cause.SILENT  # looked up for every token
 _APPLIED = (
     "batch_cap",
     "kv_budget_fraction",
@@ -280,22 +281,26 @@ class Gateway:
         crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
         if passage in crowded_out:
             raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        for each in crowded_out:
-            self.displace(each)
         self._bucket.take(*drawn)
+        self._displace(crowded_out)
         return passage
 
     def displace(self, passage: Passage) -> None:
-        """It gives way to others, unless its answer has begun."""
+        """It gives way to others: its answer has not begun."""
+        self._displace([passage])
+
+    def _displace(self, passages: Iterable[Passage]) -> None:
         displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
-        if passage.waits:
-            self._end(passage)
-            self.ledger.refused(passage, self.clock(), displaced.reason)
-            passage.refuse(displaced)
-        elif not passage.over:
-            passage.displaced = displaced
-            if passage.cut is not None:
-                passage.cut()
+        for passage in passages:
+            if passage.waits:
+                self._end(passage)
+                self.ledger.refused(passage, self.clock(), displaced.reason)
+                passage.refuse(displaced)
+            elif not passage.over:
+                passage.displaced = displaced
+                if passage.cut is not None:
+                    passage.cut()
+        self.dispatch()  # those behind one that took many places
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
@@ -367,8 +372,7 @@ class Gateway:
         passage.cut, passage.since_s = None, now_s
         self._room.rejoin(passage)
         self.dispatch()
-        for each in self._room.crowded_out(self.action.priority_routing, passage):
-            self.displace(each)
+        self._displace(self._room.crowded_out(self.action.priority_routing, passage))
 
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""
@@ -391,10 +395,11 @@ class Gateway:
         """
         now_s = passage.since_s = self.clock()
         upstream = passage.upstream
-        if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
+        # Bytes alone may be a proxy's, to keep a connection open; and a probe's first ones prove nothing.
+        if steps and upstream is not None and not passage.probe:
             health = upstream.health
             health.came_s = now_s
-            if health.cause is Cause.SILENT:
+            if health.cause is _SILENT:
                 health.moved(now_s)
         if not passage.began:
             passage.began = True
@@ -408,7 +413,9 @@ class Gateway:
             now_s = self.clock()
             if passage.upstream is not None and not passage.noted:
                 passage.noted = True
-                passage.upstream.health.succeeded(now_s, probe=passage.probe)
+                health = passage.upstream.health
+                health.succeeded(now_s, probe=passage.probe)
+                health.came_s = now_s
             self.ledger.completed(passage, now_s, tokens)
             self._end(passage)
             self.dispatch()

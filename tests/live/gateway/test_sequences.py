@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from random import Random
 
 import aiohttp
 import pytest
@@ -268,5 +269,52 @@ def test_a_client_that_hangs_up_with_half_a_body_holds_nothing():
             with pytest.raises((asyncio.CancelledError, aiohttp.ClientError)):
                 await coming
             await until(lambda: here.proxy._held.bytes == 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_every_request_ends_once_and_nothing_is_left_behind(routing):
+    """Three tenants send more than there is room for, of all weights and sizes, and every fifth hangs up."""
+    draw = Random(11)
+    sizes, counts = [10, 10, 400, 1500], [1, 1, 1, 2, 3, 8, 40]
+
+    async def main():
+        def script(asked):
+            return ANSWER if len(asked.body["prompt"]) % 2 else [WAIT, *ANSWER]
+
+        endpoints = [ScriptedEndpoint(script) for _ in range(2)]
+        action = ServeAction(batch_cap=8, priority_routing=routing)
+        limits = {"max_held_bytes": 6000, "max_body_bytes": 5000}
+        async with standing(*endpoints, callers=THREE, action=action, limits=limits, max_waiting=12) as here:
+            sent = []
+            for number in range(150):
+                headers = draw.choice([FREE, FREE, FREE, PAID, {}])
+                prompt, n = "x" * (draw.choice(sizes) + number % 2), draw.choice(counts)
+                sent.append(asking(here, headers, prompt=prompt, n=n))
+                await asyncio.sleep(0)
+                if number % 5 == 0:
+                    draw.choice(sent).cancel()
+                for endpoint in endpoints:
+                    if number % 7 == 0:
+                        for asked in endpoint.asked[-20:]:
+                            asked.go.release()
+            while not all(each.done() for each in sent):
+                for endpoint in endpoints:
+                    for asked in endpoint.asked:
+                        asked.go.release()
+                await asyncio.sleep(0)
+            answers = await asyncio.gather(*sent, return_exceptions=True)
+            statuses = [each[0] for each in answers if isinstance(each, tuple)]
+            assert set(statuses) == {200, 400, 429}
+            gateway = here.gateway
+            await until(lambda: not gateway._in_flight)
+            assert here.proxy._held.bytes == gateway.waiting == len(gateway._at_upstreams) == 0
+            assert [each.running for each in gateway.upstreams] == [0, 0]
+            for totals in gateway.ledger.totals:
+                assert totals.arrived == totals.outcomes.total()
+            record = gateway.window()
+            assert record.completed + record.failed == record.arrived
+            assert record.in_flight == 0
 
     asyncio.run(main())

@@ -92,8 +92,10 @@ class Model:
             assert each.turn.exception().reason == "displaced"
             if self.routing:
                 assert each.priority >= PRIORITIES[tenant]
-            if not self.routing or each.priority == PRIORITIES[tenant]:
+            else:
                 assert held[each.tenant] > ROOM / len(TENANTS)
+            if not self.routing or each.priority == PRIORITIES[tenant]:
+                assert held[each.tenant] > own
             newer = [other for other in before if other.tenant == each.tenant and other.index > each.index]
             assert all(other.over for other in newer)
 
@@ -143,7 +145,9 @@ class Model:
                 assert upstream.running <= gateway.action.batch_cap * upstream.engines or len(there) == 1
         if waiting := self.waiting:
             rank = (lambda each: (each.priority, each.index)) if self.routing else lambda each: each.index
-            assert gateway._free(min(waiting, key=rank).sequences) is None  # nobody waits without need
+            first = min(waiting, key=rank)
+            assert first.failed_at or gateway._free(first.sequences) is None  # nobody waits without need
+        assert gateway._turn(self.now_s).next(gateway._room) is None
         for i, totals in enumerate(gateway.ledger.totals):
             assert totals.arrived == self.arrived[i]
             assert totals.in_flight == self.held([*self.waiting, *self.running])[i]
@@ -335,6 +339,38 @@ def test_what_weighs_more_than_the_cap_goes_alone():
         assert heavy.upstream is not None
         assert gateway.upstreams[0].running == 7
         assert gateway.enter(0, 1).waits
+
+    run(main)
+
+
+def test_a_heavy_request_that_failed_at_the_only_upstream_with_room_for_it_goes_to_another_one():
+    def main():
+        small, large = Upstream("http://small"), Upstream("http://large", engines=2)
+        gateway = Gateway([small, large], TENANTS, ServeAction(batch_cap=2), clock=lambda: now_s[0])
+        heavy = gateway.enter(0, 1, sequences=3)
+        assert heavy.upstream is large
+        gateway.enter(0, 1)
+        gateway.unreachable(heavy)
+        now_s[0] += 5.0
+        gateway.tick()
+        gateway.complete(next(each for each in gateway._at_upstreams if each is not heavy), 1)
+        assert heavy.upstream is small
+
+    now_s = [1000.0]
+    run(main)
+
+
+def test_those_behind_a_heavy_request_that_gives_way_go_at_once():
+    def main():
+        gateway, (heavy, light, lighter, behind) = filled(
+            False, (3, 2), (1, 1), (1, 1), (1, 1), batch_cap=3, max_waiting=100
+        )
+        gateway.complete(next(iter(gateway._at_upstreams)), 1)
+        gateway.complete(light, 1)
+        gateway.complete(lighter, 1)
+        assert (heavy.overtaken, behind.upstream, gateway.upstreams[0].running) == (2, None, 2)
+        gateway.displace(heavy)
+        assert (heavy.over, behind.upstream is None) == (True, False)
 
     run(main)
 

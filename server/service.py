@@ -39,7 +39,8 @@ R = TypeVar("R")
 AnswerMcp = Callable[[Any, Session], Awaitable[dict[str, Any]]]
 
 _log = logging.getLogger(__name__)
-_TRIM_AFTER = 16  # sessions
+_TRIM_AFTER_BYTES = 32 << 20
+_SESSION_BYTES = 2 << 20
 
 
 class Service:
@@ -62,11 +63,13 @@ class Service:
         self.sessions = Sessions(settings, _live_episodes(settings.endpoint) if self.live else Episode)
         self.guard = Guard(settings)
         # What real engines did cannot be done again, so nothing of it is recorded.
-        self._journal = Journal(None if self.live else settings.journal, _most_actions(settings))
+        self._journal = Journal(
+            None if self.live else settings.journal, _most_actions(settings), _longest_line(settings)
+        )
         self.baselines = Baselines(self.guard)
         self.stopping = False  # sessions that close then are those that a restart restores
         self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
-        self._freed = 0  # sessions whose memory has not been given back
+        self._freed_bytes = 0  # which have not been given back to the system
         self.answering = 0  # messages of WebSockets that are not answered yet
         self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
         # A live window is waited for in a thread: one for each session, so that nobody waits for another's.
@@ -191,10 +194,8 @@ class Service:
                 await self._reopen(entry)
             except (AtCapacity, Unavailable) as error:
                 _log.error("session %s stays in the journal: %s", entry.session_id, error)
-            except (InputError, Refusal) as error:
-                self._journal.set_aside(entry.session_id, str(error))
-            except Exception as error:  # one file must not keep the service from its start
-                self._journal.set_aside(entry.session_id, f"{type(error).__name__}: {error}")
+            except Exception as error:  # whatever it holds, the service starts
+                self._journal.set_aside(entry.session_id, error)
         if left:
             most = self.settings.max_sessions
             _log.warning("%d sessions stay in the journal: %d are open, as many as there may be", left, most)
@@ -233,12 +234,16 @@ class Service:
         """Close sessions that timed out, and give back what closed ones held."""
         self.sessions.sweep()
         self._journal.sweep()
-        if self._freed >= _TRIM_AFTER:
-            self._freed = 0
+        if self._freed_bytes >= _TRIM_AFTER_BYTES:
+            self._freed_bytes = 0
             await asyncio.to_thread(return_memory)
 
+    def note_freed(self, size: int) -> None:
+        """Note that so many bytes were held, and are no more."""
+        self._freed_bytes += size
+
     def _closed(self, session: Session) -> None:
-        self._freed += 1
+        self.note_freed(_SESSION_BYTES)
         if not self.stopping:
             self._journal.end(session.id)
 
@@ -270,6 +275,11 @@ def _most_actions(settings: Settings) -> int:
     """Most actions recorded of a session: those of its windows, and what the last step_n had more."""
     longest = max(load_task(name).windows for name in list_tasks())
     return max(longest, settings.max_windows) + settings.max_actions
+
+
+def _longest_line(settings: Settings) -> int:
+    """Longest line of the journal (bytes): a body in which every 1e15 is written as 1000000000000000.0."""
+    return 4 * settings.max_body_bytes + 4096
 
 
 def _complete(request: ResetRequest) -> ResetRequest:

@@ -333,3 +333,20 @@ def test_an_upstream_is_read(tmp_path):
         "k",
         tmp_path,
     )
+
+
+def test_servers_of_one_folder_are_steered_as_one(tmp_path):
+    FolderEngine(tmp_path)
+
+    async def run():
+        async with deployment(Upstream(URL, control=tmp_path), Upstream(OTHER, control=tmp_path)) as here:
+            here.apply(WITHIN)
+            assert read_settings(tmp_path) == EngineSettings.of(WITHIN)
+            with pytest.raises(InputError, match="uses this folder"):
+                deployment(Upstream(URL, control=tmp_path))
+        assert read_settings(tmp_path) == EngineSettings()
+
+    asyncio.run(run())
+    with pytest.raises(InputError, match="expected an existing folder"):
+        deployment(Upstream(URL, control=tmp_path), Upstream(OTHER, control=tmp_path / "none"))
+    deployment(Upstream(URL, control=tmp_path))  # what was refused keeps nothing

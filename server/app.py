@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -162,6 +163,7 @@ def main() -> None:
     # uvicorn raises the signal again when it is done, which is the end that was asked for.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
     Server(config).run(sockets=sockets)
 
 

@@ -17,7 +17,7 @@ from llmserve_env.live.gateway.deployment import Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.gateway.relay.probe import Probe
-from llmserve_env.live.gateway.several import models
+from llmserve_env.live.gateway.several.models import Models
 from llmserve_env.live.sender import Sender
 from llmserve_env.live.servers import telemetry
 from llmserve_env.live.servers.upstreams import Upstream
@@ -121,12 +121,13 @@ async def probing(turn, monkeypatch):
 
 @asynccontextmanager
 async def looking_at_models(turn, monkeypatch):
-    monkeypatch.setattr(models, "REFRESH_S", 0.01)
-    known = models.Models([Upstream(URL), Upstream(URL)], turn)
-    known.refresh = turn
-    keeping = asyncio.create_task(known.keep())
+    models = Models([Upstream(URL), Upstream(URL)], None)
+    models.refresh = turn
+    serving = asyncio.create_task(models.keep(interval_s=0.01))
     yield
-    keeping.cancel()
+    assert not serving.done()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from llmserve_env.live.pilot.decision_log import read_decisions
 from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings, write_settings
 from llmserve_env.schema import ServeAction
 from tests.live.control_folder import FolderEngine
-from tests.live.endpoint_server import Running, ScriptedEndpoint, event, piece
+from tests.live.endpoint_server import WAIT, Running, ScriptedEndpoint, closed_url, event, piece
 
 SECRET = "xyzzy-secret"
 
@@ -199,6 +200,58 @@ AGENT = ["--agent", "defaults", "--task", "static_workload"]
 def test_an_agent_that_cannot_steer_is_refused(capsys, options, told):
     assert main(["gateway", "--upstream", "http://h", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_it_says_which_upstreams_are_dead_and_ends_what_does_not_end_in_time(tmp_path):
+    dead = closed_url().removesuffix("/v1")
+    options = ["--upstream", dead, "--drain-timeout-s", "1", "--drained", str(tmp_path / "drained")]
+
+    async def run():
+        endpoint = ScriptedEndpoint(lambda asked: [event(piece("a")), WAIT])
+        async with (
+            Running(endpoint) as upstream,
+            started(upstream, *options) as (process, listening),
+            aiohttp.ClientSession(url(listening)) as client,
+        ):
+            while f"{dead} is down at the start" not in (said := await line(process)):
+                assert said
+            response = await client.post("/v1/completions", json={"prompt": "p", "stream": True})
+            assert await response.content.readany() == event(piece("a"))
+            process.send_signal(signal.SIGTERM)
+            rest = await asyncio.wait_for(response.content.read(), 60)
+            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            return process.returncode, rest, said.decode()
+
+    status, rest, said = asyncio.run(run())
+    assert (status, json.loads(rest.removeprefix(b"data: "))["error"]["code"]) == (0, 503)
+    assert "draining: 1 requests under way have up to 1 s" in said
+    assert "ended 1 requests that were still under way" in said
+
+
+def test_an_upstream_is_drained_by_a_file(tmp_path):
+    drained = tmp_path / "drained"
+
+    async def run():
+        endpoint = ScriptedEndpoint(lambda asked: [event(piece("a", "length"))])
+        async with Running(endpoint) as upstream, Running(endpoint) as other:
+            drained.write_text(f"{other.url}\n")
+            options = ["--upstream", other.url, "--drained", str(drained)]
+            async with (
+                started(upstream, *options) as (_, listening),
+                aiohttp.ClientSession(url(listening)) as client,
+            ):
+
+                async def until(states):
+                    found = None
+                    while found != states:
+                        async with client.get("/health") as response:
+                            found = [each["state"] for each in (await response.json())["upstreams"]]
+
+                await asyncio.wait_for(until(["well", "draining"]), 60)
+                drained.unlink()
+                await asyncio.wait_for(until(["well", "well"]), 60)
+
+    asyncio.run(run())
 
 
 def test_what_anybody_may_send_is_bounded_and_pages_of_other_sites_may_send_nothing():

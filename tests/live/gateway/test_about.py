@@ -41,6 +41,7 @@ class Endless:
         while not watching.done():
             self.sent_bytes += 1 << 20
             await send({"type": "http.response.body", "body": b" " * (1 << 20), "more_body": True})
+            await asyncio.sleep(0)  # to a client that is gone, uvicorn sends without waiting
 
     @staticmethod
     async def _watch(receive):

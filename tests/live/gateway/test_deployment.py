@@ -247,6 +247,17 @@ def test_an_engine_whose_counters_stand_still_while_it_runs_something_is_silent(
     assert here.window().engines_up == 2
 
 
+def test_an_engine_that_ran_nothing_when_it_froze_is_back_when_its_counters_move():
+    here = deployment(told=[[metrics("0.32-idle")] * 12])
+    (upstream,) = here.gateway.upstreams
+    upstream.health.silent(here.gateway.clock())
+    here.gateway.tick()
+    assert here.stale is not None  # its counters stand still, which of an idle engine says nothing
+    scrape(here.telemetry.replicas[0], BUSY[1])
+    here.gateway.tick()
+    assert here.stale is None
+
+
 def test_an_idle_engine_is_not_silent_however_long_nothing_changes():
     here = deployment(told=[[metrics("0.32-idle")] * 60])
     here.gateway.tick()

@@ -100,7 +100,8 @@ class Answer:
         if streamed:  # some proxies send it under another content type
             await self._stream(response, first, headers)
         else:
-            await self._whole(await self._body(response, first, most), headers)
+            packed = response.headers.get("content-encoding", "identity").lower() != "identity"
+            await self._whole(await self._body(response, first, most), headers, packed=packed)
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         chunk = await response.content.readany()
@@ -186,8 +187,12 @@ class Answer:
                 raise UpstreamFailed(Refused(502, "The upstream's answer is too long", "answer too long"))
         return b"".join(parts)
 
-    async def _whole(self, body: bytes, headers: Headers) -> None:
-        """Pass an answer on that is not streamed; its first token comes with the last."""
+    def _told(self, body: bytes) -> tuple[Any, bool]:
+        """What a whole answer tells of its tokens, and whether it says that it failed.
+
+        Raises:
+            UpstreamFailed: it is no completion.
+        """
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
@@ -198,10 +203,22 @@ class Answer:
             and not (isinstance(answer.get(held), list) and (answer[held] or held == "output"))
         ):
             raise _no_completion()
+        if held == "output":
+            return usage_of_response(answer), answer.get("status") == "failed"
+        return answer.get("usage"), False
+
+    async def _whole(self, body: bytes, headers: Headers, *, packed: bool) -> None:
+        """Pass an answer on that is not streamed; its first token comes with the last.
+
+        Args:
+            body: the whole answer.
+            headers: headers for the client.
+            packed: whether it is compressed, though nobody asked for that: it is not read then.
+        """
+        usage, failed = (None, False) if packed else self._told(body)
         self._gateway.got(self._passage, 1)
-        if held == "output" and answer.get("status") == "failed":
+        if failed:
             self._gateway.fail(self._passage, "error in the stream")
-        usage = answer.get("usage") if held != "output" else usage_of_response(answer)
         self._gateway.complete(self._passage, _count(usage))
         self._passage.answered = self._started = True
         self._passage.on_answer()

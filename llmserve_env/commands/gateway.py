@@ -97,7 +97,8 @@ def gateway(
         host: address to listen on.
         port: port to listen on; 0 for a free one.
         allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
-            (default: any, and where only this machine can connect localhost). Addresses are always good.
+            (default: any, and none where only this machine can connect). Addresses and names without a dot
+            are always good.
         cors_origin: origin of web pages that may use the gateway from a browser, SCHEME://HOST[:PORT], or *
             for all; once for each (default: none).
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
@@ -135,7 +136,7 @@ def gateway(
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
-    from llmserve_env.live.gateway.proxy import Proxy
+    from llmserve_env.live.gateway.proxy import MAX_HELD_BYTES, Proxy
     from llmserve_env.live.gateway.wire import error_json
     from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.telemetry import Telemetry
@@ -194,9 +195,10 @@ def gateway(
     limits = replace(
         connections,
         max_connections=room_for(connections.max_connections, 2),  # each may have one to an upstream
-        # The gateway's own bounds come first: it counts what it turns away.
+        # The gateway's own bounds come first: it counts what it turns away, and knows whose bodies it holds.
         body_timeout_s=connections.body_timeout_s + 5,
         write_timeout_s=max(connections.write_timeout_s, idle_timeout_s),
+        max_unfinished_bytes=connections.max_unfinished_bytes + MAX_HELD_BYTES,
     )
 
     def error_body(message: str, status: int) -> bytes:
@@ -273,6 +275,7 @@ def _serve(
 ) -> None:
     """Serve until a signal comes, and steer meanwhile."""
     import asyncio
+    import gc
     import logging
     import signal
 
@@ -283,6 +286,7 @@ def _serve(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
+            gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
             print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
             self.steering = asyncio.create_task(windows)
             self.steering.add_done_callback(self.steered)

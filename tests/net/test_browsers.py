@@ -62,14 +62,23 @@ def test_origins_that_were_named_may():
     assert is_cross_origin(sent, ["http://other.example"])
 
 
-OURS = {"llm.example", "*.apps.example"}
+OURS = frozenset({"llm.example", "*.apps.example"})
 
 
 @pytest.mark.parametrize(
     "host",
     [
         *("llm.example", "LLM.example:8000", "llm.example.", "a.apps.example", "a.b.apps.example:1"),
-        *("localhost", "localhost:8000", "a.localhost", "127.0.0.1:8000", "10.1.2.3", "[::1]:8000", ""),
+        *(
+            "localhost",
+            "localhost:8000",
+            "a.localhost",
+            "127.0.0.1:8000",
+            "10.1.2.3",
+            "[::1]:8000",
+            "",
+            "service:8000",
+        ),
     ],
 )
 def test_names_of_ours_and_addresses_are_good(host):
@@ -79,7 +88,7 @@ def test_names_of_ours_and_addresses_are_good(host):
 @pytest.mark.parametrize(
     "host",
     [
-        *("other.example", "a.llm.example", "apps.example", "llm.example.other.example", "notlocalhost"),
+        *("other.example", "a.llm.example", "apps.example", "llm.example.other.example", "not.local.host"),
         *("127.0.0.1.other.example", "llm.example:8000:1", "[::1", "xapps.example"),
     ],
 )

@@ -17,9 +17,10 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from llmserve_env.controls import to_array
+from llmserve_env.controls import to_array, to_values
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
@@ -31,7 +32,6 @@ from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
 from llmserve_env.tasks.self_contained import refuse_files
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
@@ -50,11 +50,13 @@ def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
         score is the mean of the rewards that the log states.
 
     Raises:
-        InputError: the log is of another version, or is not what the simulator did under its task, seed and
-            actions; names the field, such as "digests[17]", and what was expected.
+        InputError: the log is of another version, an action sets what the task does not grant, or the log is
+            not what the simulator did under its task, seed and actions; names the field, such as
+            "digests[17]", and what was expected.
     """
     _check_form(log)
     task, custom = _task(log.task, allow_files)
+    _check_granted(task, log)
     if len(log.actions) > task.windows:
         raise InputError(f"expected at most {task.windows}, found {len(log.actions)}", field="actions")
     score, requests = log.score, dict[str, int]()
@@ -134,6 +136,24 @@ def _check_form(log: EpisodeLog) -> None:
         found = len(getattr(log, name))
         if found != len(log.actions):
             raise InputError(f"expected {len(log.actions)}, one for each action, found {found}", field=name)
+
+
+def _check_granted(task: Task, log: EpisodeLog) -> None:
+    """Refuse actions that never were in force: an episode keeps the controls that its task does not grant.
+
+    A log that holds them is of a version that obeyed them, or of no episode at all.
+    """
+    actions = to_array(log.actions)
+    if not len(actions):
+        return
+    in_force = task.grid.in_force(actions)
+    for index in np.flatnonzero(actions != in_force)[:1].tolist():
+        for name in task.grid.not_granted(actions[index]):
+            kept, asked = (to_values(row[index])[name] for row in (in_force, actions))
+            raise InputError(
+                f"expected {kept}, as the task does not grant it, found {asked}",
+                field=f"actions[{index}].{name}",
+            )
 
 
 def _replay(task: Task, log: EpisodeLog) -> tuple[dict[str, float], dict[str, int]]:

@@ -184,6 +184,7 @@ class _Run:
         self._pilot: Pilot | None = None
         self._decision: Decision | None = None
         self._before = self._action = episode.task.start
+        self._not_applied: dict[str, str] = {}
 
     def reset(self, task: Task, seeds: Sequence[int]) -> None:
         """Say how each field is applied, where there is something to say of it, and take the controls."""
@@ -200,17 +201,14 @@ class _Run:
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
         """ACTION[1]."""
-        from llmserve_env.controls import to_action, to_array
+        from llmserve_env.controls import to_array
 
         self._before = self._action
         if self._pilot is None:
-            actions = self._agent.act(observations, windows)
-            self._action = to_action(actions[0])
-            return actions
+            return self._agent.act(observations, windows)
         backend = self.episode.batch.backend
         applied = self._pilot.decide(windows[0].copy(), backend.stale).applied
         self._decision = self._pilot.applied(backend.not_applied(applied))
-        self._action = applied
         return to_array([applied])
 
     def watch(self, batch: EpisodeBatch, result: StepResult) -> None:
@@ -218,8 +216,13 @@ class _Run:
         self.cost += float(batch.costs[0])
         if self._pilot is not None:
             self._pilot.result(batch.windows[0].copy(), float(result.rewards[0]))
-        seen = self.episode.observation()
-        print(_line(seen, batch.task, self._before, self._action, self._decision), flush=True)
+        seen, self._action = self.episode.observation(), self.episode.action
+        not_applied = dict(seen.metadata["not_applied"])
+        if self._decision is not None:
+            not_applied |= self._decision.not_applied
+        new = {name: why for name, why in not_applied.items() if name not in self._not_applied}
+        self._not_applied = not_applied
+        print(_line(seen, batch.task, self._before, self._action, self._decision, new), flush=True)
 
     def close(self) -> None:
         """Let go of the controls, and of the episode."""
@@ -247,9 +250,14 @@ def _pilot(agent: Agent, task: Task, piloting: Piloting, seed: int, capabilities
 
 
 def _line(
-    seen: ServeObservation, task: Task, before: ServeAction, action: ServeAction, decision: Decision | None
+    seen: ServeObservation,
+    task: Task,
+    before: ServeAction,
+    action: ServeAction,
+    decision: Decision | None,
+    not_applied: dict[str, str],
 ) -> str:
-    """What a window brought, and what was set for it where that is something else."""
+    """What a window brought, what was set for it where that is something else, and what of it had no effect."""
     counts = {
         name: sum(getattr(each, name) for each in seen.tenants.values())
         for name in ("arrived", "completed", "in_slo")
@@ -266,4 +274,6 @@ def _line(
         parts.append(", ".join(f"{name} {values[name]}" for name in changed))
     if decision is not None and decision.by != "agent":
         parts.append(f"{decision.by}: {decision.rule}: {decision.reason}")
+    if not_applied:
+        parts.append("not applied: " + ", ".join(f"{name} ({why})" for name, why in not_applied.items()))
     return "; ".join(parts)

@@ -168,7 +168,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        result = self.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
+        result = self.batch.step(np.asarray(action)[None])
         return (
             result.observations[0],
             result.rewards.item(),

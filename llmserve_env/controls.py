@@ -309,7 +309,7 @@ class ActionGrid:
         return self.actions(actions)
 
     def in_force(self, records: NDArray[np.void]) -> NDArray[np.void]:
-        """ACTION[n], what comes into force of ACTION[n]: a control that is not the agent's keeps its value."""
+        """ACTION[n], what comes into force of ACTION[n]: what is not the agent's to set keeps its value."""
         in_force: NDArray[np.void] = np.where(self._free, _bits(records), self._first).view(ACTION)[:, 0]
         return in_force
 

@@ -202,9 +202,7 @@ class EpisodeBatch:
         self.observed = self._observe()
         return self.observed
 
-    def step(
-        self, actions: NDArray[np.void] | NDArray[np.integer[Any]], which: NDArray[np.bool_] | None = None
-    ) -> StepResult:
+    def step(self, actions: NDArray[Any], which: NDArray[np.bool_] | None = None) -> StepResult:
         """Serve one window of each episode.
 
         Args:
@@ -256,8 +254,8 @@ class EpisodeBatch:
             index: index of the episode.
 
         Returns:
-            `reward_components`, `cost`, `score`, `seed`, the `action` in force, what was `not_applied` of what
-            was asked for, with the reason, and the backend's notes.
+            `reward_components`, `cost`, `score`, `seed`, the `action` in force, what of the action that was
+            given was `not_applied` with the reason, and the backend's notes.
         """
         action = self.actions[index]
         return {

@@ -222,7 +222,10 @@ class _Run:
             not_applied |= self._decision.not_applied
         new = {name: why for name, why in not_applied.items() if name not in self._not_applied}
         self._not_applied = not_applied
-        print(_line(seen, batch.task, self._before, self._action, self._decision, new), flush=True)
+        line = _line(seen, batch.task, self._before, self._action, self._decision)
+        if new:
+            line += "; not applied: " + ", ".join(f"{name} ({why})" for name, why in new.items())
+        print(line, flush=True)
 
     def close(self) -> None:
         """Let go of the controls, and of the episode."""
@@ -250,14 +253,9 @@ def _pilot(agent: Agent, task: Task, piloting: Piloting, seed: int, capabilities
 
 
 def _line(
-    seen: ServeObservation,
-    task: Task,
-    before: ServeAction,
-    action: ServeAction,
-    decision: Decision | None,
-    not_applied: dict[str, str],
+    seen: ServeObservation, task: Task, before: ServeAction, action: ServeAction, decision: Decision | None
 ) -> str:
-    """What a window brought, what was set for it where that is something else, and what of it had no effect."""
+    """What a window brought, and what was set for it where that is something else."""
     counts = {
         name: sum(getattr(each, name) for each in seen.tenants.values())
         for name in ("arrived", "completed", "in_slo")
@@ -274,6 +272,4 @@ def _line(
         parts.append(", ".join(f"{name} {values[name]}" for name in changed))
     if decision is not None and decision.by != "agent":
         parts.append(f"{decision.by}: {decision.rule}: {decision.reason}")
-    if not_applied:
-        parts.append("not applied: " + ", ".join(f"{name} ({why})" for name, why in not_applied.items()))
     return "; ".join(parts)

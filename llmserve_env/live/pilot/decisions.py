@@ -37,6 +37,6 @@ class Decision(BaseModel):
     dry_run: bool = False
     """Whether it is only told."""
     not_applied: dict[str, str] = {}
-    """Fields without effect, with the reason: those of what is in force that the service cannot apply, and those
-    that the agent set and the task does not grant.
+    """Fields without effect, with the reason: those that the service cannot apply, and those that the agent
+    set and the task does not grant.
     """

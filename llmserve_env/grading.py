@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import fsum
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from llmserve_env.controls import to_array, to_values
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError, as_input_error
-from llmserve_env.files import write_atomic
+from llmserve_env.files import SETTINGS_BYTES, read_bytes, write_atomic
 from llmserve_env.recording import record_bytes
 from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
@@ -34,6 +34,9 @@ from llmserve_env.tasks.self_contained import refuse_files
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+MAX_WINDOWS = 10_000
+"""Windows of a log that is read unless more are allowed: as many as the service takes."""
+_WINDOW_BYTES = 1024  # of JSON with indents; a live episode's have half of it
 _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
 
 
@@ -79,23 +82,30 @@ def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
     )
 
 
-def read_log(path: str | Path) -> EpisodeLog:
+def read_log(path: str | Path, *, max_windows: int = MAX_WINDOWS) -> EpisodeLog:
     """Read a log that `write_log` wrote.
 
     Args:
         path: a JSON file, gzip'ed if it ends in .gz.
+        max_windows: windows that it may have; of a file that is longer than such a log no more is read.
 
     Raises:
-        InputError: it cannot be read or is no log; names the file and the field.
+        InputError: it cannot be read, is no log, or is longer; names the file and the field.
     """
     path = Path(path)
+    most = SETTINGS_BYTES + max_windows * _WINDOW_BYTES
+    content = read_bytes(path, most, gzipped=path.suffix == ".gz")
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+        table = from_json(content)
+    except ValueError as error:
+        raise InputError(f"expected JSON: {error}", file=str(path)) from error
+    for name in ("actions", "rewards", "components", "digests"):
+        entries = table.get(name) if isinstance(table, dict) else None
+        if isinstance(entries, list) and len(entries) > max_windows:
+            reason = f"expected at most {max_windows:,} windows, found {len(entries):,}"
+            raise InputError(reason, file=str(path), field=name)
     try:
-        return EpisodeLog.model_validate_json(content)
+        return EpisodeLog.model_validate(table)
     except ValidationError as error:
         refused = _log_error(error)
         raise InputError(refused.reason, file=str(path), field=refused.field) from error

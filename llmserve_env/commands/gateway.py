@@ -109,6 +109,7 @@ def gateway(
         raise missing_package(error) from error
     import logging
 
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
@@ -118,6 +119,7 @@ def gateway(
     from llmserve_env.live.servers.upstreams import parse_upstream
     from llmserve_env.net.sockets import listen
 
+    check_outputs({"decisions": steering.decisions}, task=steering.task, tenants=tenants)
     upstreams = [parse_upstream(each) for each in upstream]
     task = _task(steering, action, window_s, upstreams)
     window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s

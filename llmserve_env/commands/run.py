@@ -102,13 +102,13 @@ def run(
 
     from llmserve_env.agents.find import find_agent
     from llmserve_env.commands.grade import tell
-    from llmserve_env.commands.shared.report import check_folders
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.grading import grade, write_log
     from llmserve_env.live.gateway.steering import warm_up
     from llmserve_env.play import play_batch
     from llmserve_env.tasks import load_task
 
-    check_folders(log, piloting.decisions)
+    check_outputs({"log": log, "decisions": piloting.decisions}, task=task, workload=workload)
     if seed < 0:
         raise InputError(f"expected 0 or more, found {seed}", field="--seed")
     if not live and endpoint != Endpoint():

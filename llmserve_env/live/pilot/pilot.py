@@ -251,7 +251,12 @@ class Pilot:
         if answer is None or answer.shape != (1,):
             raise InputError(f"expected ACTION[1], found {answer!r}", field="action")
         said = to_action(answer[0])
-        self._not_granted = self.task.grid.not_granted(answer[0])
+        stays = self.start.model_dump(mode="json")
+        self._not_granted = {
+            name: f"not granted by the task: it stays {stays[name]}"
+            for name in self.task.grid.not_granted(answer[0])
+            if getattr(said, name) != getattr(self.start, name)
+        }
         return self.start.model_copy(update={name: getattr(said, name) for name in self._granted})
 
     def _shielded(self, proposed: ServeAction, row: NDArray[np.void]) -> tuple[ServeAction, str, str] | None:

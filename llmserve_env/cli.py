@@ -90,12 +90,12 @@ def _run(argv: list[str]) -> int:
 
 
 def _call(name: str, args: list[str]) -> int:
-    import tyro
+    from llmserve_env.commands.shared.parsing import parse
 
     words = name.split()
     module = import_module(".".join(["llmserve_env.commands", *words]))
     command: Callable[..., int | None] = getattr(module, words[-1])
-    return tyro.cli(command, prog=f"llmserve {name}", args=args) or 0
+    return parse(command, f"llmserve {name}", args) or 0
 
 
 def _overview(group: str = "") -> str:

@@ -56,9 +56,9 @@ def kernels(
     from llmserve_env.hardware.profile import save_profile
     from llmserve_env.hardware.tables import read_tables
 
+    link = _link(tp, link_latency_us, link_bandwidth_gbps)
     found = {each.stem: each for each in tables.glob("*.*")}
     check_outputs({"out": out, "json": json_file}, model_config=model_config, **found)
-    link = _link(tp, link_latency_us, link_bandwidth_gbps)
     measured = read_tables(tables)
     model = read_model(model_config, measured.meta.get("model"))
     if model.attention_heads % tp or (model.kv_heads % tp and tp % model.kv_heads):

@@ -76,11 +76,11 @@ def predictions(
     from llmserve_env.hardware.profile import Gpu, Profile, save_profile
     from llmserve_env.hardware.tiers import tiers_for
 
-    configs = {"model_config": model_config, "base_model_config": base_model_config}
-    check_outputs({"out": out}, grid=grid, points=points, **configs)
     link = _link(tp, link_latency_us, link_bandwidth_gbps, link_source)
     if (tp > 1) != (base_model_config is not None):
         raise InputError("--tp above 1 and --base-model-config go together", field="tp")
+    configs = {"model_config": model_config, "base_model_config": base_model_config}
+    check_outputs({"out": out}, grid=grid, points=points, **configs)
     model, facts = read_model(model_config), gpu_facts(gpu)
     base = model if base_model_config is None else read_model(base_model_config)
     said = f"{source}: " if source else ""

@@ -30,7 +30,7 @@ setup: $(STAMP) ## create .venv from the lock file, where it is missing or out o
 $(STAMP): requirements-dev.lock pyproject.toml llmserve_env/report/version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
-	@echo "installing requirements-dev.lock"
+	@echo "installing requirements-dev.lock and PyTorch into $(VENV): some minutes, once"
 	@$(PY) $(PIP) install --no-deps --require-hashes -r requirements-dev.lock
 	@$(PY) $(PIP) install --upgrade-strategy only-if-needed "$(TORCH)"
 	@$(PY) $(PIP) install --no-deps --no-build-isolation -e .

@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError:
+        print("llmserve: it takes more memory than there is", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -87,12 +90,12 @@ def _run(argv: list[str]) -> int:
 
 
 def _call(name: str, args: list[str]) -> int:
-    import tyro
+    from llmserve_env.commands.shared.parsing import parse
 
     words = name.split()
     module = import_module(".".join(["llmserve_env.commands", *words]))
     command: Callable[..., int | None] = getattr(module, words[-1])
-    return tyro.cli(command, prog=f"llmserve {name}", args=args) or 0
+    return parse(command, f"llmserve {name}", args) or 0
 
 
 def _overview(group: str = "") -> str:

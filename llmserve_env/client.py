@@ -19,7 +19,8 @@ try:
     from openenv.core.utils import convert_to_ws_url
     from websockets.exceptions import ConnectionClosed
 except ImportError as error:
-    raise ImportError("the client needs OpenEnv 0.10: pip install 'llmserve-env[server]'") from error
+    reason = "the client needs OpenEnv 0.10: pip install -e '.[server]' in the checkout"
+    raise ImportError(reason) from error
 
 if TYPE_CHECKING:
     from openenv.core.sync_client import SyncEnvClient

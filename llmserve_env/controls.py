@@ -149,11 +149,21 @@ ACTION = np.dtype([(name, np.float64 if spec.type is float else np.int64) for na
 
 
 def to_array(actions: Sequence[ServeAction]) -> NDArray[np.void]:
-    """ACTION[n] of n actions."""
+    """ACTION[n] of n actions.
+
+    Raises:
+        InputError: one of them is none, or was made without being checked and holds what is no value.
+    """
     array = np.empty(len(actions), ACTION)
     for row, action in zip(array, actions, strict=True):
+        if not isinstance(action, ServeAction):
+            raise InputError(f"expected a ServeAction, found {action!r:.99}", field="action")
         for name, spec in SPECS.items():
-            row[name] = spec.code(getattr(action, name))
+            value = getattr(action, name, None)
+            try:
+                row[name] = spec.code(value)
+            except (AttributeError, OverflowError, TypeError, ValueError) as error:
+                raise InputError(f"expected {spec.range_text}, found {value!r:.99}", field=name) from error
     return array
 
 
@@ -174,19 +184,42 @@ def to_values(row: NDArray[np.void]) -> dict[str, Any]:
     }
 
 
+def _bits(records: NDArray[np.void]) -> NDArray[np.int64]:
+    """int64[n, controls], the codes' bits: every field of ACTION has 8 bytes."""
+    # From bytes, as a view or a copy of records takes several times as long.
+    return np.ndarray((len(records), len(CONTROLS)), np.int64, records.tobytes())
+
+
+def _code_bits(name: str, code: float) -> int:
+    return int(np.array([code], ACTION[name]).view(np.int64)[0])
+
+
+_LEAST = np.array([_code_bits(name, spec.low) for name, spec in SPECS.items()])
+_MOST = np.array([_code_bits(name, spec.high) for name, spec in SPECS.items()])
+_SPAN = (_MOST - _LEAST).astype(np.uint64)
+_INF = np.array([_code_bits(name, math.inf if spec.optional else spec.low) for name, spec in SPECS.items()])
+
+
 def check_records(records: NDArray[np.void]) -> NDArray[np.void]:
     """ACTION records, if every code is one.
 
     Raises:
-        InputError: names the control with a code out of its range.
+        InputError: they are no such records; or names the control with a code out of its range.
     """
-    for name, spec in SPECS.items():
-        codes = records[name]
-        inside = (codes >= spec.low) & (codes <= spec.high)
-        if spec.optional:
-            inside |= codes == np.inf
-        if not inside.all():
-            raise InputError(f"expected {spec.low}..{spec.high}, found {codes.tolist()}", field=name)
+    if not isinstance(records, np.ndarray):
+        raise InputError(f"expected ACTION records, found {records!r:.99}", field="action")
+    if records.dtype != ACTION or records.ndim != 1:
+        found = f"{records.dtype}{list(records.shape)}"
+        raise InputError(f"expected ACTION records, found {found:.99}", field="action")
+    bits = _bits(records)
+    # The bits of floats from 0 up are in the order of the floats, so all controls are compared at once, and
+    # what is less than the least is a large number without its sign.
+    out = ((bits - _LEAST).view(np.uint64) > _SPAN) & (bits != _INF)
+    if np.count_nonzero(out):
+        row, place = np.argwhere(out)[0]
+        name = CONTROLS[place]
+        spec = SPECS[name]
+        raise InputError(f"expected {spec.low}..{spec.high}, found {records[name][row]}", field=name)
     return records
 
 
@@ -235,6 +268,7 @@ class ActionGrid:
         self._rows = np.arange(len(self._codes))
         self._places = [CONTROLS.index(name) for name in self._codes]
         self._first = np.array([column[:1].view(np.int64)[0] for column in codes.values()])
+        self._free = np.array([name in self.granted for name in CONTROLS])
 
     @property
     def size(self) -> int:
@@ -245,6 +279,48 @@ class ActionGrid:
         """ACTION[count], every control at its first value."""
         actions: NDArray[np.void] = np.tile(self._first, (count, 1)).view(ACTION)[:, 0]
         return actions
+
+    def records(self, actions: NDArray[Any]) -> NDArray[np.void]:
+        """ACTION[n] of what a step was given.
+
+        Args:
+            actions: int[n, controls] indices into the grid, or ACTION[n] records with any values.
+
+        Raises:
+            InputError: neither of the two, or an index or a value out of its range.
+        """
+        actions = np.asarray(actions)
+        if actions.dtype == ACTION:
+            return check_records(actions)
+        if actions.dtype.kind not in "iu" or actions.ndim != 2 or actions.shape[1] != len(self.nvec):
+            raise InputError(
+                f"expected {len(self.nvec)} whole numbers for each environment, "
+                f"found {actions.dtype}{list(actions.shape)}",
+                field="action",
+            )
+        # A negative number is a large one without its sign: one comparison instead of two.
+        out = actions.astype(np.uint64) >= self.nvec.astype(np.uint64)
+        if out.any():
+            row, column = np.argwhere(out)[0]
+            raise InputError(
+                f"expected 0..{self.nvec[column] - 1}, found {actions[row, column]}",
+                field=f"action[{column}] ({list(self.values)[column]})",
+            )
+        return self.actions(actions)
+
+    def in_force(self, records: NDArray[np.void]) -> NDArray[np.void]:
+        """ACTION[n], what comes into force of ACTION[n]: what is not the agent's to set keeps its value."""
+        in_force: NDArray[np.void] = np.where(self._free, _bits(records), self._first).view(ACTION)[:, 0]
+        return in_force
+
+    def not_granted(self, action: NDArray[np.void]) -> dict[str, str]:
+        """The controls that an ACTION sets and that are not the agent's, with the reason why they stay."""
+        (row,) = self.in_force(action.reshape(1))
+        return {
+            name: f"not granted by the task: it stays {SPECS[name].value(row[name].item())}"
+            for name in CONTROLS
+            if action[name] != row[name]
+        }
 
     def ends(self, name: str) -> tuple[float, float]:
         """The least and the greatest finite code of a control; inf twice where only None is granted.

@@ -128,6 +128,7 @@ class EpisodeBatch:
         self._start = to_array([task.start])
         self._horizon = task.windows
         self.actions = np.repeat(self._start, num_episodes)
+        self._asked: NDArray[np.void] | None = None
         self.steps = np.zeros(num_episodes, np.int64)
         self.seeds = np.zeros(num_episodes, np.int64)
         self.components = np.zeros((num_episodes, len(COMPONENTS)))
@@ -192,6 +193,8 @@ class EpisodeBatch:
             self.seeds[i] = seeds[i]
             self.recordings[i] = Recording()
         self.actions[chosen] = self._start
+        if self._asked is not None:
+            self._asked[chosen] = self._start
         self.steps[chosen] = 0
         self.over[chosen] = False
         for array in (self.components, self.costs, self.totals, self.requests):
@@ -199,28 +202,36 @@ class EpisodeBatch:
         self.observed = self._observe()
         return self.observed
 
-    def step(self, actions: NDArray[np.void], which: NDArray[np.bool_] | None = None) -> StepResult:
+    def step(self, actions: NDArray[Any], which: NDArray[np.bool_] | None = None) -> StepResult:
         """Serve one window of each episode.
 
         Args:
-            actions: ACTION[n].
+            actions: ACTION[n], or int[n, controls] indices into the task's grid. A control that the task does
+                not grant stays as it is, and `info` names it among those that were not applied.
             which: bool[n], the episodes to serve (default: all); the others stay as they are, with reward 0.
 
         Raises:
-            InputError: no episode has begun, or one of them is over.
+            InputError: no episode has begun, or one of them is over; the actions are neither of the two, or
+                an index or a value is out of its range.
         """
         backend = self.backend
         if np.count_nonzero(self.over if which is None else self.over & which):  # any() takes 1 us more
             raise InputError("the episode is over: call reset")
-        windows = backend.serve(actions, self.task.window_s, which)
+        asked = self.task.grid.records(actions)
+        if len(asked) != self.num_episodes:
+            raise InputError(f"expected {self.num_episodes}, found {len(asked)}", field="actions")
+        # What indices choose is in the grid, and a new array.
+        in_force = self.task.grid.in_force(asked) if asked is actions else asked
+        windows = backend.serve(in_force, self.task.window_s, which)
         earning = self._rewards.earning(windows, backend.unmeasured)
         self.components, self.costs = self._rewards.of(earning, self._demand)
+        self._note_asked(asked, in_force, which)
         if which is None:
-            self.actions = actions.copy()
+            self.actions = in_force
         else:
             self.components[~which] = 0.0
             self.costs[~which] = 0.0
-            self.actions = np.where(which, actions, self.actions)
+            self.actions = np.where(which, in_force, self.actions)
         served = self._all if which is None else which
         self.steps += served
         rewards = self._rewards.add(windows, served, self.components, self.totals, self.requests)
@@ -243,8 +254,8 @@ class EpisodeBatch:
             index: index of the episode.
 
         Returns:
-            `reward_components`, `cost`, `score`, `seed`, the `action` in force, what of it was `not_applied`
-            with the reason, and the backend's notes.
+            `reward_components`, `cost`, `score`, `seed`, the `action` in force, what of the action that was
+            given was `not_applied` with the reason, and the backend's notes.
         """
         action = self.actions[index]
         return {
@@ -253,9 +264,22 @@ class EpisodeBatch:
             "score": float(self.scores[index]),
             "seed": int(self.seeds[index]),
             "action": to_values(action),
-            "not_applied": self.backend.ignored(index, action) if self.steps[index] else {},
+            "not_applied": self._not_applied(index) if self.steps[index] else {},
             **self.backend.notes(),
         }
+
+    @property
+    def beyond_grant(self) -> bool:
+        """Whether an episode's last action set a control that the task does not grant."""
+        return self._asked is not None
+
+    def not_granted(self, index: int = 0) -> dict[str, str]:
+        """The controls that an episode's last action set and that the task does not grant, with the reason.
+
+        Args:
+            index: index of the episode.
+        """
+        return {} if self._asked is None else self.task.grid.not_granted(self._asked[index])
 
     def log(self, index: int = 0) -> EpisodeLog:
         """The log of a recorded episode so far.
@@ -299,6 +323,20 @@ class EpisodeBatch:
         """
         if self._backend is not None:
             self._backend.close()
+
+    def _note_asked(
+        self, asked: NDArray[np.void], in_force: NDArray[np.void], which: NDArray[np.bool_] | None
+    ) -> None:
+        """Keep what was asked for, where something else came into force."""
+        beyond = asked is not in_force and asked.tobytes() != in_force.tobytes()
+        if which is not None and (beyond or self._asked is not None):
+            self._asked = np.where(which, asked, self.actions if self._asked is None else self._asked)
+        else:
+            self._asked = asked.copy() if beyond else None
+
+    def _not_applied(self, index: int) -> dict[str, str]:
+        asked = self.actions[index] if self._asked is None else self._asked[index]
+        return {**self.not_granted(index), **self.backend.ignored(index, asked)}
 
     def _observe(self) -> NDArray[np.float32]:
         return self._observer.of(self.backend.windows, self.actions, self.steps)

@@ -54,7 +54,7 @@ def as_input_error(error: ValidationError, file: str | None = None) -> InputErro
 
 def missing_package(error: ImportError, extra: str = "server") -> InputError:
     """What to say where a package of an extra is not installed."""
-    return InputError(f"the {error.name} package is missing: install llmserve-env[{extra}]")
+    return InputError(f"the {error.name} package is missing: pip install -e '.[{extra}]' in the checkout")
 
 
 def _error(reason: str, file: str | None, line: int | None, field: str | None) -> InputError:

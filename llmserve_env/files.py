@@ -1,15 +1,134 @@
-"""Writing result files so that a reader never meets a half-written one."""
+"""Files that users name: read within bounds, and written so that no reader meets a half-written one."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import secrets
+import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from llmserve_env.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SETTINGS_BYTES = 16 * 2**20
+"""Longest file of settings that is read (TOML, JSON); those that there are have some kB."""
+TABLE_BYTES = 2**30
+"""Longest table of measurements, and longest file of weights, that is read."""
+UNPACKED_RATIO = 50
+"""How many times its size a file may be when it is unpacked: tables of numbers come to some ten times."""
+UNPACKED_BYTES = 64 * 2**20
+"""What a file may come to when it is unpacked, however small it is."""
+
+_PART_BYTES = 2**20
+_GZIP = b"\x1f\x8b"
+_OTHER_PACKERS = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
+
+
+def read_bytes(
+    path: Path | str, most: int, *, gzipped: bool | None = False, longest_line: int | None = None
+) -> bytes:
+    """What a file holds, if that is no more than there may be: nothing beyond it is read or unpacked.
+
+    Args:
+        path: the file; a pipe will do.
+        most: bytes that it may hold, unpacked. What is packed may also be no more than `UNPACKED_RATIO` times
+            its size, or `UNPACKED_BYTES`.
+        gzipped: whether it is gzip; None: if it begins as such.
+        longest_line: bytes that a line may have (default: any number).
+
+    Raises:
+        InputError: it cannot be read, is damaged gzip, or holds more.
+    """
+    name = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            begins = file.peek(8)[:8]
+            if gzipped is None:
+                gzipped = begins.startswith(_GZIP)
+                for magic, packer in _OTHER_PACKERS.items():
+                    if begins.startswith(magic):
+                        raise InputError(
+                            f"is packed with {packer}: unpack it, or pack it with gzip", file=name
+                        )
+            size = os.fstat(file.fileno()).st_size  # 0 of a pipe
+            if not gzipped:
+                return _within(file, most, longest_line, name, size)
+            if not begins:
+                return b""
+            most = min(most, max(UNPACKED_RATIO * size, UNPACKED_BYTES))
+            return _within(cast("IO[bytes]", gzip.GzipFile(fileobj=file)), most, longest_line, name)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"cannot be read: damaged or truncated gzip: {error}", file=name) from error
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", file=name) from error
+    except MemoryError as error:
+        raise InputError("cannot be read: it takes more memory than there is", file=name) from error
+    except InputError:
+        raise
+    except ValueError as error:  # a NUL in the path
+        raise InputError(f"cannot be read: {error}", file=name) from error
+
+
+def _within(
+    source: IO[bytes], most: int, longest_line: int | None, name: str, size: int | None = None
+) -> bytes:
+    """All of a stream."""
+    found = io.BytesIO()
+    line = 0
+    if size is not None and size > most:
+        raise InputError(f"expected at most {most:,} bytes, found {size:,}", file=name)
+    while part := source.read(_PART_BYTES):
+        found.write(part)
+        if found.tell() > most:
+            unpacked = "" if size is not None else " unpacked"
+            raise InputError(f"expected at most {most:,} bytes{unpacked}, found more", file=name)
+        if longest_line is not None:
+            end = max(part.rfind(b"\n"), part.rfind(b"\r"))
+            line = line + len(part) if end < 0 else len(part) - end - 1
+            if line > longest_line:
+                raise InputError(f"expected lines of at most {longest_line:,} bytes, found more", file=name)
+    return found.getvalue()
+
+
+def read_text(path: Path | str, most: int = SETTINGS_BYTES) -> str:
+    """The text of a file.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Raises:
+        InputError: it cannot be read, is longer, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"cannot be read: expected UTF-8 text, byte {error.start} is none", file=str(path)
+        ) from error
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """A file of settings in TOML.
+
+    Raises:
+        InputError: it cannot be read, is longer than `SETTINGS_BYTES`, or is not TOML.
+    """
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
+        raise InputError(f"cannot be read as TOML: {error}", file=str(path)) from error
 
 
 def write_atomic(path: Path | str, content: str | bytes) -> None:

@@ -10,19 +10,20 @@ import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ValidationError
+from pydantic_core import from_json
 
-from llmserve_env.controls import to_array
+from llmserve_env.controls import to_array, to_values
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError, as_input_error
-from llmserve_env.files import write_atomic
+from llmserve_env.files import SETTINGS_BYTES, read_bytes, write_atomic
 from llmserve_env.recording import record_bytes
 from llmserve_env.report.version import __version__
 from llmserve_env.rewards import COMPONENTS
@@ -31,9 +32,11 @@ from llmserve_env.tasks import EVALUATION_SEEDS, Task, list_tasks, load_task
 from llmserve_env.tasks.self_contained import refuse_files
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+MAX_WINDOWS = 10_000
+"""Windows of a log that is read unless more are allowed: as many as the service takes."""
+_WINDOW_BYTES = 1024  # of JSON with indents; a live episode's have half of it
 _OUTCOMES = ("arrived", "completed", "in_slo", "failed")
 
 
@@ -50,11 +53,13 @@ def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
         score is the mean of the rewards that the log states.
 
     Raises:
-        InputError: the log is of another version, or is not what the simulator did under its task, seed and
-            actions; names the field, such as "digests[17]", and what was expected.
+        InputError: the log is of another version, an action sets what the task does not grant, or the log is
+            not what the simulator did under its task, seed and actions; names the field, such as
+            "digests[17]", and what was expected.
     """
     _check_form(log)
     task, custom = _task(log.task, allow_files)
+    _check_granted(task, log)
     if len(log.actions) > task.windows:
         raise InputError(f"expected at most {task.windows}, found {len(log.actions)}", field="actions")
     score, requests = log.score, dict[str, int]()
@@ -77,23 +82,30 @@ def grade(log: EpisodeLog, *, allow_files: bool = False) -> GradeResult:
     )
 
 
-def read_log(path: str | Path) -> EpisodeLog:
+def read_log(path: str | Path, *, max_windows: int = MAX_WINDOWS) -> EpisodeLog:
     """Read a log that `write_log` wrote.
 
     Args:
         path: a JSON file, gzip'ed if it ends in .gz.
+        max_windows: windows that it may have; of a file that is longer than such a log no more is read.
 
     Raises:
-        InputError: it cannot be read or is no log; names the file and the field.
+        InputError: it cannot be read, is no log, or is longer; names the file and the field.
     """
     path = Path(path)
+    most = SETTINGS_BYTES + max_windows * _WINDOW_BYTES
+    content = read_bytes(path, most, gzipped=path.suffix == ".gz")
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+        table = from_json(content)
+    except ValueError as error:
+        raise InputError(f"expected JSON: {error}", file=str(path)) from error
+    for name in ("actions", "rewards", "components", "digests"):
+        entries = table.get(name) if isinstance(table, dict) else None
+        if isinstance(entries, list) and len(entries) > max_windows:
+            reason = f"expected at most {max_windows:,} windows, found {len(entries):,}"
+            raise InputError(reason, file=str(path), field=name)
     try:
-        return EpisodeLog.model_validate_json(content)
+        return EpisodeLog.model_validate(table)
     except ValidationError as error:
         refused = _log_error(error)
         raise InputError(refused.reason, file=str(path), field=refused.field) from error
@@ -134,6 +146,24 @@ def _check_form(log: EpisodeLog) -> None:
         found = len(getattr(log, name))
         if found != len(log.actions):
             raise InputError(f"expected {len(log.actions)}, one for each action, found {found}", field=name)
+
+
+def _check_granted(task: Task, log: EpisodeLog) -> None:
+    """Refuse actions that never were in force: an episode keeps the controls that its task does not grant.
+
+    A log that holds them is of a version that obeyed them, or of no episode at all.
+    """
+    actions = to_array(log.actions)
+    if not len(actions):
+        return
+    in_force = task.grid.in_force(actions)
+    for index in np.flatnonzero(actions != in_force)[:1].tolist():
+        for name in task.grid.not_granted(actions[index]):
+            kept, asked = (to_values(row[index])[name] for row in (in_force, actions))
+            raise InputError(
+                f"expected {kept}, as the task does not grant it, found {asked}",
+                field=f"actions[{index}].{name}",
+            )
 
 
 def _replay(task: Task, log: EpisodeLog) -> tuple[dict[str, float], dict[str, int]]:

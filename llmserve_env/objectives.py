@@ -95,7 +95,7 @@ class ObjectiveBatch(EpisodeBatch):
         self.means = np.where(begun, 0.0, self.means)
         return observations
 
-    def step(self, actions: NDArray[np.void], which: NDArray[np.bool_] | None = None) -> StepResult:
+    def step(self, actions: NDArray[Any], which: NDArray[np.bool_] | None = None) -> StepResult:
         """As `EpisodeBatch.step`."""
         result = super().step(actions, which)
         self.earned = self._objectives.of(self.windows, self._demand)

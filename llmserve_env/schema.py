@@ -212,8 +212,8 @@ class ServeObservation(BaseModel):
     done: bool
     """Whether the episode is over."""
     metadata: dict[str, Any]
-    """Seed, reward components, cost and score so far, the action in force, its fields that were not applied
-    with the reason, and how the episode ended: terminated before its horizon, or truncated at it.
+    """Seed, reward components, cost and score so far, the action in force, the fields that were set and not
+    applied with the reason, and how the episode ended: terminated before its horizon, or truncated at it.
     """
 
 
@@ -257,7 +257,7 @@ class EpisodeLog(BaseModel):
     live: bool = False
     """Whether real engines served: such a log cannot be replayed."""
     actions: list[ServeAction]
-    """Actions, one for each window."""
+    """Actions in force, one for each window."""
     rewards: list[float]
     """Reward of each window."""
     components: list[dict[str, float]] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmserve_env.backend import WINDOW
-from llmserve_env.controls import to_action, to_array
+from llmserve_env.controls import check_records, to_action, to_array
 from llmserve_env.episode import Episode, StepResult
 from llmserve_env.errors import InputError
 from llmserve_env.grading import grade
@@ -263,7 +263,8 @@ class RemoteBatch:
         """
         if self.over[0]:
             raise InputError("the episode is over: call reset" if self.steps[0] else "call reset before step")
-        rewards = self._session.step([to_action(actions[0])])
+        (action,) = check_records(actions)
+        rewards = self._session.step([to_action(action)])
         seen = self._session.observation()
         told = seen.metadata
         return StepResult(

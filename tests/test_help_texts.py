@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmserve_env.cli import COMMANDS, main
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "evaluate", "examples", "llmserve_env/commands", "scripts", "server", "train")
 WITHOUT_SUBJECT = re.compile(r"(of|that|as|where|its|it|at|by|for|in|to|also|the same)\b", re.IGNORECASE)
@@ -59,3 +61,12 @@ def test_options_have_a_subject(file):
         commands = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         found += [each for node in commands if node.name == Path(file).stem for each in _described(node)]
     assert not [each for each in found if WITHOUT_SUBJECT.match(each[1])]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_default_is_said_once(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    text = " ".join(re.sub(r"[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+    assert not re.findall(r"default: [^()]*(?:\([^()]*\))?[^()]*\)\.? \(default: [^)]*\)", text)
+    assert "(default: )" not in text

@@ -108,6 +108,10 @@ def write_report(found: Found, seeds: Sequence[int], baseline: str, out: Path) -
     parts = [_scores(table, whole, settings), _differences(table, whole, settings, baseline)]
     shares = _gap_shares(table, settings, seeds)
     parts += [shares] if shares else []
+    if _CONSTANT not in table:
+        parts.append(
+            f"{_CONSTANT} has not played: there are no shares of the gap between it and the clairvoyant plan."
+        )
     if models:
         parts.append(_language_models(models, table, seeds, baseline))
     text = "\n\n".join([_title(found, seeds), *parts]) + "\n"

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmserve_env.agents.policy import CLIP, CONFIG, Setter, check_grid, checked, read_policy
 from llmserve_env.controls import BoxActions
 from llmserve_env.errors import InputError
+from llmserve_env.files import SETTINGS_BYTES, read_bytes
 from llmserve_env.observation import Reader, feature_names
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ def shapes(config: ContinuousConfig) -> dict[str, tuple[int, ...]]:
 def is_continuous(folder: str | Path) -> bool:
     """Whether a folder's policy is one of the continuous form; False where none can be read."""
     try:
-        return bool(json.loads((Path(folder) / CONFIG).read_bytes())["form"] == "continuous")
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(read_bytes(Path(folder) / CONFIG, SETTINGS_BYTES))["form"] == "continuous")
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmserve_env.controls import CONTROLS, to_array
 from llmserve_env.errors import InputError, as_input_error
-from llmserve_env.files import write_atomic
+from llmserve_env.files import SETTINGS_BYTES, TABLE_BYTES, read_bytes, write_atomic
 from llmserve_env.objectives import OBJECTIVES, Objectives
 from llmserve_env.observation import FEATURES, Reader, feature_names
 
@@ -358,13 +358,12 @@ def read_policy(folder: str | Path, kind: type[C], make: Callable[[C, dict[str, 
     from safetensors.numpy import load
 
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    said, packed = read_bytes(config_path, SETTINGS_BYTES), read_bytes(weights_path, TABLE_BYTES)
     try:
-        config = kind.model_validate_json(config_path.read_bytes())
-        weights = load(weights_path.read_bytes())
+        config = kind.model_validate_json(said)
+        weights = load(packed)
     except ValidationError as error:
         raise as_input_error(error, str(config_path)) from error
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", file=error.filename) from error
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"damaged or no safetensors: {error}", file=str(weights_path)) from error
     objectives = getattr(config, "objectives", [])

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmserve_env import load_profile, load_task, open_workload
-from llmserve_env.commands.shared.report import check_folders, write_json
+from llmserve_env.commands.shared.report import check_outputs, write_json
 from llmserve_env.errors import InputError
 from llmserve_env.report.provenance import made_by
 
@@ -53,7 +53,7 @@ def bench(
         runs: repetitions of each measurement.
         json: file for the figures.
     """
-    check_folders(json)
+    check_outputs({"json": json}, trace=trace, profile=profile, task=task)
     if runs < 1:
         raise InputError(f"expected 1 or more, found {runs}", field="runs")
     if min(requests, default=1) < 1:

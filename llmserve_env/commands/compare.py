@@ -49,7 +49,7 @@ def compare(
     Raises:
         InputError: the server, the trace, the log or a file cannot be used.
     """
-    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.report import check_outputs, write_json
     from llmserve_env.hardware import load_profile
     from llmserve_env.live.calibrate import comparison
     from llmserve_env.live.calibrate.calibration import find_engine_limits, ordinary_tokens
@@ -58,7 +58,9 @@ def compare(
     from llmserve_env.report.provenance import made_by
     from llmserve_env.workloads import open_workload
 
-    check_folders(json_file, picture)
+    check_outputs(
+        {"json": json_file, "picture": picture}, profile=profile, trace=trace, iteration_log=iteration_log
+    )
     if picture is not None:
         check_suffix(picture)
     hardware = load_profile(profile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 import shutil
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,7 @@ def _write(
 ) -> None:
     """Write a dataset that appears whole or not at all."""
     folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    new = [each for each in path.parents if not each.exists()]
     try:
         folder.mkdir(parents=True)
         storage = _storage(folder, task, spec=spec)
@@ -174,6 +176,9 @@ def _write(
         raise InputError(f"cannot be written: {error.strerror or error}", file=str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for each in new:  # those that nothing came to lie in
+            with suppress(OSError):
+                each.rmdir()
 
 
 def _say(episodes: int, path: Path, name: str, out: Path | None) -> None:
@@ -273,14 +278,18 @@ def _minari() -> Any:
 
 
 def _path(minari: Any, name: str, out: Path | None) -> Path:
-    """Where the dataset comes to lie."""
+    """Where the dataset comes to lie: absolute, as Minari joins a relative path to itself."""
     try:
         minari.dataset.minari_dataset.parse_dataset_id(name)
     except ValueError as error:
         raise InputError(f"expected NAMESPACE/NAME-vN, found '{name}'", field="name") from error
     root = out or Path(import_module("minari.storage.datasets_root_dir").get_dataset_path())
-    path = Path(root) / name
-    if path.exists():
+    try:
+        path = Path(root).absolute() / name
+        is_there = path.exists() or path.is_symlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise InputError(f"cannot be written: {error}", file=str(root)) from error
+    if is_there:
         raise InputError("is there already: remove it or give another --name", file=str(path))
     return path
 

@@ -41,7 +41,7 @@ def demo(
     from tqdm import tqdm
 
     from llmserve_env.agents import lacks_weights, load_agent
-    from llmserve_env.commands.shared.report import table, write_json
+    from llmserve_env.commands.shared.report import check_outputs, table, write_json
     from llmserve_env.report.provenance import made_by
     from llmserve_env.report.stats import interval
     from llmserve_env.tasks import EVALUATION_SEEDS, load_task
@@ -61,8 +61,12 @@ def demo(
             load_agent(agents[-1], task)  # says what there are weights for
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot be made: {error.strerror or error}", file=str(out)) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot be made: {reason}", file=str(out)) from error
+    written = [out / "scores.json", out / "episode.png"]
+    check_outputs({"out": written[0]})
+    check_outputs({"out": written[1]})
     chosen = EVALUATION_SEEDS[:seeds]
     results: dict[str, dict[str, Any]] = {}
     columns = []
@@ -75,7 +79,6 @@ def demo(
                 bar.update(seeds)
             scores = {name: str(interval(found["scores"])) for name, found in results[task.id].items()}
             columns.append([scores.get(name, "–") for name in agents])
-    written = [out / "scores.json", out / "episode.png"]
     write_json(written[0], {"made_by": made_by(), "seeds": list(chosen), "tasks": results})
     _draw(list(players[0].values())[-1], loaded[0], chosen[0], written[1])
     lines = [[name, *cells] for name, cells in zip(agents, zip(*columns, strict=True), strict=True)]

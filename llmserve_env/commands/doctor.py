@@ -38,7 +38,7 @@ def doctor(
     Raises:
         InputError: a URL or the file cannot be used.
     """
-    from llmserve_env.commands.shared.report import check_folders, table, write_json
+    from llmserve_env.commands.shared.report import check_outputs, table, write_json
     from llmserve_env.errors import InputError
     from llmserve_env.live.servers.doctor import TOKENS, controls, diagnose
 
@@ -46,7 +46,7 @@ def doctor(
         raise InputError("expected one or more", field="--url")
     if not timeout_s > 0:
         raise InputError(f"expected seconds > 0, found {timeout_s}", field="--timeout-s")
-    check_folders(json_file)
+    check_outputs({"json": json_file})
     key = os.environ.get("OPENAI_API_KEY")
     print(f"asks each server for one completion of {TOKENS} tokens\n", flush=True)
     found = []

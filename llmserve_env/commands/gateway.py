@@ -132,6 +132,7 @@ def gateway(
     import logging
     import math
 
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
@@ -147,6 +148,7 @@ def gateway(
     from llmserve_env.net.protocols import bounded
     from llmserve_env.net.sockets import is_local, listen
 
+    check_outputs({"decisions": steering.decisions}, task=steering.task, tenants=tenants)
     upstreams = [parse_upstream(each) for each in upstream]
     origins = [each if each == "*" else origin_of(each) for each in cors_origin]
     task = _task(steering, action, window_s, upstreams)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from llmserve_env.schema import GradeResult
 
 
-def grade(file: Path, /, *, allow_files: bool = False) -> None:
+def grade(file: Path, /, *, allow_files: bool = False, max_windows: int = 10_000) -> None:
     """Replay an episode's log and say what it scores.
 
     A log that is not what the simulator did is refused, with the place that differs.
@@ -17,6 +17,7 @@ def grade(file: Path, /, *, allow_files: bool = False) -> None:
     Args:
         file: a log that `llmserve_env.grading.write_log` wrote, gzip'ed if it ends in .gz.
         allow_files: whether the log's task may name files of this machine, such as a trace of your own.
+        max_windows: windows that the log may have; no more is read of a file that is longer than such a log.
 
     Raises:
         InputError: the file cannot be read, or the log does not match its replay.
@@ -24,7 +25,9 @@ def grade(file: Path, /, *, allow_files: bool = False) -> None:
     from llmserve_env import grading
     from llmserve_env.errors import InputError
 
-    log = grading.read_log(file)
+    if max_windows < 1:
+        raise InputError(f"expected 1 or more, found {max_windows}", field="--max-windows")
+    log = grading.read_log(file, max_windows=max_windows)
     try:
         result = grading.grade(log, allow_files=allow_files)
     except InputError as error:

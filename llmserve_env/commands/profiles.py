@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from llmserve_env.commands.shared.report import check_outputs
+from llmserve_env.files import write_atomic
 from llmserve_env.hardware import list_profiles, load_profile
 
 if TYPE_CHECKING:
@@ -34,11 +36,10 @@ def profiles(
         name: a shipped profile or the path of a .toml file; all shipped ones when left out.
         json_file: file for the figures, as JSON.
     """
+    check_outputs({"json": json_file}, profile=name)
     chosen = [load_profile(each) for each in (list_profiles() if name is None else [name])]
     figures = [_figures(profile) for profile in chosen]
     if json_file is not None:
-        from llmserve_env.files import write_atomic
-
         write_atomic(json_file, json.dumps(figures, indent=2) + "\n")
     if name is None:
         _print_table(figures)

@@ -102,13 +102,13 @@ def run(
 
     from llmserve_env.agents.find import find_agent
     from llmserve_env.commands.grade import tell
-    from llmserve_env.commands.shared.report import check_folders
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.grading import grade, write_log
     from llmserve_env.live.gateway.steering import warm_up
     from llmserve_env.play import play_batch
     from llmserve_env.tasks import load_task
 
-    check_folders(log, piloting.decisions)
+    check_outputs({"log": log, "decisions": piloting.decisions}, task=task, workload=workload)
     if seed < 0:
         raise InputError(f"expected 0 or more, found {seed}", field="--seed")
     if not live and endpoint != Endpoint():
@@ -184,6 +184,7 @@ class _Run:
         self._pilot: Pilot | None = None
         self._decision: Decision | None = None
         self._before = self._action = episode.task.start
+        self._not_applied: dict[str, str] = {}
 
     def reset(self, task: Task, seeds: Sequence[int]) -> None:
         """Say how each field is applied, where there is something to say of it, and take the controls."""
@@ -200,17 +201,14 @@ class _Run:
 
     def act(self, observations: NDArray[np.float32], windows: NDArray[np.void]) -> NDArray[np.void]:
         """ACTION[1]."""
-        from llmserve_env.controls import to_action, to_array
+        from llmserve_env.controls import to_array
 
         self._before = self._action
         if self._pilot is None:
-            actions = self._agent.act(observations, windows)
-            self._action = to_action(actions[0])
-            return actions
+            return self._agent.act(observations, windows)
         backend = self.episode.batch.backend
         applied = self._pilot.decide(windows[0].copy(), backend.stale, backend.excused).applied
         self._decision = self._pilot.applied(backend.not_applied(applied))
-        self._action = applied
         return to_array([applied])
 
     def watch(self, batch: EpisodeBatch, result: StepResult) -> None:
@@ -218,8 +216,16 @@ class _Run:
         self.cost += float(batch.costs[0])
         if self._pilot is not None:
             self._pilot.result(batch.windows[0].copy(), float(result.rewards[0]))
-        seen = self.episode.observation()
-        print(_line(seen, batch.task, self._before, self._action, self._decision), flush=True)
+        seen, self._action = self.episode.observation(), self.episode.action
+        not_applied = dict(seen.metadata["not_applied"])
+        if self._decision is not None:
+            not_applied |= self._decision.not_applied
+        new = {name: why for name, why in not_applied.items() if name not in self._not_applied}
+        self._not_applied = not_applied
+        line = _line(seen, batch.task, self._before, self._action, self._decision)
+        if new:
+            line += "; not applied: " + ", ".join(f"{name} ({why})" for name, why in new.items())
+        print(line, flush=True)
 
     def close(self) -> None:
         """Let go of the controls, and of the episode."""

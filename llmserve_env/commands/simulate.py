@@ -54,15 +54,14 @@ def simulate(
         skip_bad_rows: whether rows of the trace that cannot be read are skipped and counted, not refused.
         json_file: file for the summary, as JSON.
     """
-    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.report import check_outputs, write_json
     from llmserve_env.commands.shared.serving import Cell, serve, write_requests
     from llmserve_env.commands.shared.summary import rows, summarise
     from llmserve_env.hardware import load_profile
     from llmserve_env.hardware.memory import kv_blocks
     from llmserve_env.workloads import open_reported
 
-    check_folders(out, json_file)
-    _check_outputs(trace, out, json_file)
+    check_outputs({"out": out, "json": json_file}, trace=trace, profile=profile)
     hardware = load_profile(profile)
     _check_tp(hardware, tp)
     budget = (
@@ -95,16 +94,6 @@ def simulate(
     for label, value in words:
         print(f"  {label:<{width}}  {value}")
     print(f"wrote {out}")
-
-
-def _check_outputs(trace: str, out: Path, json_file: Path | None) -> None:
-    """Refuse to write over the trace, or twice to one file."""
-    source = Path(trace.removeprefix("trace://").partition("?")[0])
-    for name, path in (("out", out), ("json", json_file)):
-        if path is not None and path.exists() and source.exists() and path.samefile(source):
-            raise InputError("is the trace itself: give another file", file=str(path), field=name)
-    if json_file is not None and json_file.resolve() == out.resolve():
-        raise InputError("is the file of --out too: give another", file=str(json_file), field="json")
 
 
 def _check_tp(profile: Profile, tp: int | None) -> None:

@@ -31,7 +31,7 @@ def tasks(
     Raises:
         InputError: the task cannot be used, or the picture cannot be written.
     """
-    from llmserve_env.commands.shared.report import check_folders
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.errors import InputError
     from llmserve_env.report.figures import check_suffix
     from llmserve_env.tasks import list_tasks, load_task
@@ -46,7 +46,7 @@ def tasks(
         return
     if picture is not None:
         check_suffix(picture)
-        check_folders(picture)
+        check_outputs({"picture": picture}, task=name)
     task = load_task(name)
     tables = describe_task(task)
     print("\n\n".join([_text(task.description, markdown), *(form(table) for table in tables)]))

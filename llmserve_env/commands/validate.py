@@ -40,18 +40,19 @@ def validate(
         picture: picture of the distributions (png, svg or pdf).
     """
     from llmserve_env.commands.shared.measured import Latencies, read_run
-    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.report import check_outputs, write_json
     from llmserve_env.commands.shared.serving import serve
     from llmserve_env.hardware import load_profile
     from llmserve_env.report.figures import check_suffix
     from llmserve_env.report.provenance import made_by
 
-    check_folders(json_file, picture)
+    requests, meta = run_dir / "requests.jsonl", run_dir / "meta.json"
+    check_outputs({"json": json_file, "picture": picture}, profile=profile, requests=requests, meta=meta)
     if picture is not None:
         check_suffix(picture)
     hardware = load_profile(profile)
-    measured = read_run(run_dir / "requests.jsonl")
-    cell, warnings = _cell(run_dir / "meta.json", hardware)
+    measured = read_run(requests)
+    cell, warnings = _cell(meta, hardware)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     outcomes = serve(measured.workload, cell).outcomes

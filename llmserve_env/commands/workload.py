@@ -6,7 +6,9 @@ import json as json_format
 from dataclasses import asdict
 from pathlib import Path
 
+from llmserve_env.commands.shared.report import check_outputs
 from llmserve_env.files import write_atomic
+from llmserve_env.report.figures import check_suffix
 from llmserve_env.workloads import describe, open_reported
 
 
@@ -31,6 +33,9 @@ def workload(
     Raises:
         InputError: the source cannot be used, or a file cannot be written.
     """
+    check_outputs({"picture": picture, "json": json}, source=source)
+    if picture is not None:
+        check_suffix(picture)
     requests, report = open_reported(source, seed=seed, skip_bad_rows=skip_bad_rows)
     description = describe(requests)
     print(description.as_table())

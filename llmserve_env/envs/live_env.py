@@ -151,7 +151,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        result = self.episode.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
+        result = self.episode.batch.step(np.asarray(action)[None])
         return (
             result.observations[0],
             result.rewards.item(),

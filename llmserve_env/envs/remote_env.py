@@ -118,7 +118,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        chosen = to_action(spaces.to_records(self.grid, np.asarray(action)[None])[0])
+        chosen = to_action(self.grid.records(np.asarray(action)[None])[0])
         if self._last is None:
             raise InputError("call reset before step")
         try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SB3VecEnv(VecEnv):
     """What `DummyVecEnv` of single environments in a `Monitor` would give, in one call of the simulator.
 
-    Infos are those of a vector environment, one dict an episode: without `action` and `not_applied`.
+    Infos are those of a vector environment, one dict an episode.
     `env_method("action_masks")` is there for sb3-contrib's MaskablePPO.
 
     Args:
@@ -122,6 +122,7 @@ def _rows(info: dict[str, Any], count: int) -> list[dict[str, Any]]:
         if name.startswith(("_", "final_")):
             continue
         column = _rows(values, count) if isinstance(values, dict) else values.tolist()
-        for row, value in zip(rows, column, strict=True):
-            row[name] = value
+        for row, value, is_told in zip(rows, column, info[f"_{name}"], strict=True):
+            if is_told:
+                row[name] = value
     return rows

@@ -42,7 +42,8 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     {controls}
 
-    `step` also takes a record of dtype `controls.ACTION`, whose values may lie between those of the grid.
+    `step` also takes a record of dtype `controls.ACTION`, whose values may lie between those of the grid. A
+    control that the task does not grant stays as it starts.
     `action_masks()` tells which values the cell can apply.
 
     ## Observation Space
@@ -168,7 +169,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        result = self.batch.step(spaces.to_records(self.task.grid, np.asarray(action)[None]))
+        result = self.batch.step(np.asarray(action)[None])
         return (
             result.observations[0],
             result.rewards.item(),

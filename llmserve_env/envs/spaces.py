@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 
-from llmserve_env.controls import ACTION, check_records
 from llmserve_env.errors import InputError
 from llmserve_env.observation import TENANT_SLOTS, features
 from llmserve_env.schema import ServeAction
@@ -49,37 +48,6 @@ def observation_space(groups: Collection[str]) -> spaces.Space[NDArray[np.float3
 def action_space(grid: ActionGrid) -> spaces.Space[NDArray[np.int64]]:
     """MultiDiscrete int64[controls]: for each control the index of a value of the grid."""
     return spaces.MultiDiscrete(grid.nvec)
-
-
-def to_records(grid: ActionGrid, actions: Any) -> NDArray[np.void]:
-    """ACTION[n] of what a step was given.
-
-    Args:
-        grid: the values from which indices choose.
-        actions: int[n, controls] indices into the grid, or ACTION[n] records with any values.
-
-    Raises:
-        InputError: neither of the two, or an index or a value out of its range.
-    """
-    actions = np.asarray(actions)
-    if actions.dtype == ACTION:
-        return check_records(actions)
-    if actions.dtype.kind not in "iu" or actions.ndim != 2 or actions.shape[1] != len(grid.nvec):
-        raise InputError(
-            f"expected {len(grid.nvec)} whole numbers for each environment, "
-            f"found {actions.dtype}{list(actions.shape)}",
-            field="action",
-        )
-    # A negative number is a large one without its sign: one comparison instead of two.
-    out = actions.astype(np.uint64) >= grid.nvec.astype(np.uint64)
-    if out.any():
-        row, column = np.argwhere(out)[0]
-        raise InputError(
-            f"expected 0..{grid.nvec[column] - 1}, found {actions[row, column]}",
-            field=f"action[{column}] ({list(grid.values)[column]})",
-        )
-    records: NDArray[np.void] = grid.actions(actions)
-    return records
 
 
 def box_space(grid: ActionGrid) -> spaces.Space[NDArray[np.float32]]:

@@ -132,6 +132,9 @@ class ServeToolEnv:
     def set_serving_config(self, *args: Any, **named: Any) -> str:  # noqa: D417 - see `_config_doc`
         """Set the configuration of the service and serve with it for one window of time or several.
 
+        The task's `controls` are what can be set. Any other stays as the episode began, whatever it is set to
+        here, and `not_applied` names it.
+
         Args:
             {controls}
             windows: For how many windows to serve with it, 1 to {most_windows}; it stops at the end of the
@@ -141,7 +144,10 @@ class ServeToolEnv:
             JSON of the last window's observation, the mean reward of the windows, the score so far, and the
             settings that had no effect with the reason.
         """
-        arguments = _CONFIG.bind(self, *args, **named).arguments
+        try:
+            arguments = _CONFIG.bind(self, *args, **named).arguments
+        except TypeError as error:  # an argument too many, or one that is missing
+            return _text({"error": str(error)})
         del arguments["self"]
         try:
             call = _Call.model_validate(arguments)

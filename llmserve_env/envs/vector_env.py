@@ -29,7 +29,8 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
     """`LLMServeEnv` n times, bit for bit what n of them would give, over automatic resets too.
 
     Its info holds one array for each number of the single environment's, with Gymnasium's `_key` masks;
-    `action` and `not_applied` are left out.
+    `action` is left out, and `not_applied` names no more than what the task does not grant, after windows in
+    which an action set it.
 
     Args:
         num_envs: episodes side by side.
@@ -128,15 +129,12 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         Raises:
             InputError: an index out of its range; an episode has not begun, or is over with resets disabled.
         """
-        records = spaces.to_records(self.task.grid, actions)
-        if len(records) != self.num_envs:
-            raise InputError(f"expected {self.num_envs}, found {len(records)}", field="actions")
         waiting = self._ended if self.autoreset_mode is AutoresetMode.NEXT_STEP else None
         if waiting is not None and waiting.any():
-            result = self.batch.step(records, which=~waiting)
+            result = self.batch.step(actions, which=~waiting)
             observations = self._begin(waiting, [None] * self.num_envs)
         else:
-            result = self.batch.step(records)
+            result = self.batch.step(actions)
             observations = result.observations
         over = result.terminated | result.truncated
         everyone = np.ones(self.num_envs, bool)
@@ -200,6 +198,7 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         for name, values in zip(COMPONENTS, batch.components.T, strict=True):
             parts |= {name: masked(values), f"_{name}": which.copy()}
         return {
+            **self._not_granted(which),
             "reward_components": parts,
             "_reward_components": which.copy(),
             "cost": masked(batch.costs),
@@ -209,3 +208,16 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
             "seed": masked(batch.seeds),
             "_seed": which.copy(),
         }
+
+    def _not_granted(self, which: NDArray[np.bool_]) -> dict[str, Any]:
+        """The part `not_applied` of the infos of some episodes; empty where all that was set was granted."""
+        if not self.batch.beyond_grant:
+            return {}
+        parts: dict[str, Any] = {}
+        told = np.zeros(self.num_envs, bool)
+        for i in np.flatnonzero(which).tolist():
+            for name, reason in self.batch.not_granted(i).items():
+                if name not in parts:
+                    parts |= {name: np.full(self.num_envs, None, object), f"_{name}": told & False}
+                parts[name][i], parts[f"_{name}"][i], told[i] = reason, True, True
+        return {"not_applied": parts, "_not_applied": told} if parts else {}

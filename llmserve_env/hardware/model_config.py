@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import read_text
 from llmserve_env.hardware.profile import Model
 
 _BF16_BYTES = 2
@@ -25,9 +26,10 @@ def read_model(path: Path | str, name: str | None = None) -> Model:
         InputError: the file cannot be used; names the key.
     """
     file = str(path)
+    text = read_text(path)
     try:
-        whole = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"cannot be read as JSON: {error}", file=file) from error
     if not isinstance(whole, dict):
         raise InputError("expected a JSON object", file=file)

@@ -13,6 +13,7 @@ The predictor (aiconfigurator) gives whole iterations: decodes at batch and cont
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import TABLE_BYTES, read_text
 from llmserve_env.hardware.latency import MAX_DECODES
 from llmserve_env.hardware.profile import FitError, Latency, Model, RegimeError
 from llmserve_env.hardware.tiers import linear_parameters
@@ -379,14 +381,13 @@ def _rounded(values: Sequence[float] | Array) -> tuple[float, ...]:
 
 
 def _rows(path: Path | str, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(read_text(path, TABLE_BYTES), newline=""))
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in columns if column not in (reader.fieldnames or ())]
-            if missing:
-                raise InputError(f"lacks the columns {', '.join(missing)}", file=str(path), line=1)
-            return [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise InputError(f"lacks the columns {', '.join(missing)}", file=str(path), line=1)
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
         raise InputError(f"cannot be read: {error}", file=str(path)) from error
 
 

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from llmserve_env.errors import InputError, as_input_error
-from llmserve_env.files import write_atomic
+from llmserve_env.files import read_text, write_atomic
 from llmserve_env.schema import QuantizationTier
 
 if sys.version_info >= (3, 11):
@@ -353,11 +353,7 @@ def load_profile(profile: str | Path) -> Profile:
                 field="profile",
             )
         path = _SHIPPED / f"{profile}.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", file=str(path)) from error
-    return parse_profile(text, file=str(path))
+    return parse_profile(read_text(path), file=str(path))
 
 
 def parse_profile(text: str, file: str) -> Profile:

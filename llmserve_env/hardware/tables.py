@@ -13,6 +13,7 @@ layer on one rank; further columns are ignored.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import TABLE_BYTES, read_text
 
 Array = NDArray[np.float64]
 
@@ -149,21 +151,19 @@ def _columns(
     file = str(path)
     found: dict[str, list[str]] = {name: [] for name in texts}
     values: dict[str, list[float]] = {name: [] for name in numbers}
+    reader = csv.DictReader(io.StringIO(read_text(path, TABLE_BYTES), newline=""))
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            header = reader.fieldnames or []
-            for name in (*texts, *numbers):
-                if name not in header:
-                    raise InputError(
-                        f"no such column; the header is {','.join(header)!r}", file=file, field=name
-                    )
-            for row in reader:
-                for name in texts:
-                    found[name].append(row[name] or "")
-                for name in numbers:
-                    values[name].append(_number(row[name], file, reader.line_num, name))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        header = reader.fieldnames or []
+        for name in (*texts, *numbers):
+            if name not in header:
+                shown = f"{','.join(header)!r:.999}"
+                raise InputError(f"no such column; the header is {shown}", file=file, field=name)
+        for row in reader:
+            for name in texts:
+                found[name].append(row[name] or "")
+            for name in numbers:
+                values[name].append(_number(row[name], file, reader.line_num, name))
+    except csv.Error as error:
         raise InputError(f"cannot be read: {error}", file=file) from error
     if not next(iter(values.values())):
         raise InputError("has no rows", file=file)
@@ -184,9 +184,6 @@ def _meta(path: Path) -> dict[str, str]:
     """The `key: value` lines at the top level of a YAML file; nothing where there is none."""
     if not path.exists():
         return {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+    lines = read_text(path).splitlines()
     pairs = (line.split(":", 1) for line in lines if ":" in line and not line.startswith((" ", "#", "-")))
     return {key.strip(): value.strip().strip("'\"") for key, value in pairs}

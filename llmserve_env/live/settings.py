@@ -105,7 +105,8 @@ def open_endpoint(
         bounds: further fields of `EndpointSettings`.
 
     Raises:
-        InputError: one cannot be used; or the model is not given, and the server does not tell.
+        InputError: one cannot be used; or the model is not given, and the server does not tell or cannot be
+            reached.
     """
     urls = [url] if isinstance(url, str) else list(url)
     if not urls:
@@ -138,6 +139,10 @@ def _first_model(settings: EndpointSettings) -> str:
             answer = client.get("models")
         answer.raise_for_status()
         found = answer.json()["data"][0]["id"]
+    except httpx.TransportError as error:
+        what = str(error) or type(error).__name__
+        reason = f"{upstream.shown_url} cannot be reached and does not tell its models: {what}"
+        raise InputError(reason, field="url") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         reason = f"{upstream.shown_url} does not tell its models ({type(error).__name__}): give one"
         raise InputError(reason, field="model") from error

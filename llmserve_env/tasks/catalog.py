@@ -58,7 +58,7 @@ class TaskInfo(BaseModel):
     profile: str
     """Hardware and model of every engine."""
     controls: dict[str, list[Any]]
-    """For each control that the agent has, the ascending values of its grid."""
+    """For each control that the agent has, the ascending values of its grid; others stay as they start."""
     unavailable: dict[str, list[Any]] = {}
     """For some of the controls, values of the grid that have no effect on this cell."""
     start: ServeAction

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from llmserve_env.files import read_toml
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.memory import kv_blocks
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.tasks.seeds import TRAINING_SEEDS
 from llmserve_env.tasks.task import Task
 from llmserve_env.workloads.lengths import DEFAULT_LENGTHS
-from llmserve_env.workloads.presets import preset, presets, read_toml
+from llmserve_env.workloads.presets import preset, presets
 from llmserve_env.workloads.scenario import Regime
 from llmserve_env.workloads.uri import parse_uri
 from llmserve_env.workloads.workload import Tenant

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import (
 
 from llmserve_env.controls import CONTROLS, SPECS, ActionGrid
 from llmserve_env.errors import InputError, as_input_error
+from llmserve_env.files import read_toml
 from llmserve_env.hardware import load_profile
 from llmserve_env.hardware.profile import TIERS, Profile
 from llmserve_env.schema import EXTRA_GROUPS, ServeAction
@@ -33,11 +33,6 @@ from llmserve_env.workloads.scenario import Scenario, parse_scenario
 from llmserve_env.workloads.sources import trace_options
 from llmserve_env.workloads.uri import WorkloadURI, parse_uri
 from llmserve_env.workloads.workload import Tenant, Workload
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _FOLDER = Path(__file__).parent
 _MODEL = ConfigDict(extra="forbid", frozen=True)
@@ -278,10 +273,7 @@ def load_task(source: str | Path, **changes: Any) -> Task:
         path = _FOLDER / f"{source}.toml"
         if str(source) not in list_tasks():
             raise InputError(f"expected one of {', '.join(list_tasks())}, found '{source}'", field="task_id")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+    table = read_toml(path)
     cell = {name: changes.pop(name) for name in ("profile", "engines") if name in changes}
     table = {**table, **changes}
     if cell:

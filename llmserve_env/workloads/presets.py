@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmserve_env.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from llmserve_env.files import read_toml
 
 _DATA = Path(__file__).parent / "data"
 
@@ -39,15 +34,3 @@ def preset(kind: str, name: str, *, field: str) -> dict[str, Any]:
         raise InputError(f"expected one of {', '.join(known)}, found {name!r}", field=field)
     entry: dict[str, Any] = known[name]
     return entry
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a dictionary.
-
-    Raises:
-        InputError: it cannot be read or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"cannot be read as TOML: {error}", file=str(path)) from error

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import read_toml
 from llmserve_env.workloads import parameters
 from llmserve_env.workloads.generators import (
     MMPP,
@@ -29,7 +30,7 @@ from llmserve_env.workloads.lengths import DEFAULT_LENGTHS, length_law
 from llmserve_env.workloads.loaders import LoadReport, load
 from llmserve_env.workloads.overlay import overlaid
 from llmserve_env.workloads.parameters import Parameters, parameter
-from llmserve_env.workloads.presets import preset, presets, read_toml
+from llmserve_env.workloads.presets import preset, presets
 from llmserve_env.workloads.scenario import parse_scenario
 from llmserve_env.workloads.tenants import tenant_mix
 from llmserve_env.workloads.uri import WorkloadURI, parse_uri

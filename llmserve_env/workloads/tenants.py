@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import read_toml
 from llmserve_env.workloads.lengths import LengthLaw, length_law
 from llmserve_env.workloads.parameters import is_number
-from llmserve_env.workloads.presets import preset, read_toml
+from llmserve_env.workloads.presets import preset
 from llmserve_env.workloads.workload import Tenant, Workload
 
 _TENANT_KEYS = tuple(entry.name for entry in fields(Tenant) if entry.name != "name")

@@ -44,7 +44,9 @@ class StepRequest(BaseModel):
     model_config = _REQUEST
 
     action: ServeAction
-    """What to set; fields that are left out have their defaults."""
+    """What to set; fields that are left out have their defaults, and those that the task does not grant stay
+    as they start.
+    """
     session_id: str | None = _SESSION_ID
     """Session to play in (default: of the header X-Session-Id, of the cookie)."""
     timeout_s: float | None = Field(None, gt=0)

@@ -124,7 +124,7 @@ def test_a_signal_ends_it_with_settings_restored_and_a_log(tmp_path, number, sta
         (["--agent", "defaults", "--dry-run"], "--pilot"),
         (["--agent", "defaults", "--model", "m"], "--live"),
         (["--agent", "defaults", "--log", "no/folder/log.json"], "no folder"),
-        (["--agent", "defaults", "--live", closed_url()], "does not tell its models"),
+        (["--agent", "defaults", "--live", closed_url()], "cannot be reached"),
         (["--agent", "defaults", "--live", "h:1", "--model", "m"], "http://HOST"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmserve_env.controls import to_action, to_array
+from llmserve_env.controls import SPECS, to_action, to_array
 from llmserve_env.episode import Episode
 from llmserve_env.hardware.profile import TIERS
 from llmserve_env.schema import ServeAction
@@ -78,3 +78,22 @@ def golden_episode(task_id):
     actions = sticky(task, np.random.default_rng(20), GOLDEN_WINDOWS)
     actions["quantization_tier"][: GOLDEN_WINDOWS // 2] = 0  # other weights load for longer than some windows
     return played(task, 20, actions)
+
+
+def kept(task):
+    """The controls that a task does not grant."""
+    return [name for name in SPECS if name not in task.grid.granted]
+
+
+def other_values(task, name):
+    """Values of a control that the task does not grant and that are not the one at which it stays."""
+    spec, stays = SPECS[name], task.grid.first(1)[name][0]
+    codes = range(len(spec.options)) if spec.options else np.linspace(spec.low, spec.high, 3)
+    codes = [code if spec.options else spec.type(code) for code in codes]
+    return [spec.value(code) for code in [*codes, *([np.inf] if spec.optional else [])] if code != stays]
+
+
+def beyond(task, which=-1, **granted):
+    """An action that sets all controls that the task does not grant, and what may come into force of it."""
+    values = {name: other_values(task, name)[which] for name in kept(task)}
+    return ServeAction(**granted, **values), ServeAction(**{**task.start.model_dump(), **granted})

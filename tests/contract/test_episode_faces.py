@@ -95,6 +95,16 @@ def test_steps_out_of_turn_are_refused(episode):
             episode.step(ACTION)
 
 
+def test_what_the_task_does_not_grant_is_not_obeyed(episode):
+    episode.reset(SEED)
+    seen = episode.step(ACTION.model_copy(update={"admission_rate": 1.0}))
+    assert episode.action == ACTION
+    assert seen.metadata["action"] == ACTION.model_dump(mode="json")
+    assert seen.metadata["not_applied"]["admission_rate"] == "not granted by the task: it stays None"
+    assert seen.refused_tries == 0
+    assert episode.log().actions == [ACTION]
+
+
 def test_an_agent_plays_it_as_any_other(episode):
     rewards = []
 

@@ -130,6 +130,11 @@ def test_a_changed_action_is_refused_or_changes_nothing(task_id):
             if action == log.actions[index]:
                 continue
             changed = forged(log, actions=at(log.actions, index, action))
+            (name,) = values
+            if name not in task.grid.granted:
+                with pytest.raises(InputError, match=rf"'actions\[{index}\].{name}': expected .* not grant"):
+                    grade(changed)
+                continue
             honest = played(task, 3, to_array(changed.actions)).log()
             if honest == changed:
                 assert grade(changed) == grade(log)

@@ -45,7 +45,5 @@ def test_a_session_has_no_bounds_of_its_own():
 )
 def test_a_missing_package_is_named(monkeypatch, package, make):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        InputError, match=rf"the {package} package is missing: install llmserve-env\[server\]"
-    ):
+    with pytest.raises(InputError, match=rf"the {package} package is missing: pip install -e '\.\[server\]'"):
         make()

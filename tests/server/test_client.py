@@ -305,4 +305,4 @@ def test_a_session_that_is_dropped_ends_its_session(server_url):
 def test_without_openenv_it_says_what_to_install():
     code = "import sys; sys.modules['openenv'] = None; import llmserve_env.client"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: the client needs OpenEnv 0.10: pip install 'llmserve-env[server]'" in done.stderr
+    assert "ImportError: the client needs OpenEnv 0.10: pip install -e '.[server]'" in done.stderr

@@ -47,6 +47,7 @@ def kernels(
         source: place where the tables were published.
         json_file: file for the errors of the fit, as JSON.
     """
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.files import write_atomic
     from llmserve_env.hardware.assemble import assemble, gpus_named
     from llmserve_env.hardware.calibrate import calibrate
@@ -56,6 +57,8 @@ def kernels(
     from llmserve_env.hardware.tables import read_tables
 
     link = _link(tp, link_latency_us, link_bandwidth_gbps)
+    found = {each.stem: each for each in tables.glob("*.*")}
+    check_outputs({"out": out, "json": json_file}, model_config=model_config, **found)
     measured = read_tables(tables)
     model = read_model(model_config, measured.meta.get("model"))
     if model.attention_heads % tp or (model.kv_heads % tp and tp % model.kv_heads):

@@ -55,7 +55,7 @@ def live(
     Raises:
         InputError: the server, its log or a file cannot be used.
     """
-    from llmserve_env.commands.shared.report import check_folders, write_json
+    from llmserve_env.commands.shared.report import check_outputs, write_json
     from llmserve_env.hardware.model_config import read_model
     from llmserve_env.hardware.profile import save_profile
     from llmserve_env.live.calibrate.calibration import (
@@ -69,7 +69,8 @@ def live(
     from llmserve_env.report.figures import check_suffix
     from llmserve_env.report.provenance import made_by
 
-    check_folders(out, json_file, picture)
+    outputs = {"out": out, "json": json_file, "picture": picture}
+    check_outputs(outputs, model_config=model_config, iteration_log=iteration_log)
     if picture is not None:
         check_suffix(picture)
     if not minutes > 0:

@@ -61,6 +61,7 @@ def predictions(
     Raises:
         InputError: a file or an argument cannot be used.
     """
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.hardware.gpus import gpu_facts
     from llmserve_env.hardware.model_config import read_model
     from llmserve_env.hardware.predictions import (
@@ -78,6 +79,8 @@ def predictions(
     link = _link(tp, link_latency_us, link_bandwidth_gbps, link_source)
     if (tp > 1) != (base_model_config is not None):
         raise InputError("--tp above 1 and --base-model-config go together", field="tp")
+    configs = {"model_config": model_config, "base_model_config": base_model_config}
+    check_outputs({"out": out}, grid=grid, points=points, **configs)
     model, facts = read_model(model_config), gpu_facts(gpu)
     base = model if base_model_config is None else read_model(base_model_config)
     said = f"{source}: " if source else ""

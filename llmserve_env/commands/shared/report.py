@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,54 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def check_folders(*paths: Path | None) -> None:
-    """Refuse files that cannot be written later because their folder is missing, before any work is done.
+def check_outputs(outputs: Mapping[str, Path | None], **inputs: Path | str | None) -> None:
+    """Refuse files that cannot be written later, before any work is done.
+
+    Args:
+        outputs: the files by the option that names them; None for one that is not wanted.
+        inputs: what is read, by what it is: paths, URIs or names; those of no file are left out.
 
     Raises:
-        InputError: names the file.
+        InputError: a file's folder is missing or cannot be written to, something else than a file has its
+            name, or it is read, too, or named by another option.
     """
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
+    named: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        real = _real(path)
+        if not real.parent.is_dir():
             raise InputError(f"cannot be written: there is no folder {path.parent}", file=str(path))
+        if real.exists() and not real.is_file():
+            raise InputError("cannot be written: not a regular file", file=str(path))
+        if not os.access(real.parent, os.W_OK | os.X_OK):
+            raise InputError(f"cannot be written: no permission to write in {path.parent}", file=str(path))
+        for what, given in inputs.items():
+            if given is not None and real.exists() and _is_file(source := _source(given), real):
+                raise InputError(f"is the {what} itself: give another file", file=str(source), field=option)
+        if real in named:
+            raise InputError(
+                f"is the file of --{named[real]} too: give another", file=str(path), field=option
+            )
+        named[real] = option
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot be written: {reason}", file=str(path)) from error
+
+
+def _source(given: Path | str) -> Path:
+    """The file of a path or of a URI."""
+    return Path(str(given).partition("://")[2].partition("?")[0] or given)
+
+
+def _is_file(source: Path, real: Path) -> bool:
+    try:
+        return source.is_file() and source.samefile(real)
+    except (OSError, ValueError):
+        return False

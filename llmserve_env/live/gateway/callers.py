@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmserve_env.backend import MAX_TENANTS
 from llmserve_env.errors import InputError, as_input_error
+from llmserve_env.files import read_toml
 from llmserve_env.workloads.workload import Tenant
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 if TYPE_CHECKING:
-    from typing import Any
+    pass
 
 _PROMISED = ("priority", "weight", "ttft_slo_s", "tpot_slo_s")
 _MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -128,10 +123,7 @@ def load_tenants(path: Path | str, of: Sequence[Tenant] | None = None) -> Caller
     Raises:
         InputError: names file and field, and never a key.
     """
-    try:
-        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", file=str(path)) from error
+    table = read_toml(path)
     try:
         file = _File.model_validate(table)
         return Callers(file.tenants if of is None else _matched(file.tenants, of), file.header)

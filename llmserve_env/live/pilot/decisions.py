@@ -37,4 +37,6 @@ class Decision(BaseModel):
     dry_run: bool = False
     """Whether it is only told."""
     not_applied: dict[str, str] = {}
-    """Fields of what is in force that the service cannot apply, with the reason."""
+    """Fields without effect, with the reason: those that the service cannot apply, and those that the agent
+    set and the task does not grant.
+    """

@@ -40,7 +40,8 @@ class Pilot:
     the agent is asked again in the next window. One that is late is not asked before it is back, and what it
     then says is dropped. It thinks in a thread of its own.
 
-    Fields that the task does not grant stay as they are at the start.
+    Fields that the task does not grant stay as they are at the start, and a decision names those that the
+    agent set nevertheless.
 
     Args:
         agent: decides; a `Shield` is taken off it, for the one that stands here.
@@ -110,6 +111,7 @@ class Pilot:
         self._changed: dict[str, int] = {}  # window in which a field last did
         self._thought: _Thought | None = None  # that came too late
         self._pending: Made | None = None
+        self._not_granted: dict[str, str] = {}  # what the agent set last, with the reason why it stays
         self._fallen: str | None = None  # rule of the last decision, where it was a fallback
         self._failures = Failures("steering")
         agent.reset(task, [seed])
@@ -150,6 +152,7 @@ class Pilot:
         seen: NDArray[np.float32] | None = None
         proposed: ServeAction | None = None
         cause: tuple[str, str] | None = None
+        self._not_granted = {}
         if stale is not None:
             cause = ("stale", stale)
         else:
@@ -188,7 +191,8 @@ class Pilot:
         """
         if self._pending is None:
             raise InputError("call decide before applied")
-        decision = self._pending.decision.model_copy(update={"not_applied": dict(not_applied)})
+        told = {**not_applied, **self._not_granted}
+        decision = self._pending.decision.model_copy(update={"not_applied": told})
         self._pending = self._pending.model_copy(update={"decision": decision})
         self._flush()
         self._failures.end()
@@ -252,6 +256,12 @@ class Pilot:
         if answer is None or answer.shape != (1,):
             raise InputError(f"expected ACTION[1], found {answer!r}", field="action")
         said = to_action(answer[0])
+        stays = self.start.model_dump(mode="json")
+        self._not_granted = {
+            name: f"not granted by the task: it stays {stays[name]}"
+            for name in self.task.grid.not_granted(answer[0])
+            if getattr(said, name) != getattr(self.start, name)
+        }
         return self.start.model_copy(update={name: getattr(said, name) for name in self._granted})
 
     def _shielded(
@@ -294,6 +304,7 @@ class Pilot:
             reason=reason,
             decision_s=decision_s,
             dry_run=self.dry_run,
+            not_applied=self._not_granted,
         )
         self._tell(decision)
         for name in CONTROLS:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from pathlib import Path
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import read_bytes
 
-_GZIP_MAGIC = b"\x1f\x8b"
+FILE_BYTES = 4 * 2**30
+"""Longest trace that is read; it takes several times as much memory."""
+LINE_BYTES = 64 * 2**20
+"""Longest line of a trace."""
 
 
-def read_text(path: Path | str) -> str:
+def read_text(path: Path | str, longest_line: int | None = None) -> str:
     r"""The text of a file, unpacked if it is gzip, with "\n" line endings and no byte order mark.
 
+    Args:
+        path: the file, of at most `FILE_BYTES`.
+        longest_line: bytes that a line may have (default: any number).
+
     Raises:
-        InputError: the file cannot be opened, is damaged gzip, is not UTF-8 text, or is empty.
+        InputError: the file cannot be opened, is damaged gzip, is not UTF-8 text, is empty, or is too long.
     """
     name = str(path)
-    try:
-        data = Path(path).read_bytes()
-        if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"damaged or truncated gzip: {error}", file=name) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot be read: {reason}", file=name) from error
+    data = read_bytes(path, FILE_BYTES, gzipped=None, longest_line=longest_line)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
-from llmserve_env.workloads.loaders.reading import read_text
+from llmserve_env.workloads.loaders.reading import LINE_BYTES, read_text
 
 MAX_TOKENS = 2**31 - 1
 """A workload's token counts are int32."""
@@ -109,7 +109,7 @@ def read_records(path: str) -> Records:
     Raises:
         InputError: the file cannot be read as text, or holds neither.
     """
-    text = read_text(path)
+    text = read_text(path, LINE_BYTES)
     return _read_json_lines(text, path) if text.lstrip().startswith("{") else _read_table(text, path)
 
 

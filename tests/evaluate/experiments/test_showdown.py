@@ -101,3 +101,10 @@ def test_shipped_policies_play_the_tasks_that_they_were_trained_on(tmp_path, shi
     for name in ("ppo", "shielded-ppo"):
         found = read_scores(tmp_path / "static_workload" / f"{name}.json")
         assert found.policy == policy_digest(trained_folder("ppo", "static_workload"))
+
+
+def test_a_report_without_the_best_constant_says_what_it_leaves_out(folder, tmp_path):
+    agents, tasks = ("random", "defaults"), ("static_workload",)
+    main(Arguments(agents, tasks, 2, baseline="defaults", jobs=1, out=tmp_path))
+    assert "best-constant has not played: there are no shares" in (tmp_path / "showdown.md").read_text()
+    assert "has not played" not in (folder / "showdown.md").read_text()

@@ -71,6 +71,9 @@ def test_what_the_task_does_not_grant_stays_as_it_is():
     task = load_task("static_workload", controls={"batch_cap": [8, 64]})
     one = pilot(ServeAction(batch_cap=8, speculation_depth=5, priority_routing=True), task=task)
     assert one.decide(window(1.0)).applied == own(batch_cap=8)
+    told = one.applied({"batch_cap": "no"}).not_applied
+    assert told.keys() >= {"batch_cap", "speculation_depth", "priority_routing"}
+    assert "not granted" in told["speculation_depth"]
 
 
 def test_it_sees_what_is_in_force_and_no_end():

@@ -26,7 +26,8 @@ from llmserve_env.workloads.generators import (
 )
 from llmserve_env.workloads.generators.generate import MAX_REQUESTS
 from llmserve_env.workloads.lengths import DEFAULT_LENGTHS, length_law
-from llmserve_env.workloads.loaders import LoadReport, load
+from llmserve_env.workloads.loaders import Hints, LoadReport, load
+from llmserve_env.workloads.loaders.hints import parse_columns
 from llmserve_env.workloads.overlay import overlaid
 from llmserve_env.workloads.parameters import Parameters, parameter
 from llmserve_env.workloads.presets import preset, presets, read_toml
@@ -78,7 +79,15 @@ class TraceOptions(Parameters):
         "duration", None, "keep what arrives before (s, after scaling)", above=0
     )
     jitter_s: float | None = parameter(
-        "jitter", None, "spread of each arrival (s); without it as the format needs", at_least=0
+        "jitter",
+        None,
+        "spread of each arrival (s); without it the step of coarse times",
+        at_least=0,
+    )
+    time_unit: str | None = parameter("time_unit", None, "unit of the file's times: s, ms, us or ns")
+    block_tokens: int | None = parameter("block_tokens", None, "prompt tokens of a prefix block", at_least=1)
+    columns: str | None = parameter(
+        "columns", None, "names of a file's own columns: arrival_s:NAME,prompt_tokens:NAME,output_tokens:NAME"
     )
     seed: int = parameter("seed", 0, "of the spread and of the tenants", at_least=0)
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
@@ -146,8 +155,13 @@ def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadRe
     if not uri.path:
         raise InputError("trace:// needs a file: trace://FILE")
     options = trace_options(uri)
+    named = () if options.columns is None else parse_columns(options.columns)
     workload, report = load(
-        uri.path, skip_bad_rows=skip_bad_rows, jitter_s=options.jitter_s, seed=options.seed
+        uri.path,
+        skip_bad_rows=skip_bad_rows,
+        jitter_s=options.jitter_s,
+        seed=options.seed,
+        hints=Hints(options.time_unit, options.block_tokens, named),
     )
     workload = _with_tenants(workload.scaled(options.scale), options, own_lengths=False)
     if options.overlay is not None:

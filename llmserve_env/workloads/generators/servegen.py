@@ -20,7 +20,8 @@ from llmserve_env.workloads.lengths import LengthLaw
 from llmserve_env.workloads.lengths.law import TokenPairs, streams
 from llmserve_env.workloads.lengths.quantiles import QuantileCurve
 from llmserve_env.workloads.loaders.formats import SERVEGEN_FIELDS
-from llmserve_env.workloads.loaders.records import MAX_TOKENS, Records, read_records
+from llmserve_env.workloads.loaders.records import MAX_TOKENS, Records
+from llmserve_env.workloads.loaders.rows import read_records
 from llmserve_env.workloads.parameters import parameter
 from llmserve_env.workloads.workload import Workload
 

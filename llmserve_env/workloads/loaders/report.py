@@ -17,6 +17,7 @@ class LoadReport:
         bad_rows: rows that could not be read and were skipped as asked.
         faults: the first faults of the skipped rows.
         notes: what else was changed or assumed.
+        guesses: what was guessed of units and blocks, and how to overrule it.
     """
 
     format: str
@@ -26,6 +27,7 @@ class LoadReport:
     bad_rows: int = 0
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.format}: {self.requests:,} requests from {self.rows:,} rows"]
@@ -33,4 +35,4 @@ class LoadReport:
             parts.append(f"{self.failed_requests:,} failed requests dropped")
         if self.bad_rows:
             parts.append(f"{self.bad_rows:,} bad rows skipped")
-        return "\n  ".join(["; ".join(parts), *self.faults, *self.notes])
+        return "\n  ".join(["; ".join(parts), *self.faults, *self.notes, *self.guesses])

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmserve_env.errors import InputError
-from llmserve_env.workloads.loaders import azure, burstgpt, llmservingsim, measured, mooncake, plain
+from llmserve_env.workloads.loaders.columns import shown_names
+from llmserve_env.workloads.loaders.formats import (
+    azure,
+    burstgpt,
+    llmservingsim,
+    measured,
+    mooncake,
+    plain,
+    results,
+)
 from llmserve_env.workloads.loaders.parsed import Parsed
 from llmserve_env.workloads.loaders.records import Records
 
@@ -19,25 +28,30 @@ class Format:
         name: what it is called in messages.
         fields: columns or keys that it must have; others are allowed.
         parse: reads its columns.
-        jitter_s: width of the spread that its coarse times need (s).
     """
 
     name: str
     fields: tuple[str, ...]
     parse: Callable[[Records], Parsed]
-    jitter_s: float = 0.0
 
 
 FORMATS = (
     Format("Azure LLM inference CSV", azure.FIELDS, azure.parse),
     Format("BurstGPT CSV", burstgpt.FIELDS, burstgpt.parse),
-    Format("Mooncake JSONL", mooncake.FIELDS, mooncake.parse, mooncake.JITTER_S),
+    Format("Bailian JSONL", mooncake.BAILIAN_FIELDS, mooncake.parse_bailian),
+    Format("Mooncake JSONL", mooncake.FIELDS, mooncake.parse),
     Format("vLLM run JSONL", measured.FIELDS, measured.parse),
     Format("LLMServingSim TSV or JSONL", llmservingsim.FIELDS, llmservingsim.parse),
     Format("LLMServingSim sessions JSONL", llmservingsim.SESSION_FIELDS, llmservingsim.parse_sessions),
     Format("plain CSV", plain.FIELDS, plain.parser(*plain.FIELDS)),
     Format("plain CSV, short names", plain.SHORT_FIELDS, plain.parser(*plain.SHORT_FIELDS)),
     Format("Vidur CSV", plain.VIDUR_FIELDS, plain.parser(*plain.VIDUR_FIELDS)),
+    Format("Vidur trace CSV", plain.VIDUR_TRACE_FIELDS, plain.parser(*plain.VIDUR_TRACE_FIELDS)),
+    Format("splitwise-sim CSV", plain.SPLITWISE_FIELDS, plain.parser(*plain.SPLITWISE_FIELDS)),
+    Format("AIBrix JSONL", plain.AIBRIX_FIELDS, plain.parser(*plain.AIBRIX_FIELDS, unit="ms")),
+    Format("vLLM benchmark result", results.VLLM_FIELDS, results.parse_vllm),
+    Format("AIPerf records JSONL", results.AIPERF_FIELDS, results.parse_aiperf),
+    Format("timed lengths", plain.BENCH_FIELDS, plain.parser(*plain.BENCH_FIELDS, sure=False)),
 )
 
 LENGTH_FIELDS = (("num_prefill_tokens", "num_decode_tokens"), ("prompt_tokens", "output_tokens"))
@@ -62,9 +76,31 @@ def recognise(records: Records) -> Format:
             f"has lengths but no arrival times: use it with a generator, as in poisson://?lengths={records.file}",
             file=records.file,
         )
-    known_fields = "; ".join(f"{known.name} ({', '.join(known.fields)})" for known in FORMATS)
-    found = ", ".join(sorted(records.names))
-    found = found if len(found) <= 120 else f"{found[:117]}..."
-    raise InputError(
-        f"unknown format with the fields {found!r}. Known formats: {known_fields}", file=records.file
-    )
+    if "conversations" in records.names:
+        raise InputError(
+            f"ShareGPT conversations, which have no arrival times: use them with a generator, as in "
+            f"poisson://?lengths={records.file}",
+            file=records.file,
+        )
+    raise InputError(f"{_nearest(records)}{_HOW}", file=records.file)
+
+
+_HOW = (
+    "trace://FILE?columns=arrival_s:COLUMN,prompt_tokens:COLUMN,output_tokens:COLUMN reads any names; "
+    "`llmserve workload --help` and docs/workloads.md list the formats"
+)
+
+
+def _nearest(records: Records) -> str:
+    """What an unknown file has, and which format it nearly is."""
+    found = shown_names(records.names)
+    lacks = {
+        known.name: [name for name in known.fields if name not in records.names]
+        for known in FORMATS
+        if records.names.intersection(known.fields)
+    }
+    near = min(lacks, key=lambda name: len(lacks[name]), default=None)
+    text = f"unknown format with the fields {found}. "
+    if near is not None and len(lacks[near]) == 1:
+        text += f"It would be {near} with {lacks[near][0]!r}. "
+    return text

@@ -11,12 +11,14 @@ import numpy as np
 from llmserve_env.errors import InputError
 from llmserve_env.workloads.lengths.empirical import EmpiricalLengths
 from llmserve_env.workloads.loaders import columns
-from llmserve_env.workloads.loaders.formats import FORMATS, LENGTH_FIELDS, Format, recognise
+from llmserve_env.workloads.loaders.formats import FORMATS, LENGTH_FIELDS, Format, recognise, sharegpt
 from llmserve_env.workloads.loaders.hints import Hints
 from llmserve_env.workloads.loaders.parsed import to_workload
 from llmserve_env.workloads.loaders.report import LoadReport
 from llmserve_env.workloads.loaders.rows import read_records
 from llmserve_env.workloads.workload import Workload
+
+_TIMES = {"arrival_s", "arrived_at", "start_times", "request_start_time"}
 
 __all__ = ["FORMATS", "Format", "Hints", "LoadReport", "load", "load_lengths"]
 
@@ -77,8 +79,13 @@ def load_lengths(path: Path | str, *, skip_bad_rows: bool = False) -> EmpiricalL
         InputError: as `load`.
     """
     records = read_records(str(path))
+    if sharegpt.FIELD in records.names:
+        found = sharegpt.lengths(records)
+        for guess in records.guesses:
+            _tell(f"{path}: {guess}")
+        return found
     for prompt, output in LENGTH_FIELDS:
-        if records.names.issuperset((prompt, output)) and "arrival_s" not in records.names:
+        if records.names.issuperset((prompt, output)) and not records.names & _TIMES:
             prompt_tokens, output_tokens = records.tokens(prompt), records.tokens(output)
             keep = records.usable(skip_bad_rows)
             if not keep.any():

@@ -15,6 +15,7 @@ from llmserve_env.workloads.loaders.formats import (
     mooncake,
     plain,
     results,
+    sharegpt,
 )
 from llmserve_env.workloads.loaders.parsed import Parsed
 from llmserve_env.workloads.loaders.records import Records
@@ -51,11 +52,24 @@ FORMATS = (
     Format("AIBrix JSONL", plain.AIBRIX_FIELDS, plain.parser(*plain.AIBRIX_FIELDS, unit="ms")),
     Format("vLLM benchmark result", results.VLLM_FIELDS, results.parse_vllm),
     Format("AIPerf records JSONL", results.AIPERF_FIELDS, results.parse_aiperf),
+    Format("GuideLLM report", results.GUIDELLM_FIELDS, results.parser_guidellm("request_start_time")),
+    Format(
+        "GuideLLM report",
+        results.GUIDELLM_TIMED_FIELDS,
+        results.parser_guidellm("info.timings.request_start"),
+    ),
+    Format("GenAI-Perf export", results.GENAI_PERF_FIELDS, results.parse_genai_perf),
     Format("timed lengths", plain.BENCH_FIELDS, plain.parser(*plain.BENCH_FIELDS, sure=False)),
 )
 
-LENGTH_FIELDS = (("num_prefill_tokens", "num_decode_tokens"), ("prompt_tokens", "output_tokens"))
-"""Tables of lengths without arrivals: Vidur's processed traces, and the plain CSV without its times."""
+LENGTH_FIELDS = (
+    ("num_prefill_tokens", "num_decode_tokens"),
+    ("prompt_tokens", "output_tokens"),
+    ("input_lens", "output_lens"),
+    ("number_input_tokens", "number_output_tokens"),
+)
+"""Lengths without arrivals: Vidur's processed traces, the plain CSV without its times, results of
+`vllm bench serve` without `--save-detailed`'s start times, LLMPerf's responses."""
 
 SERVEGEN_FIELDS = ("client", "window_start_s", "rate_rps", "cv", "pattern", "shape", "scale")
 
@@ -66,6 +80,8 @@ def recognise(records: Records) -> Format:
     Raises:
         InputError: no known format has them; the message says what would help.
     """
+    if not records.names and records.faults:
+        raise records.faults[0][1]
     for known in FORMATS:
         if records.names.issuperset(known.fields):
             return known
@@ -76,7 +92,7 @@ def recognise(records: Records) -> Format:
             f"has lengths but no arrival times: use it with a generator, as in poisson://?lengths={records.file}",
             file=records.file,
         )
-    if "conversations" in records.names:
+    if sharegpt.FIELD in records.names:
         raise InputError(
             f"ShareGPT conversations, which have no arrival times: use them with a generator, as in "
             f"poisson://?lengths={records.file}",

@@ -22,7 +22,7 @@ BLOCK_TOKENS = 512
 BAILIAN_BLOCK_TOKENS = 16
 
 STEPS_S = (3.0, 2.0, 1.0)
-"""Steps of coarse times. Those of Mooncake's conversation trace are multiples of 3 s, give or take a few ms."""
+"""Steps of coarse times. Mooncake's conversation trace has multiples of 3 s, give or take a few ms."""
 _OFF_MS = 10.0
 
 

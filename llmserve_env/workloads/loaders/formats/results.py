@@ -7,7 +7,10 @@ https://github.com/vllm-project/guidellm (its reports).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +23,14 @@ VLLM_FIELDS = ("start_times", "input_lens", "output_lens")
 AIPERF_FIELDS = ("metadata.request_start_ns", "metrics.input_sequence_length.value")
 
 GUIDELLM_FIELDS = ("request_start_time", "prompt_tokens", "output_tokens")
-GUIDELLM_OLD_FIELDS = ("start_time", "prompt_tokens", "output_tokens")
+
+GUIDELLM_TIMED_FIELDS = ("info.timings.request_start", "prompt_tokens", "output_tokens")
+"""GuideLLM's, where the computed fields were left out."""
+
+GENAI_PERF_FIELDS = ("timestamp", "request_inputs", "response_timestamps")
+
+CHARACTERS_A_TOKEN = 4.0
+"""Of English text; OpenAI, "What are tokens and how to count them?"."""
 
 
 def parse_vllm(records: Records) -> Parsed:
@@ -61,3 +71,54 @@ def parse_aiperf(records: Records) -> Parsed:
         failed=left_out,
         starts_at_first=True,
     )
+
+
+def parser_guidellm(start: str) -> Callable[[Records], Parsed]:
+    """A parser for GuideLLM's successful requests: start (Unix time, s), two lengths."""
+
+    def parse(records: Records) -> Parsed:
+        return Parsed(
+            arrival_s=seconds(records, start),
+            prompt_tokens=records.tokens("prompt_tokens"),
+            output_tokens=records.tokens("output_tokens"),
+            starts_at_first=True,
+        )
+
+    return parse
+
+
+def parse_genai_perf(records: Records) -> Parsed:
+    """Start (ns), the payload's text as the prompt, a token for each piece of the answer: an estimate."""
+    records.guesses.append(
+        f"prompt tokens are taken as characters of the payload / {CHARACTERS_A_TOKEN:g}, output tokens as "
+        "pieces of the answer"
+    )
+    texts = [_text_of(inputs) for inputs in records.values("request_inputs")]
+    pieces = [len(times) if isinstance(times, list) else 0 for times in records.values("response_timestamps")]
+    return Parsed(
+        arrival_s=seconds(records, "timestamp", "ns"),
+        prompt_tokens=np.array([estimated_tokens(text) for text in texts], np.int64),
+        output_tokens=np.maximum(pieces, 1).astype(np.int64),
+        failed=np.array(pieces) == 0,
+        starts_at_first=True,
+    )
+
+
+def estimated_tokens(text: str) -> int:
+    """Tokens that a text may have, at least 1."""
+    return max(1, round(len(text) / CHARACTERS_A_TOKEN))
+
+
+def _text_of(inputs: Any) -> str:
+    """The prompt in a request's inputs: OpenAI's payload as text, or whatever is there."""
+    payload = inputs.get("payload", "") if isinstance(inputs, dict) else ""
+    try:
+        body = json.loads(payload) if isinstance(payload, str) else payload
+    except (ValueError, RecursionError):
+        return str(payload)
+    if not isinstance(body, dict):
+        return str(payload)
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        return " ".join(str(each.get("content", "")) for each in messages if isinstance(each, dict))
+    return str(body.get("prompt", payload))

@@ -80,7 +80,7 @@ def _block_tokens(
 
     if fit(usual):
         return usual
-    sizes = [size for size in (2**power for power in range(17)) if fit(size)]
+    sizes = [size for size in (1 << power for power in range(17)) if fit(size)]
     if not sizes:
         return usual
     records.guesses.append(

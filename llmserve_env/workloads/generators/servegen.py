@@ -78,12 +78,12 @@ class ServeGenClients(Generator):
         )
 
     def sample(self, seed: int, duration_s: float, lengths: LengthLaw) -> Workload:
-        """The requests that arrive in 0..duration_s."""
+        """The requests that arrive in 0..duration_s; windows that the table does not have are silent."""
         table = self.windows
         if duration_s > self.longest_s:
             raise InputError(f"expected at most {self.longest_s:g} s, the table's end", field="duration")
         starts = np.unique(table.start_s[table.start_s < duration_s])
-        times, clients = [], []
+        times, clients = [np.zeros(0)], [np.zeros(0, np.int64)]
         for start_s, rng in zip(starts, streams(np.random.SeedSequence(seed), len(starts)), strict=True):
             rows = np.flatnonzero(table.start_s == start_s)
             time, row = fill_window(

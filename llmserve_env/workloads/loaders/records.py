@@ -36,6 +36,7 @@ class Records:
         faults: (line, message) of the first fault of each check that failed.
         notes: what was changed.
         guesses: what was guessed, and how to overrule it.
+        clock: what its times are, for the report.
         absolute: whether its times are of a clock of their own, so that the first request arrives at 0.
     """
 
@@ -50,6 +51,7 @@ class Records:
     faults: list[tuple[int, InputError]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     guesses: list[str] = field(default_factory=list)
+    clock: str = ""
     absolute: bool = False
 
     def __len__(self) -> int:

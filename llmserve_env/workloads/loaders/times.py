@@ -36,6 +36,7 @@ def seconds(records: Records, name: str, unit: str = "s", *, sure: bool = True) 
         sure: whether files of this format have always had that unit.
     """
     if _of_day(records.values(name)):
+        records.clock = "times of day"
         return _since_first(records, name)
     told = records.hints.time_unit
     raw = records.numbers(name, f"{_NAMES[told or unit]} >= 0")
@@ -56,6 +57,7 @@ def seconds(records: Records, name: str, unit: str = "s", *, sure: bool = True) 
                 f"{name!r} is taken as {_NAMES[found]} ({rates}): time_unit={'|'.join(UNITS)} says it"
             )
         unit = found
+    records.clock = f"times in {told or unit}"
     per_s = round(1 / UNITS[told or unit])
     if least / per_s < _LATE_S:
         return raw / per_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -387,10 +386,7 @@ class SimulatorBatch:
         batch = self._records
         if not actions.flags.carray:
             actions = np.array(actions)  # the kernel is compiled for one layout
-        if self.threads == 1 or len(self.cells) == 1:
-            kernel.serve(batch, actions, start_ps, until_ps, 0, len(self.cells))
-        else:
-            kernel.serve_on_threads(self.threads, batch, actions, start_ps, until_ps)
+        kernel.serve_batch(batch, actions, start_ps, until_ps)
         return self.windows
 
     def _batch(self) -> Batch:
@@ -417,6 +413,10 @@ class SimulatorBatch:
             transfers=self.transfers,
             retries=self.retries,
             cost=self._cost,
+            actions=np.zeros(episodes, ACTION),
+            start_ps=np.zeros(episodes, np.int64),
+            until_ps=np.zeros(episodes, np.int64),
+            board=kernel.new_board(min(self.threads, episodes), episodes),
         )
 
     def serve_each(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
@@ -498,7 +498,7 @@ def checked_threads(threads: int | None) -> int:
         InputError: it is less than 1.
     """
     if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return kernel.cores()
     if threads < 1:
         raise InputError(f"expected 1 or more, found {threads}", field="threads")
     return threads

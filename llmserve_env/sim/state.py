@@ -308,6 +308,10 @@ class Batch(NamedTuple):
     transfers: NDArray[np.void]  # TIMER[n], as requests; none where there is one engine
     retries: NDArray[np.void]  # TIMER[n]; none where nobody comes back
     cost: Cost
+    actions: NDArray[np.void]  # ACTION[episode], of the window that is served
+    start_ps: NDArray[np.int64]  # [episode]: where that window starts
+    until_ps: NDArray[np.int64]  # [episode]: where it ends; negative: the episode is left alone
+    board: NDArray[np.int64]  # what the threads tell each other (kernel.serve)
 
 
 class Service(NamedTuple):

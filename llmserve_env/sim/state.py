@@ -100,6 +100,7 @@ ENGINE = np.dtype(
         ("tier", np.int64),
         ("reload_ps", np.int64),  # length of the reload that follows the drain
         ("next_tier", np.int64),
+        ("forbidden", np.int64),  # changes of condition that were tried and are none: a fault of the kernel
         # longest batches, for the worst gap between a request's tokens
         ("batches", np.int64),  # scheduled so far
         ("gaps_head", np.int64),

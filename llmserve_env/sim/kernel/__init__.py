@@ -19,6 +19,6 @@ cell, record, serve, threads.
 """
 
 from llmserve_env.sim.kernel.serve import serve
-from llmserve_env.sim.kernel.threads import cores, new_board, serve_batch
+from llmserve_env.sim.kernel.threads import checked_threads, new_board, serve_batch
 
-__all__ = ["cores", "new_board", "serve", "serve_batch"]
+__all__ = ["checked_threads", "new_board", "serve", "serve_batch"]

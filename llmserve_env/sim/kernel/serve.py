@@ -87,7 +87,7 @@ def wait(board, episodes):
         give_way()
 
 
-@entry
+@entry("some 15 s")
 def serve(digest):
     """Serve one window of each episode of a batch, together with other threads that call it.
 

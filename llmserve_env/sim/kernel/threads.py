@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmserve_env.errors import InputError
 from llmserve_env.sim.kernel.serve import AWAKE, FAILED, JOB, LEAVE, LOOK, NEXT, ROW, WAIT, serve
 from llmserve_env.sim.state import Batch
 
@@ -30,6 +31,19 @@ _TIMED_TURNS = 2000
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def checked_threads(threads: int | None) -> int:
+    """A number of threads, at least one; None: as many as this process has cores.
+
+    Raises:
+        InputError: it is less than 1.
+    """
+    if threads is None:
+        return cores()
+    if threads < 1:
+        raise InputError(f"expected 1 or more, found {threads}", field="threads")
+    return threads
 
 
 def new_board(threads: int, episodes: int) -> NDArray[np.int64]:

@@ -32,6 +32,9 @@ def parse(records: Records) -> Parsed:
 def parse_sessions(records: Records) -> Parsed:
     """Refuse a file of agentic sessions."""
     _refuse_sessions(records)
+    records.mark(
+        np.ones(len(records), bool), "a session without calls: expected flat requests", "sub_requests"
+    )
     nothing = np.zeros(len(records), np.int64)
     return Parsed(arrival_s=nothing.astype(np.float64), prompt_tokens=nothing, output_tokens=nothing)
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "grade": "replay an episode's log and say what it scores",
     "dataset": "record an agent's episodes for offline reinforcement learning (Minari)",
     "workload": "describe a workload: a trace or a generator",
+    "servegen": "join ServeGen's published chunks to the tables that servegen:// reads",
     "profiles": "list the hardware and model profiles with their sources",
     "validate": "compare the simulator with measurements of real engines",
     "bench": "measure the speed of the simulator and of the environments",

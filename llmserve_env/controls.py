@@ -435,3 +435,9 @@ def finite(codes: NDArray[Any]) -> NDArray[Any]:
 def _part(share: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """int64[n], in which of `count` equal parts of [0, 1] each share lies."""
     return np.minimum((share * count).astype(np.int64), count - 1)
+
+
+def within_action(sequences: int) -> tuple[int, int | None]:
+    """A batch cap that an action may have, and `max_num_seqs` where an engine runs more sequences than it."""
+    most = int(SPECS["batch_cap"].high)
+    return (sequences, None) if sequences <= most else (most, sequences)

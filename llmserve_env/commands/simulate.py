@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from llmserve_env.commands.shared.controls import flag, options
-from llmserve_env.controls import CONTROLS
+from llmserve_env.controls import CONTROLS, within_action
 from llmserve_env.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def simulate(
     out: Path,
     max_num_batched_tokens: int | None = None,
     kv_tokens: int | None = None,
+    max_model_len: int | None = None,
     tp: int | None = None,
     engines: int = 1,
     prefix_cache: bool = True,
@@ -42,12 +43,14 @@ def simulate(
     summary.
 
     Args:
-        settings: the configuration; running sequences are the profile's when left out.
+        settings: the configuration; running sequences are the profile's when left out, and up to 2,048.
         trace: a trace file, or a URI such as "gamma://?rate=8" or "trace://FILE?limit=1000".
         profile: hardware and model: a shipped profile, or the path of a .toml file.
         out: the CSV file to write.
         max_num_batched_tokens: token budget of an iteration; the profile's when left out.
         kv_tokens: KV cache of one engine in tokens, full blocks count; the profile's when left out.
+        max_model_len: longest context, prompt and answer together (tokens); the profile's when left out. A
+            prompt that fills it is cancelled, as vLLM refuses it, and an answer ends at it.
         tp: GPUs of one engine, to make sure that the profile has them.
         engines: like engines that share the requests.
         prefix_cache: whether blocks of finished or preempted requests can be found again.
@@ -70,6 +73,7 @@ def simulate(
     values = {name: getattr(settings, flag(name)) for name in CONTROLS}
     if values["batch_cap"] is None:
         values["batch_cap"] = hardware.engine.max_num_seqs
+    values["batch_cap"], sequences = within_action(values["batch_cap"])
     action = _action(**values)
     blocks = kv_blocks(hardware, action.quantization_tier.value)
     if kv_tokens is not None:
@@ -79,7 +83,7 @@ def simulate(
             raise InputError(
                 f"expected at least one block of {expected}, found {kv_tokens}", field="kv_tokens"
             )
-    cell = Cell(hardware, action, budget, blocks, engines, prefix_cache)
+    cell = Cell(hardware, action, budget, blocks, engines, prefix_cache, sequences, max_model_len)
     workload, report = open_reported(trace, skip_bad_rows=skip_bad_rows)
     served = serve(workload, cell)
     write_requests(out, served)

@@ -81,6 +81,7 @@ def _cell(path: Path, profile: Profile) -> tuple[Cell, list[str]]:
     """The engine that meta.json describes, the profile's where it is silent, and how the two differ."""
     from llmserve_env.commands.shared.measured import Meta
     from llmserve_env.commands.shared.serving import Cell
+    from llmserve_env.controls import within_action
     from llmserve_env.hardware.memory import kv_blocks
     from llmserve_env.schema import ServeAction
     from llmserve_env.sim.state import BLOCK_TOKENS, MAX_RUNNING
@@ -109,15 +110,24 @@ def _cell(path: Path, profile: Profile) -> tuple[Cell, list[str]]:
         tokens = meta.count("kv_cache.num_kv_tokens", at_least=2 * BLOCK_TOKENS)
         allocated = None if tokens is None else tokens // BLOCK_TOKENS
     prefix_cache = meta.flag("resolved_config.cache_config.enable_prefix_caching")
-    action = ServeAction(batch_cap=min(sequences, MAX_RUNNING))
+    cap, more = within_action(min(sequences, MAX_RUNNING, budget))
     blocks = kv_blocks(profile) if allocated is None else allocated - 1  # vLLM keeps the null block
-    return Cell(profile, action, budget, blocks, prefix_cache=prefix_cache is not False), warnings
+    cell = Cell(
+        profile,
+        ServeAction(batch_cap=cap),
+        budget,
+        blocks,
+        prefix_cache=prefix_cache is not False,
+        max_num_seqs=more,
+        max_model_len=meta.count("engine_kwargs.max_model_len"),
+    )
+    return cell, warnings
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
     return {
         "engine": {
-            "max_num_seqs": cell.action.batch_cap,
+            "max_num_seqs": cell.sequences,
             "max_num_batched_tokens": cell.max_num_batched_tokens,
             "kv_tokens": cell.kv_blocks * cell.profile.engine.block_tokens,
             "prefix_cache": cell.prefix_cache,

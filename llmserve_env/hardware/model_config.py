@@ -10,6 +10,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.files import read_text
 from llmserve_env.hardware.profile import Model
 
+_LONGEST = "max_position_embeddings"
 _BF16_BYTES = 2
 
 
@@ -67,6 +68,7 @@ def read_model(path: Path | str, name: str | None = None) -> Model:
         tied_embeddings=tied,
         weight_bytes=_BF16_BYTES * weights,
         kv_bytes_per_token=_BF16_BYTES * 2 * layers * kv_heads * head_dim,
+        max_model_len=None if config.get(_LONGEST) is None else number(_LONGEST),
         source=f"{Path(path).name} of the model; bytes computed from the shape at bf16",
     )
 

@@ -93,6 +93,7 @@ class Model(Record):
         tied_embeddings: whether the LM head is the embedding.
         weight_bytes: all GPUs together, bf16.
         kv_bytes_per_token: bytes of the KV cache, all layers and GPUs together.
+        max_model_len: longest context, prompt and answer together (tokens); None: not known, no limit.
         source: where the figures come from.
     """
 
@@ -107,6 +108,7 @@ class Model(Record):
     tied_embeddings: bool
     weight_bytes: PositiveInt
     kv_bytes_per_token: PositiveInt
+    max_model_len: PositiveInt | None = None
     source: Source
 
 

@@ -24,6 +24,8 @@ from llmserve_env.sim.state import (
     DECODE,
     FAILED,
     MAX_BLOCKS,
+    MAX_RUNNING,
+    NEVER_PS,
     OUTCOME,
     PREFILL,
     PS_PER_S,
@@ -78,6 +80,9 @@ class SimulatorBatch:
             sequences than that.
         kv_blocks: KV blocks that the requests of one engine can hold, at any precision (default: what
             `hardware.memory.kv_blocks` says of the profile).
+        max_num_seqs: running sequences per engine, whatever an action's batch cap is (default: the action's).
+        max_model_len: longest context (tokens; default: the profile's). As vLLM does, a prompt that leaves no
+            room for an answer is refused on arrival, and an answer ends at the context.
         prefix_cache: whether freed blocks can be found again.
         action: what the cells start with, at no cost.
         threads: threads that serve the episodes (None: one for each core); results do not depend on it.
@@ -100,6 +105,8 @@ class SimulatorBatch:
         prefill_engines: int | None = None,
         max_num_batched_tokens: int | None = None,
         kv_blocks: int | None = None,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
         prefix_cache: bool = True,
         action: ServeAction | None = None,
         threads: int | None = 1,
@@ -115,6 +122,15 @@ class SimulatorBatch:
             )
         if kv_blocks is not None and not 1 <= kv_blocks <= MAX_BLOCKS:
             raise InputError(f"expected 1..{MAX_BLOCKS}, found {kv_blocks}", field="kv_blocks")
+        if max_num_seqs is not None and not 1 <= max_num_seqs <= MAX_RUNNING:
+            raise InputError(f"expected 1..{MAX_RUNNING}, found {max_num_seqs}", field="max_num_seqs")
+        if max_num_seqs is not None and max_num_seqs > budget:
+            raise InputError(
+                f"expected at most {budget}, the tokens of an iteration, found {max_num_seqs}",
+                field="max_num_seqs",
+            )
+        if max_model_len is not None and max_model_len < 2:
+            raise InputError(f"expected 2 or more tokens, found {max_model_len}", field="max_model_len")
         if not 1 <= engines <= 64:
             raise InputError(f"expected 1..64, found {engines}", field="engines")
         if profile.engine.block_tokens != BLOCK_TOKENS:
@@ -142,6 +158,8 @@ class SimulatorBatch:
         self.cells["ranks"] = self.tenants["rank"].max() + 1
         self.cells["prefix_cache"] = prefix_cache
         self.cells["most_blocks"] = self._cost.blocks.min()
+        self.cells["longest"] = self.longest = max_model_len or profile.model.max_model_len or NEVER_PS
+        self.cells["sequences"] = max_num_seqs or 0
         self.cells["prefill_engines"] = engines // 2 if prefill_engines is None else prefill_engines
         self.cells["draft_layers"] = drafting[0] * compile_latency(profile).draft_layer_fraction
         self.cells["draft_head"] = drafting[1]
@@ -227,7 +245,10 @@ class SimulatorBatch:
             raise InputError("the episodes of a batch need the same prefix block size", field="workloads")
         if workload.duration_s > _LONGEST_S:
             raise InputError(
-                f"expected at most {_LONGEST_S:,.0f} s, found {workload.duration_s}", field="arrival_s"
+                f"its last request arrives at {workload.duration_s:,.0f} s, and an episode has room for "
+                f"{_LONGEST_S:,.0f} s: duration=, limit= or scale= in its address make it shorter",
+                file=workload.source or None,
+                field="workload",
             )
         fits = len(workload) <= self._first[episode + 1] - self._first[episode]
         if self._prefix_tokens:
@@ -239,7 +260,9 @@ class SimulatorBatch:
         requests, outcomes = self.requests[part], self.outcomes[part]
         requests["arrival_ps"] = np.rint(workload.arrival_s * PS_PER_S)
         requests["prompt_tokens"] = workload.prompt_tokens
-        requests["output_tokens"] = workload.output_tokens
+        # An answer ends at the context.
+        room = np.maximum(self.longest - workload.prompt_tokens.astype(np.int64), 1)
+        requests["output_tokens"] = np.minimum(workload.output_tokens, room)
         requests["tenant"] = workload.tenant
         outcomes[:] = np.zeros(1, OUTCOME)
         outcomes["sent_ps"] = requests["arrival_ps"]

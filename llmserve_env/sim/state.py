@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmserve_env.backend import MAX_TENANTS
-from llmserve_env.schema import bounds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +19,8 @@ PS_PER_S = 1_000_000_000_000
 NEVER_PS = np.iinfo(np.int64).max // 2
 """Later than any time that is simulated (53 days)."""
 
-MAX_RUNNING: int = bounds("batch_cap")["le"]
+MAX_RUNNING = 2048
+"""Sequences that an engine has room for; an action asks for fewer, see the range of its batch cap."""
 """Sequences that one engine can run at once."""
 MAX_BLOCKS = 1 << 24
 """KV blocks of one engine: 268 million tokens, a thousand times what one server of today holds."""
@@ -201,6 +201,8 @@ CELL = np.dtype(
         ("prefix_cache", np.int64),
         ("blocks_per_id", np.int64),  # KV blocks that one prefix hash stands for, 0 where prompts share none
         ("most_blocks", np.int64),  # a longer request is refused on arrival
+        ("longest", np.int64),  # tokens of the longest context: a prompt that fills it is refused on arrival
+        ("sequences", np.int64),  # running sequences per engine in place of an action's, 0: the action's
         ("transfer_latency_ps", np.int64),
         ("transfer_ps_per_token", np.int64),
         ("draft_layers", np.float64),  # share of the dense time that one draft token takes

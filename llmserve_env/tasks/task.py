@@ -222,7 +222,7 @@ class Task(BaseModel):
         return tuple(max((tier.quality - floor) / (1 - floor), 0.0) if tier else 0.0 for tier in tiers)
 
     def requests(self, seed: int) -> Workload:
-        """The workload of the episode with a seed: what arrives before the horizon."""
+        """The workload of the episode with a seed: what arrives before the horizon, which may be nothing."""
         if self.scenario is not None:
             return self.scenario.sample(seed, self.horizon_s)
         assert isinstance(self.workload, str)
@@ -234,7 +234,7 @@ class Task(BaseModel):
         if uri.scheme == "servegen" and "start" not in uri.query:
             start_s = _draw_start(seed, table_end_s(uri.path) - self.horizon_s)
             uri = replace(uri, query={**uri.query, "start": repr(start_s)})
-        return _before(open_workload(str(uri), seed=seed), self.horizon_s)
+        return _before(open_workload(str(uri), seed=seed, silent=True), self.horizon_s)
 
     def _stretch(self, uri: WorkloadURI, seed: int) -> Workload:
         """An episode's part of a trace."""

@@ -27,7 +27,8 @@ from llmserve_env.workloads.generators import (
 )
 from llmserve_env.workloads.generators.generate import MAX_REQUESTS
 from llmserve_env.workloads.lengths import DEFAULT_LENGTHS, length_law
-from llmserve_env.workloads.loaders import LoadReport, load
+from llmserve_env.workloads.loaders import Hints, LoadReport, load
+from llmserve_env.workloads.loaders.hints import parse_columns
 from llmserve_env.workloads.overlay import overlaid
 from llmserve_env.workloads.parameters import Parameters, parameter
 from llmserve_env.workloads.presets import preset, presets
@@ -79,7 +80,15 @@ class TraceOptions(Parameters):
         "duration", None, "keep what arrives before (s, after scaling)", above=0
     )
     jitter_s: float | None = parameter(
-        "jitter", None, "spread of each arrival (s); without it as the format needs", at_least=0
+        "jitter",
+        None,
+        "spread of each arrival (s); without it the step of coarse times",
+        at_least=0,
+    )
+    time_unit: str | None = parameter("time_unit", None, "unit of the file's times: s, ms, us or ns")
+    block_tokens: int | None = parameter("block_tokens", None, "prompt tokens of a prefix block", at_least=1)
+    columns: str | None = parameter(
+        "columns", None, "names of a file's own columns: arrival_s:NAME,prompt_tokens:NAME,output_tokens:NAME"
     )
     seed: int = parameter("seed", 0, "of the spread and of the tenants", at_least=0)
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
@@ -98,7 +107,9 @@ class ScenarioOptions(Parameters):
     scale: float = parameter("scale", 1.0, "factor on all rates", above=0)
 
 
-def open_workload(source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False) -> Workload:
+def open_workload(
+    source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False, silent: bool = False
+) -> Workload:
     """Open a workload by URI, or a trace by its path.
 
     Args:
@@ -106,6 +117,7 @@ def open_workload(source: str | Path, *, seed: int | None = None, skip_bad_rows:
             path. Any generator works without parameters, except servegen, which needs its table's path.
         seed: goes before the URI's own seed.
         skip_bad_rows: skip rows of a file that cannot be read, rather than refuse the file.
+        silent: whether a time in which nothing arrives is a workload, rather than refused.
 
     Returns:
         The workload; its `source` opens it again.
@@ -113,24 +125,24 @@ def open_workload(source: str | Path, *, seed: int | None = None, skip_bad_rows:
     Raises:
         InputError: names the file and line, or the parameter, and what was expected.
     """
-    return open_reported(source, seed=seed, skip_bad_rows=skip_bad_rows)[0]
+    return open_reported(source, seed=seed, skip_bad_rows=skip_bad_rows, silent=silent)[0]
 
 
 def open_reported(
-    source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False
+    source: str | Path, *, seed: int | None = None, skip_bad_rows: bool = False, silent: bool = False
 ) -> tuple[Workload, LoadReport | None]:
     """As `open_workload`; with what became of a trace's rows, None for a generator or scenario."""
     uri = parse_uri(str(source))
     if seed is not None:
         uri = replace(uri, query={**uri.query, "seed": str(seed)})
     if uri.scheme == "trace":
-        return _open_trace(uri, skip_bad_rows)
+        return _open_trace(uri, skip_bad_rows, silent)
     if uri.scheme == "scenario":
-        return _open_scenario(uri), None
+        return _open_scenario(uri, silent), None
     if uri.scheme not in GENERATORS:
         known = ", ".join(["trace", *GENERATORS, "scenario"])
         raise InputError(f"unknown scheme {uri.scheme!r}: expected one of {known}")
-    return _open_generator(uri, skip_bad_rows), None
+    return _open_generator(uri, skip_bad_rows, silent), None
 
 
 def trace_options(uri: WorkloadURI) -> TraceOptions:
@@ -143,12 +155,17 @@ def trace_options(uri: WorkloadURI) -> TraceOptions:
     return parameters.read(TraceOptions, uri.query)
 
 
-def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadReport]:
+def _open_trace(uri: WorkloadURI, skip_bad_rows: bool, silent: bool) -> tuple[Workload, LoadReport]:
     if not uri.path:
         raise InputError("trace:// needs a file: trace://FILE")
     options = trace_options(uri)
+    named = () if options.columns is None else parse_columns(options.columns)
     workload, report = load(
-        uri.path, skip_bad_rows=skip_bad_rows, jitter_s=options.jitter_s, seed=options.seed
+        uri.path,
+        skip_bad_rows=skip_bad_rows,
+        jitter_s=options.jitter_s,
+        seed=options.seed,
+        hints=Hints(options.time_unit, options.block_tokens, named),
     )
     workload = _with_tenants(workload.scaled(options.scale), options, own_lengths=False)
     if options.overlay is not None:
@@ -156,14 +173,14 @@ def _open_trace(uri: WorkloadURI, skip_bad_rows: bool) -> tuple[Workload, LoadRe
         workload = overlaid(workload, options.overlay, seed=options.seed, duration_s=length_s)
     if options.duration_s is not None:
         workload = workload.take(np.flatnonzero(workload.arrival_s < options.duration_s))
-        if len(workload) == 0:
+        if len(workload) == 0 and not silent:
             raise InputError(f"no request arrives in {options.duration_s:g} s", field="duration")
     if options.limit is not None:
         workload = workload.take(np.arange(min(options.limit, len(workload))))
     return replace(workload, source=str(uri) if uri.query else uri.path), report
 
 
-def _open_scenario(uri: WorkloadURI) -> Workload:
+def _open_scenario(uri: WorkloadURI, silent: bool) -> Workload:
     if not uri.path:
         raise InputError("scenario:// needs a file: scenario://FILE.toml")
     _refuse_unknown(uri, parameters.names(ScenarioOptions))
@@ -174,12 +191,12 @@ def _open_scenario(uri: WorkloadURI) -> Workload:
     except InputError as error:
         raise InputError(error.reason, file=uri.path, field=error.field) from None
     workload = scenario.scaled(options.scale).sample(options.seed, options.duration_s)
-    if len(workload) == 0:
+    if len(workload) == 0 and not silent:
         raise InputError(f"no request arrives in {options.duration_s:g} s", field="duration")
     return _sourced(workload, uri, options.seed)
 
 
-def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:
+def _open_generator(uri: WorkloadURI, skip_bad_rows: bool, silent: bool) -> Workload:
     cls = GENERATORS[uri.scheme]
     _refuse_unknown(uri, [*parameters.names(cls), *parameters.names(GeneratorOptions)])
     given = {**_preset_values(uri), **uri.query}
@@ -196,7 +213,12 @@ def _open_generator(uri: WorkloadURI, skip_bad_rows: bool) -> Workload:
     generator = parameters.read(cls, given, **extra)
     lengths = length_law(options.lengths or DEFAULT_LENGTHS, skip_bad_rows=skip_bad_rows)
     workload = generate(
-        generator, lengths, seed=options.seed, duration_s=options.duration_s, requests=options.requests
+        generator,
+        lengths,
+        seed=options.seed,
+        duration_s=options.duration_s,
+        requests=options.requests,
+        silent=silent,
     )
     own_lengths = "lengths" not in uri.query and not isinstance(generator, Sessions)
     workload = _with_tenants(workload, options, own_lengths=own_lengths)

@@ -88,7 +88,7 @@ def twin_action(action):
     }
 
 
-def twin_of(batch, workload, action, engines, budget):
+def twin_of(batch, workload, action, engines, budget, **limits):
     """The twin of a cell that has not served yet."""
     cell = batch.cells[0]
     requests = []
@@ -124,6 +124,7 @@ def twin_of(batch, workload, action, engines, budget):
         load_ps=[int(x) for x in cell["load_ps"]],
         burst_ps=int(cell["burst_ps"]),
         synchronous=bool(batch.engines["synchronous"][0, 0]),
+        **limits,
     )
 
 
@@ -150,18 +151,24 @@ def check_equal(batch, twin):
     engines=st.sampled_from([1, 1, 1, 2, 3]),
     prefix_cache=st.booleans(),
     budget=st.sampled_from([512, 2048]),
+    longest=st.sampled_from([131_072, 131_072, 70, 900]),
+    sequences=st.sampled_from([None, None, None, 2, 700]),
 )
-def test_kernel_equals_twin(workload, actions, window_s, blocks, engines, prefix_cache, budget):
+def test_kernel_equals_twin(
+    workload, actions, window_s, blocks, engines, prefix_cache, budget, longest, sequences
+):
     cell = {
         "engines": engines,
         "max_num_batched_tokens": budget,
         "prefix_cache": prefix_cache,
         "action": actions[0],
+        "max_model_len": longest,
+        "max_num_seqs": sequences,
     }
     batch = SimulatorBatch(small(blocks), [workload], **cell)
     batch.cells["restart_ps"] = PS_PER_S // 2
     batch.cells["load_ps"] = PS_PER_S // 3
-    twin = twin_of(batch, workload, actions[0], engines, budget)
+    twin = twin_of(batch, workload, actions[0], engines, budget, longest=longest, sequences=sequences)
     totals = {}
     now_ps = 0
     for k, action in enumerate([*actions, actions[-1]]):

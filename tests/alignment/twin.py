@@ -443,9 +443,14 @@ class Cell:
         load_ps,
         burst_ps,
         synchronous,
+        longest=NEVER_PS,
+        sequences=None,
     ):
         self.requests, self.tenants, self.cost = requests, tenants, cost
         self.synchronous = synchronous
+        self.longest, self.sequences = longest, sequences  # of a context; running, whatever an action says
+        for r in requests:
+            r.output = min(r.output, max(longest - r.prompt, 1))
         self.budget, self.prefix_cache, self.prefill_engines = budget, prefix_cache, prefill_engines
         self.transfer, self.draft, self.restart_ps, self.load_ps = transfer, draft, restart_ps, load_ps
         self.count = dict.fromkeys(
@@ -566,7 +571,7 @@ class Cell:
 
     def serve(self, action, start_ps, until_ps):
         for e in self.engines:
-            e.batch_cap, e.fraction = action["batch_cap"], action["fraction"]
+            e.batch_cap, e.fraction = self.sequences or action["batch_cap"], action["fraction"]
             e.depth, e.priority = action["depth"], action["priority"]
         self.switch(action, start_ps)
         for e in self.engines:
@@ -591,7 +596,8 @@ class Cell:
                 self.count["retries"] += 1
             else:
                 self.count["arrived"] += 1
-                if blocks_of(r.prompt + r.output + 8) > int(min(self.cost.blocks)):
+                too_many = blocks_of(r.prompt + r.output + 8) > int(min(self.cost.blocks))
+                if too_many or r.prompt >= self.longest:
                     r.status, r.finish_ps = "cancelled", r.arrival_ps
                     self.count["cancelled"] += 1
                     continue

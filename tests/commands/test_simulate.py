@@ -176,10 +176,45 @@ def test_settings_reach_the_engines(tmp_path):
         "priority_routing": True,
         "admission_rate": 5.5,
         "prefix_cache": False,
+        "max_model_len": 131072,
     }
     assert found["cell"].items() >= given.items()
     assert found["speculation"]["drafted_tokens"] > 0
     assert found["prefix_cache"]["cached_tokens"] == 0
+
+
+def test_more_sequences_run_than_an_agent_may_ask_for(tmp_path):
+    crowd = "gamma://?rate=20000&requests=1500&lengths=fixed:20,200"
+    for sequences in (512, 1024):
+        args = ("--max-num-seqs", str(sequences), "--json", str(tmp_path / "out.json"))
+        assert simulate(tmp_path, *args, profile="h100-llama-3.1-8b", trace=crowd) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert found["cell"]["max_num_seqs"] == sequences
+        assert sequences * 0.5 < found["mean_running"] <= sequences
+
+
+def test_prompts_beyond_the_context_are_cancelled_and_answers_end_at_it(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,1000,9\n0,999,9\n0,990,500\n0,10,9\n")
+    args = ("--max-model-len", "1000", "--json", str(tmp_path / "out.json"))
+    assert simulate(tmp_path, *args, trace=trace) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    told = {
+        name: found["requests"][name]
+        for name in ("completed", "cancelled", "beyond_context", "cut_at_context")
+    }
+    assert told == {"completed": 3, "cancelled": 1, "beyond_context": 1, "cut_at_context": 2}
+    assert found["output_tokens_per_s"] * found["duration_s"] == pytest.approx(1 + 10 + 9)
+    assert "1 cancelled (prompt beyond the context of 1,000 tokens)" in capsys.readouterr().out
+
+
+def test_a_trace_of_two_months_is_told_how_to_be_served(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,9\n5200000,10,9\n")
+    assert simulate(tmp_path, trace=trace) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in (str(trace), "5,200,000 s", "duration=", "scale="))
+    assert simulate(tmp_path, trace=f"trace://{trace}?scale=2") == 0
 
 
 def test_prefix_hits_are_told(tmp_path):
@@ -258,7 +293,7 @@ def test_windows_change_nothing(served):
         (("--tp", "4"), ("field 'tp'", "h100x4-llama-3.1-70b")),
         (("--tp", "3"), ("field 'tp'", "no shipped profile has 3")),
         (("--split",), ("field 'split'", "one engine")),
-        (("--max-num-seqs", "513"), ("field 'max_num_seqs'", "512")),
+        (("--max-num-seqs", "2049"), ("field 'max_num_seqs'", "2048")),
         (("--max-num-seqs", "64", "--max-num-batched-tokens", "32"), ("field 'max_num_seqs'", "32 tokens")),
         (("--max-num-batched-tokens", "0"), ("field 'max_num_batched_tokens'",)),
         (("--kv-tokens", "15"), ("field 'kv_tokens'", "16")),

@@ -132,12 +132,12 @@ def test_kv_tokens_where_blocks_are_not_recorded(tmp_path):
 
 
 def test_other_hardware_is_a_warning(tmp_path, capsys):
-    kwargs = META["engine_kwargs"] | {"tensor_parallel_size": 2, "max_num_seqs": 1024}
+    kwargs = META["engine_kwargs"] | {"tensor_parallel_size": 2, "max_num_seqs": 4096}
     run_folder(tmp_path, META | {"model": "meta-llama/Llama-3.1-70B", "engine_kwargs": kwargs}, batch_cap=512)
     assert validate(tmp_path, profile="h100-llama-3.1-8b") == 0
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("warning: the run has ") for line in lines)
-    words = ("tensor_parallel_size 2", "Llama-3.1-70B", "GeForce RTX 4090", "max_num_seqs 1024")
+    words = ("tensor_parallel_size 2", "Llama-3.1-70B", "GeForce RTX 4090", "max_num_seqs 4096")
     assert len(lines) == len(words) == len(report(tmp_path)["warnings"])
     assert all(word in line for word, line in zip(words, lines, strict=True))
 

@@ -36,6 +36,7 @@ LLAMA = {
     "head_dim": 128,
     "intermediate_size": 14336,
     "vocab_size": 128256,
+    "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
 TOKENS = (*range(1, 16), *range(16, 1025, 16))

@@ -89,7 +89,7 @@ def test_mooncake_blocks_and_jitter(tmp_path):
     assert exact.prefix_offsets.tolist() == [0, 2, 5, 8]
     assert exact.prefix_ids.tolist() == [0, 1, 0, 2, 3, 0, 2, 4]
     spread, report = load(path)
-    assert report.notes == ("arrivals spread uniformly over 3 s, seed 0",)
+    assert report.notes == ("arrivals spread uniformly over 3 s, seed 0: jitter=0 leaves them",)
     late = spread.arrival_s - exact.arrival_s
     assert ((late > 0) & (late < 3)).all()
     assert np.array_equal(spread.arrival_s, load(path)[0].arrival_s)
@@ -98,11 +98,12 @@ def test_mooncake_blocks_and_jitter(tmp_path):
 
 def test_spreading_keeps_a_request_and_its_prefix_together(tmp_path):
     rows = [
-        f'{{"timestamp": 0, "input_length": {512 * n}, "output_length": {n}, "hash_ids": {[n] * n}}}'
+        f'{{"timestamp": {n % 2}, "input_length": {512 * n}, "output_length": {n}, "hash_ids": {[n] * n}}}'
         for n in range(1, 20)
     ]
-    workload, _ = load(write(tmp_path, "\n".join(rows)))
-    assert not np.array_equal(workload.output_tokens, np.arange(1, 20)), "the spread has not reordered them"
+    workload, _ = load(write(tmp_path, "\n".join(rows)), jitter_s=3)
+    in_order = [*range(2, 20, 2), *range(1, 20, 2)]
+    assert workload.output_tokens.tolist() != in_order, "the spread has not reordered them"
     for i, n in enumerate(workload.output_tokens):
         assert workload.prompt_tokens[i] == 512 * n
         assert (
@@ -163,7 +164,7 @@ def test_lengths_from_a_table_and_from_a_trace(tmp_path):
         (trace_samples.LENGTHS, "poisson://?lengths="),
         (trace_samples.SERVEGEN, "servegen://"),
         (trace_samples.SESSIONS, "agentic session"),
-        ("a,b\n1,2\n", "Known formats: Azure LLM inference CSV (TIMESTAMP, ContextTokens, GeneratedTokens)"),
+        ("a,b\n1,2\n", "columns=arrival_s:COLUMN,prompt_tokens:COLUMN,output_tokens:COLUMN"),
         ('{"a": 1}', "unknown format"),
     ],
 )

@@ -112,7 +112,7 @@ def test_skipping_reaches_the_file(tmp_path):
         ("onoff://?on_min=9&on_max=8", "on_max", "expected a number >= on_min (9)"),
         ("servegen://", None, "servegen://FILE"),
         ("trace://", None, "trace://FILE"),
-        ("trace://f?rate=1", "rate", "expected one of scale, limit, duration, jitter, seed, tenants"),
+        ("trace://f?rate=1", "rate", "expected one of scale, limit, duration, jitter, time_unit"),
         ("trace://f?scale=0", "scale", "expected a number > 0"),
     ],
 )

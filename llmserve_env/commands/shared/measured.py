@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.errors import InputError
-from llmserve_env.workloads.loaders import LoadReport, measured
+from llmserve_env.workloads.loaders import LoadReport
+from llmserve_env.workloads.loaders.formats import measured
 from llmserve_env.workloads.loaders.parsed import to_workload
 from llmserve_env.workloads.loaders.reading import read_text
-from llmserve_env.workloads.loaders.records import read_records
+from llmserve_env.workloads.loaders.rows import read_records
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -54,6 +54,8 @@ class Cell:
         kv_blocks: KV blocks that requests can hold, one engine.
         engines: their number.
         prefix_cache: whether freed blocks can be found again.
+        max_num_seqs: running sequences of an engine, where they are more than an action may ask for.
+        max_model_len: longest context (tokens); None: the profile's.
     """
 
     profile: Profile
@@ -62,6 +64,18 @@ class Cell:
     kv_blocks: int
     engines: int = 1
     prefix_cache: bool = True
+    max_num_seqs: int | None = None
+    max_model_len: int | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Running sequences of an engine."""
+        return self.action.batch_cap if self.max_num_seqs is None else self.max_num_seqs
+
+    @property
+    def context(self) -> int | None:
+        """Longest context (tokens); None: no limit is known."""
+        return self.max_model_len or self.profile.model.max_model_len
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,8 @@ def serve(workload: Workload, cell: Cell, *, windows: int = 200, name: str = "se
         engines=cell.engines,
         max_num_batched_tokens=cell.max_num_batched_tokens,
         kv_blocks=cell.kv_blocks,
+        max_num_seqs=cell.max_num_seqs,
+        max_model_len=cell.max_model_len,
         prefix_cache=cell.prefix_cache,
         action=cell.action,
     )

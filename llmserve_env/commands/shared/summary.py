@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmserve_env.commands.shared.report import STATISTICS, number, percent, statistics
 from llmserve_env.controls import SPECS
 
@@ -32,15 +34,17 @@ def summarise(served: Served) -> dict[str, Any]:
         "cell": {
             "engines": cell.engines,
             "tensor_parallel_size": cell.profile.gpu.count,
-            "max_num_seqs": action.batch_cap,
+            "max_num_seqs": cell.sequences,
             "max_num_batched_tokens": cell.max_num_batched_tokens,
             "kv_tokens": cell.kv_blocks * cell.profile.engine.block_tokens,
             **action.model_dump(mode="json", exclude={"batch_cap"}),
             "prefix_cache": cell.prefix_cache,
+            "max_model_len": cell.context,
         },
         "requests": {
             "total": len(workload),
             **{name: int((status == name).sum()) for name in ("completed", "failed", "cancelled")},
+            **_beyond(served),
         },
         "duration_s": duration_s,
         "ttft_s": statistics(outcomes.ttft_s),
@@ -73,6 +77,16 @@ def summarise(served: Served) -> dict[str, Any]:
     }
 
 
+def _beyond(served: Served) -> dict[str, int]:
+    """Requests that the model's context is too short for: prompts that fill it, answers that end at it."""
+    prompt, longest = served.workload.prompt_tokens.astype(np.int64), served.cell.context
+    if longest is None:
+        return {"beyond_context": 0, "cut_at_context": 0}
+    fills = prompt >= longest
+    cut = ~fills & (prompt + served.workload.output_tokens > longest)
+    return {"beyond_context": int(fills.sum()), "cut_at_context": int(cut.sum())}
+
+
 def _tenant(served: Served, index: int, in_slo: int) -> dict[str, Any]:
     tenant, own = served.workload.tenants[index], served.workload.tenant == index
     requests = int(own.sum())
@@ -96,8 +110,14 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """A summary in words: labels, which depend on the tenants alone, and values."""
     cell, requests, occupancy = summary["cell"], summary["requests"], summary["kv_occupancy"]
     extras = _extras(cell)
-    reasons = {"failed": "given up or never fitted", "cancelled": "longer than the KV cache"}
-    lost = [f"{requests[name]:,} {name} ({why})" for name, why in reasons.items() if requests[name]]
+    lost = [f"{requests['failed']:,} failed (given up or never fitted)"] if requests["failed"] else []
+    beyond, context = requests["beyond_context"], cell["max_model_len"]
+    if beyond:
+        lost.append(f"{beyond:,} cancelled (prompt beyond the context of {context:,} tokens)")
+    if requests["cancelled"] > beyond:
+        lost.append(f"{requests['cancelled'] - beyond:,} cancelled (longer than the KV cache)")
+    if requests["cut_at_context"]:
+        lost.append(f"{requests['cut_at_context']:,} answers end at the context of {context:,} tokens")
     return [
         ("engines", f"{cell['engines']} x {summary['profile']}, {cell['quantization_tier']}"),
         ("batch", f"{cell['max_num_seqs']} sequences, {cell['max_num_batched_tokens']:,} tokens"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.controls import to_array
+from llmserve_env.controls import to_array, within_action
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.iteration_fit import predicted_s, regimes
 from llmserve_env.hardware.latency import compile_latency
@@ -169,8 +169,11 @@ def simulate(profile: Profile, workload: Workload, *, prefix_cache: bool = True)
     Raises:
         InputError: the simulator cannot serve it.
     """
-    action = ServeAction(batch_cap=profile.engine.max_num_seqs)
-    batch = SimulatorBatch(profile, [workload], prefix_cache=prefix_cache, action=action)
+    cap, sequences = within_action(profile.engine.max_num_seqs)
+    action = ServeAction(batch_cap=cap)
+    batch = SimulatorBatch(
+        profile, [workload], prefix_cache=prefix_cache, action=action, max_num_seqs=sequences
+    )
     actions = to_array([action])
     shortest_s = float(compile_latency(profile).dense_s[0, 1])
     window_s = max(shortest_s / 2, _SHORTEST_WINDOW_S)

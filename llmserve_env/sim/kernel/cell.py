@@ -139,7 +139,7 @@ def arrive(s, request, now_ps):
     s.window.arrived_prompt_tokens += s.requests[request].prompt_tokens
     s.window.tenant_arrived[tenant] += 1
     tokens = s.requests[request].prompt_tokens + s.requests[request].output_tokens + MAX_DEPTH
-    if blocks_for(tokens) > s.cell.most_blocks:
+    if s.requests[request].prompt_tokens >= s.cell.longest or blocks_for(tokens) > s.cell.most_blocks:
         s.outcomes[request].status = CANCELLED
         s.outcomes[request].finish_ps = now_ps
         s.window.cancelled += 1

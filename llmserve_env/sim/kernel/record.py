@@ -17,7 +17,10 @@ from llmserve_env.sim.state import COLOCATED, HISTOGRAM_BINS, MAX_TOKEN_PS, NEVE
 @part
 def apply(s, action):
     """Set what the next window runs under; what this cell cannot do stays as it is."""
-    cap = min(action.batch_cap, s.engines[0].token_budget)
+    cap = np.int64(action.batch_cap)
+    if s.cell.sequences > 0:
+        cap = s.cell.sequences
+    cap = min(cap, s.engines[0].token_budget)
     for i in range(len(s.engines)):
         e = s.engines[i]
         e.batch_cap = cap

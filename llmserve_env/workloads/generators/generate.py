@@ -20,6 +20,7 @@ def generate(
     seed: int = 0,
     duration_s: float | None = None,
     requests: int | None = None,
+    silent: bool = False,
 ) -> Workload:
     """Draw a workload.
 
@@ -29,6 +30,7 @@ def generate(
         seed: the same one gives the same requests, bit for bit.
         duration_s: time to cover (s); None: the generator's own default.
         requests: stop after this many; without `duration_s` cover as long as they take.
+        silent: whether a time in which nothing arrives is a workload, rather than refused.
 
     Raises:
         InputError: nothing arrives in that time, or too much, or the generator ends before so many requests.
@@ -51,6 +53,6 @@ def generate(
                 )
             duration_s = min(2 * duration_s, generator.longest_s)
             workload = generator.sample(seed, duration_s, lengths)
-    if len(workload) == 0:
+    if len(workload) == 0 and not silent:
         raise InputError(f"no request arrives in {duration_s:g} s", field="duration")
     return workload if requests is None else workload.take(np.arange(min(requests, len(workload))))

@@ -20,7 +20,8 @@ from llmserve_env.workloads.lengths import LengthLaw
 from llmserve_env.workloads.lengths.law import TokenPairs, streams
 from llmserve_env.workloads.lengths.quantiles import QuantileCurve
 from llmserve_env.workloads.loaders.formats import SERVEGEN_FIELDS
-from llmserve_env.workloads.loaders.records import MAX_TOKENS, Records, read_records
+from llmserve_env.workloads.loaders.records import MAX_TOKENS, Records
+from llmserve_env.workloads.loaders.rows import read_records
 from llmserve_env.workloads.parameters import parameter
 from llmserve_env.workloads.workload import Workload
 
@@ -77,12 +78,12 @@ class ServeGenClients(Generator):
         )
 
     def sample(self, seed: int, duration_s: float, lengths: LengthLaw) -> Workload:
-        """The requests that arrive in 0..duration_s."""
+        """The requests that arrive in 0..duration_s; windows that the table does not have are silent."""
         table = self.windows
         if duration_s > self.longest_s:
             raise InputError(f"expected at most {self.longest_s:g} s, the table's end", field="duration")
         starts = np.unique(table.start_s[table.start_s < duration_s])
-        times, clients = [], []
+        times, clients = [np.zeros(0)], [np.zeros(0, np.int64)]
         for start_s, rng in zip(starts, streams(np.random.SeedSequence(seed), len(starts)), strict=True):
             rows = np.flatnonzero(table.start_s == start_s)
             time, row = fill_window(

@@ -29,6 +29,7 @@ class Parsed:
         prefixes: their prefix blocks, or None.
         failed: bool[n], requests that failed at the source, or None.
         starts_at_first: whether times are absolute: the first usable arrival becomes 0.
+        resolution_s: step of times so coarse that arrivals are to be spread over it (s; 0: they are not).
     """
 
     arrival_s: NDArray[np.float64]
@@ -39,10 +40,17 @@ class Parsed:
     prefixes: Prefixes | None = None
     failed: NDArray[np.bool_] | None = None
     starts_at_first: bool = False
+    resolution_s: float = 0.0
 
 
 def to_workload(
-    parsed: Parsed, records: Records, report: LoadReport, *, skip_bad_rows: bool, jitter_s: float, seed: int
+    parsed: Parsed,
+    records: Records,
+    report: LoadReport,
+    *,
+    skip_bad_rows: bool,
+    jitter_s: float | None,
+    seed: int,
 ) -> tuple[Workload, LoadReport]:
     """Drop unusable and failed rows, spread and sort the arrivals, and count what was done.
 
@@ -51,7 +59,8 @@ def to_workload(
         records: the rows they came from, with their faults.
         report: names the format.
         skip_bad_rows: whether a bad row is skipped and counted, or refuses the file.
-        jitter_s: width of the uniform spread added to every arrival (s).
+        jitter_s: width of the uniform spread added to every arrival (s); None: the times' own resolution,
+            where that is coarse. Arrivals that shared a time keep the file's order.
         seed: seed of that spread.
     """
     keep = records.usable(skip_bad_rows)
@@ -60,12 +69,13 @@ def to_workload(
     if len(rows) == 0:
         raise InputError("holds no usable request", file=records.file)
     arrival_s = parsed.arrival_s[rows]
-    if parsed.starts_at_first:
+    if parsed.starts_at_first or records.absolute:
         arrival_s = arrival_s - arrival_s.min()
-    notes = []
+    notes = list(records.notes)
+    jitter_s = parsed.resolution_s if jitter_s is None else jitter_s
     if jitter_s > 0:
-        arrival_s = arrival_s + np.random.default_rng(seed).uniform(0.0, jitter_s, len(rows))
-        notes.append(f"arrivals spread uniformly over {jitter_s:g} s, seed {seed}")
+        arrival_s = _spread(arrival_s, jitter_s, seed)
+        notes.append(f"arrivals spread uniformly over {jitter_s:g} s, seed {seed}: jitter=0 leaves them")
     elif (np.diff(arrival_s) < 0).any():
         notes.append("arrivals were out of order and have been sorted")
     order = np.argsort(arrival_s, kind="stable")
@@ -92,11 +102,25 @@ def to_workload(
         report,
         rows=len(records),
         requests=len(rows),
+        clock=records.clock,
+        block_tokens=prefixes.block_tokens,
+        span_s=float(np.ptp(arrival_s)),
         failed_requests=int(failed.sum()),
         bad_rows=int((~keep).sum()),
         faults=tuple(str(fault) for _, fault in records.faults[:5]),
         notes=tuple(notes),
+        guesses=tuple(records.guesses),
     )
+
+
+def _spread(arrival_s: NDArray[np.float64], jitter_s: float, seed: int) -> NDArray[np.float64]:
+    """Arrivals spread uniformly; those that shared a time stay in order."""
+    drawn = np.random.default_rng(seed).uniform(0.0, jitter_s, len(arrival_s))
+    in_file = np.lexsort((np.arange(len(arrival_s)), arrival_s))
+    by_draw = np.lexsort((drawn, arrival_s))
+    found = np.empty_like(drawn)
+    found[in_file] = drawn[by_draw]
+    return arrival_s + found
 
 
 def _tenant_index(

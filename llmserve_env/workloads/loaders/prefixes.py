@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -38,18 +39,54 @@ class Prefixes:
 def hashed_blocks(
     records: Records, name: str, block_tokens: int, prompt_tokens: NDArray[np.int64]
 ) -> Prefixes | None:
-    """Block ids that the file gives itself, at most one for each started block of the prompt."""
+    """Block ids that the file gives itself, at most one for each started block of the prompt.
+
+    Args:
+        records: rows of the file.
+        name: name of the column.
+        block_tokens: tokens of a block in files of this format. Where the file's own counts say another power
+            of two, that is taken, as a guess; what the reader was told goes before both.
+        prompt_tokens: int64[n].
+    """
     lists = _integer_lists(records, name)
     if lists is None:
         return None
-    most = -(-prompt_tokens // block_tokens)
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
+    block_tokens = records.hints.block_tokens or _block_tokens(records, counts, prompt_tokens, block_tokens)
+    most = -(-prompt_tokens // block_tokens)
     records.mark(
         counts > most,
-        lambda row: f"has {counts[row]} blocks, {prompt_tokens[row]} tokens fill {most[row]}",
+        lambda row: (
+            f"has {counts[row]} blocks, {prompt_tokens[row]} tokens fill {most[row]} of {block_tokens}: "
+            "block_tokens=N says how many tokens a block has"
+        ),
         name,
     )
     return Prefixes(block_tokens, lists)
+
+
+def _block_tokens(
+    records: Records, counts: NDArray[np.int64], prompt_tokens: NDArray[np.int64], usual: int
+) -> int:
+    """The size of blocks by which every row has as many as its prompt starts, or fills."""
+    rows = ~records.bad & (counts > 0)
+    counts, prompt_tokens = counts[rows], prompt_tokens[rows]
+    if not len(counts):
+        return usual
+
+    def fit(size: int) -> bool:
+        started, filled = -(-prompt_tokens // size), prompt_tokens // size
+        return bool((counts == started).all() or (counts == filled).all())
+
+    if fit(usual):
+        return usual
+    sizes = [size for size in (1 << power for power in range(17)) if fit(size)]
+    if not sizes:
+        return usual
+    records.guesses.append(
+        f"blocks of {sizes[-1]} tokens, by their number (usually {usual}): block_tokens=N says it"
+    )
+    return sizes[-1]
 
 
 def token_blocks(records: Records, name: str, prompt_tokens: NDArray[np.int64]) -> Prefixes | None:
@@ -63,26 +100,39 @@ def token_blocks(records: Records, name: str, prompt_tokens: NDArray[np.int64]) 
         lambda row: f"has {counts[row]} token ids, the prompt {prompt_tokens[row]} tokens",
         name,
     )
+    size = records.hints.block_tokens or TOKEN_ID_BLOCK_TOKENS
     known: dict[tuple[int, tuple[int, ...]], int] = {}
     blocks = []
     for tokens in lists:
         parent, path = -1, []
-        for end in range(TOKEN_ID_BLOCK_TOKENS, len(tokens) + 1, TOKEN_ID_BLOCK_TOKENS):
-            text = (parent, tuple(tokens[end - TOKEN_ID_BLOCK_TOKENS : end]))
+        for end in range(size, len(tokens) + 1, size):
+            text = (parent, tuple(tokens[end - size : end]))
             parent = known.setdefault(text, len(known))
             path.append(parent)
         blocks.append(path)
-    return Prefixes(TOKEN_ID_BLOCK_TOKENS, blocks)
+    return Prefixes(size, blocks)
 
 
 def _integer_lists(records: Records, name: str) -> list[list[int]] | None:
     """A column of integer lists, empty where a row has none; None if no row has one."""
     raw = records.values(name)
+    if records.kind == "table":
+        raw = list(map(_list_of_cell, raw))
     if all(value is None for value in raw):
         return None
     wrong = np.array([value is not None and not _is_integers(value) for value in raw], bool)
     records.mark(wrong, "expected a list of integers", name)
     return [list(value) if _is_integers(value) else [] for value in raw]
+
+
+def _list_of_cell(cell: object) -> object:
+    """The list that a table's cell is as text; None of an empty one."""
+    if not isinstance(cell, str) or not cell.strip():
+        return None
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
 
 
 def _is_integers(value: object) -> TypeGuard[Sequence[int]]:

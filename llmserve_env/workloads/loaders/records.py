@@ -1,10 +1,7 @@
-"""The rows of a CSV, TSV or JSON Lines file as checked columns."""
+"""The rows of a file as checked columns."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmserve_env.errors import InputError
-from llmserve_env.workloads.loaders.reading import LINE_BYTES, read_text
+from llmserve_env.workloads.loaders.hints import Hints
 
 MAX_TOKENS = 2**31 - 1
 """A workload's token counts are int32."""
 
 _KEPT_FAULTS = 5
-_CELL = "\x1f"  # ASCII's own unit separator joins cells: a million small lists would be slow
 
 
 @dataclass
@@ -35,7 +31,13 @@ class Records:
         values: the raw column of a name: str in tables, decoded JSON otherwise; None where there is none.
         number_types: types that a raw number may have.
         bad: bool[n], rows that cannot be used.
+        kind: what the file is: "table", "JSON", or "JSON document" with a list for each column.
+        hints: what the reader was told.
         faults: (line, message) of the first fault of each check that failed.
+        notes: what was changed.
+        guesses: what was guessed, and how to overrule it.
+        clock: what its times are, for the report.
+        absolute: whether its times are of a clock of their own, so that the first request arrives at 0.
     """
 
     file: str
@@ -44,7 +46,13 @@ class Records:
     values: Callable[[str], list[object]]
     number_types: frozenset[type]
     bad: NDArray[np.bool_]
+    kind: str = "table"
+    hints: Hints = field(default_factory=Hints)
     faults: list[tuple[int, InputError]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)
+    clock: str = ""
+    absolute: bool = False
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -59,6 +67,12 @@ class Records:
             line = int(self.lines[row])
             self.faults.append((line, InputError(text, file=self.file, line=line, field=name)))
         self.bad |= rows
+
+    def mark_each(self, faults: dict[int, str]) -> None:
+        """Mark rows, each with its own fault."""
+        rows = np.zeros(len(self), bool)
+        rows[list(faults)] = True
+        self.mark(rows, faults.__getitem__)
 
     def usable(self, skip_bad_rows: bool) -> NDArray[np.bool_]:
         """bool[n], the rows that passed every check.
@@ -101,101 +115,6 @@ class Records:
         empty = np.fromiter((not text for text in texts), bool, len(texts))
         self.mark(empty, lambda row: f"expected a name, found {_shown(raw[row])}", name)
         return texts
-
-
-def read_records(path: str) -> Records:
-    """Read a table with a header row, or one JSON object a line.
-
-    Raises:
-        InputError: the file cannot be read as text, or holds neither.
-    """
-    text = read_text(path, LINE_BYTES)
-    return _read_json_lines(text, path) if text.lstrip().startswith("{") else _read_table(text, path)
-
-
-def _read_table(text: str, file: str) -> Records:
-    first = next(line for line in text.split("\n") if line.strip())
-    delimiter = "\t" if "\t" in first else ","
-    rows = _quoted_rows(text, delimiter, file) if '"' in text else _plain_rows(text, delimiter)
-    if not rows:
-        raise InputError("holds no rows", file=file)
-    (_, header), *rows = rows
-    names, lines = [name.strip() for name in header.split(_CELL)], [line for line, _ in rows]
-    width = len(names)
-    texts = [row for _, row in rows]
-    too_wide: dict[int, str] = {}
-    for at, found in enumerate(text.count(_CELL) + 1 for text in texts):
-        if found < width:
-            texts[at] += _CELL * (width - found)
-        elif found > width:
-            too_wide[at] = f"has {found} fields, the header names {width}"
-            texts[at] = _CELL.join(texts[at].split(_CELL)[:width])
-    cells = _CELL.join(texts).split(_CELL) if texts else []
-    columns: dict[str, list[object]] = {name: list(cells[at::width]) for at, name in enumerate(names)}
-    records = Records(
-        file=file,
-        names=frozenset(names),
-        lines=np.array(lines, np.int64),
-        values=lambda name: columns.get(name) or [None] * len(lines),
-        number_types=frozenset({str}),
-        bad=np.zeros(len(lines), bool),
-    )
-    _mark_each(records, too_wide)
-    return records
-
-
-def _plain_rows(text: str, delimiter: str) -> list[tuple[int, str]]:
-    """Line number and cells of each row that is not blank."""
-    blank = f"{delimiter} \t"
-    lines = text.replace(delimiter, _CELL).split("\n")
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip(_CELL + blank)]
-
-
-def _quoted_rows(text: str, delimiter: str, file: str) -> list[tuple[int, str]]:
-    """The same for a table with quoted fields, which may hold delimiters and line ends."""
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    try:
-        return [(reader.line_num, _CELL.join(row)) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error
-
-
-def _read_json_lines(text: str, file: str) -> Records:
-    lines: list[int] = []
-    rows: list[dict[str, object]] = []
-    broken: dict[int, str] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            fault = "" if isinstance(row, dict) else "expected a JSON object"
-        except json.JSONDecodeError as error:
-            row, fault = {}, f"not JSON: {error.msg} at column {error.colno}"
-        except (ValueError, RecursionError) as error:
-            row, fault = {}, f"not usable JSON: {error}"
-        if fault:
-            broken[len(rows)] = fault
-        rows.append(row if isinstance(row, dict) else {})
-        lines.append(number)
-    first = next((row for i, row in enumerate(rows) if i not in broken), {})
-    records = Records(
-        file=file,
-        names=frozenset(first),
-        lines=np.array(lines, np.int64),
-        values=lambda name: [row.get(name) for row in rows],
-        number_types=frozenset({int, float}),
-        bad=np.zeros(len(rows), bool),
-    )
-    _mark_each(records, broken)
-    return records
-
-
-def _mark_each(records: Records, faults: dict[int, str]) -> None:
-    """Mark rows, each with its own fault."""
-    rows = np.zeros(len(records), bool)
-    rows[list(faults)] = True
-    records.mark(rows, faults.__getitem__)
 
 
 def _to_floats(

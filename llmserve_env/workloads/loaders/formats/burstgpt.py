@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from llmserve_env.workloads.loaders.parsed import Parsed
 from llmserve_env.workloads.loaders.records import Records
+from llmserve_env.workloads.loaders.times import seconds
 
-FIELDS = ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type")
+FIELDS = ("Timestamp", "Request tokens", "Response tokens")
 
 
 def parse(records: Records) -> Parsed:
-    """Whole seconds and two lengths; the log type is the tenant; no response token: the request failed."""
+    """Seconds and two lengths; the log type, if given, is the tenant; no response token: it failed."""
     prompt_tokens = records.tokens("Request tokens", at_least=0)
     output_tokens = records.tokens("Response tokens", at_least=0)
     failed = output_tokens == 0
@@ -23,9 +24,9 @@ def parse(records: Records) -> Parsed:
         "Request tokens",
     )
     return Parsed(
-        arrival_s=records.numbers("Timestamp"),
+        arrival_s=seconds(records, "Timestamp"),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        tenants=records.texts("Log Type"),
+        tenants=records.texts("Log Type") if "Log Type" in records.names else None,
         failed=failed,
     )

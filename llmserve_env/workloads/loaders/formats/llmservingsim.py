@@ -10,6 +10,7 @@ import numpy as np
 from llmserve_env.workloads.loaders.parsed import Parsed
 from llmserve_env.workloads.loaders.prefixes import token_blocks
 from llmserve_env.workloads.loaders.records import Records
+from llmserve_env.workloads.loaders.times import seconds
 
 FIELDS = ("input_toks", "output_toks", "arrival_time_ns")
 
@@ -21,7 +22,7 @@ def parse(records: Records) -> Parsed:
     _refuse_sessions(records)
     prompt_tokens = records.tokens("input_toks")
     return Parsed(
-        arrival_s=records.numbers("arrival_time_ns", "nanoseconds >= 0") / 1e9,
+        arrival_s=seconds(records, "arrival_time_ns", "ns"),
         prompt_tokens=prompt_tokens,
         output_tokens=records.tokens("output_toks"),
         prefixes=token_blocks(records, "input_tok_ids", prompt_tokens),
@@ -31,6 +32,9 @@ def parse(records: Records) -> Parsed:
 def parse_sessions(records: Records) -> Parsed:
     """Refuse a file of agentic sessions."""
     _refuse_sessions(records)
+    records.mark(
+        np.ones(len(records), bool), "a session without calls: expected flat requests", "sub_requests"
+    )
     nothing = np.zeros(len(records), np.int64)
     return Parsed(arrival_s=nothing.astype(np.float64), prompt_tokens=nothing, output_tokens=nothing)
 

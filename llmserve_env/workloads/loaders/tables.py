@@ -1,0 +1,65 @@
+"""Tables with a header: CSV and TSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+
+from llmserve_env.errors import InputError
+from llmserve_env.workloads.loaders.records import Records
+
+_CELL = "\x1f"  # ASCII's own unit separator joins cells: a million small lists would be slow
+
+
+def read_table(text: str, file: str) -> Records:
+    """Rows of a CSV or TSV text with a header.
+
+    Raises:
+        InputError: it is none.
+    """
+    first = next(line for line in text.split("\n") if line.strip())
+    delimiter = "\t" if "\t" in first else ","
+    rows = _quoted_rows(text, delimiter, file) if '"' in text else _plain_rows(text, delimiter)
+    if not rows:
+        raise InputError("holds no rows", file=file)
+    (_, header), *rows = rows
+    names, lines = [name.strip() for name in header.split(_CELL)], [line for line, _ in rows]
+    width = len(names)
+    texts = [row for _, row in rows]
+    too_wide: dict[int, str] = {}
+    for at, found in enumerate(text.count(_CELL) + 1 for text in texts):
+        if found < width:
+            texts[at] += _CELL * (width - found)
+        elif found > width:
+            too_wide[at] = f"has {found} fields, the header names {width}"
+            texts[at] = _CELL.join(texts[at].split(_CELL)[:width])
+    cells = _CELL.join(texts).split(_CELL) if texts else []
+    columns: dict[str, list[object]] = {name: list(cells[at::width]) for at, name in enumerate(names)}
+    records = Records(
+        file=file,
+        names=frozenset(names),
+        lines=np.array(lines, np.int64),
+        values=lambda name: columns.get(name) or [None] * len(lines),
+        number_types=frozenset({str}),
+        bad=np.zeros(len(lines), bool),
+    )
+    records.mark_each(too_wide)
+    return records
+
+
+def _plain_rows(text: str, delimiter: str) -> list[tuple[int, str]]:
+    """Line number and cells of each row that is not blank."""
+    blank = f"{delimiter} \t"
+    lines = text.replace(delimiter, _CELL).split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip(_CELL + blank)]
+
+
+def _quoted_rows(text: str, delimiter: str, file: str) -> list[tuple[int, str]]:
+    """The same for a table with quoted fields, which may hold delimiters and line ends."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    try:
+        return [(reader.line_num, _CELL.join(row)) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error

@@ -1,0 +1,126 @@
+"""Columns of times in any unit, on any clock, as seconds."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmserve_env.workloads.loaders.hints import UNITS
+from llmserve_env.workloads.loaders.records import Records
+
+_STAMP = re.compile(
+    r"((?:19[7-9]|20\d|21\d)\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?:Z|([+-])(\d\d):?(\d\d))?"
+)
+_EXPECTED = "expected a time such as '2023-11-16 18:15:46.6805900' or '2024-05-10 00:00:00.009930+00:00'"
+_UNIX_S = (946_684_800.0, 4_102_444_800.0)  # 2000 to 2100
+_LATE_S = 10 * 86_400.0
+"""A trace whose first request comes later than this has a clock of its own."""
+_BUSY_RPS = 1000.0
+"""A file of a thousand requests a second, or of one in a thousand seconds, has times in another unit than its
+keys usually have."""
+
+_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+
+
+def seconds(records: Records, name: str, unit: str = "s", *, sure: bool = True) -> NDArray[np.float64]:
+    """A column of numbers or of times of day as float64[n], in seconds.
+
+    Times of day, Unix times and other times that begin after ten days are counted from the first usable one.
+
+    Args:
+        records: rows of the file; what is guessed goes to its `guesses`, what is changed to its `notes`.
+        name: name of the column.
+        unit: unit of its numbers, unless the reader was told another.
+        sure: whether files of this format have always had that unit.
+    """
+    if _of_day(records.values(name)):
+        records.clock = "times of day"
+        return _since_first(records, name)
+    told = records.hints.time_unit
+    raw = records.numbers(name, f"{_NAMES[told or unit]} >= 0")
+    good = raw[~records.bad]
+    if not len(good):
+        return raw
+    least, most = float(good.min()), float(good.max())
+    if told is None:
+        whole = bool((good == np.floor(good)).all())
+        found = _unit(unit, least, most, len(good), sure=sure, whole=whole)
+        doubted = not sure and whole == (unit == "s")  # milliseconds have no fractions, seconds mostly have
+        if found != unit or doubted:
+            rates = ", ".join(
+                f"as {_NAMES[each]} {_rate(least, most, len(good), each):,.3g} requests/s"
+                for each in dict.fromkeys((found, unit, "s", "ms"))
+            )
+            records.guesses.append(
+                f"{name!r} is taken as {_NAMES[found]} ({rates}): time_unit={'|'.join(UNITS)} says it"
+            )
+        unit = found
+    records.clock = f"times in {told or unit}"
+    per_s = round(1 / UNITS[told or unit])
+    if least / per_s < _LATE_S:
+        return raw / per_s
+    records.notes.append(f"times begin at {least / per_s:,.0f} s: the first request arrives at 0")
+    records.absolute = True
+    return np.where(records.bad, 0.0, raw - least) / per_s
+
+
+def _unit(unit: str, least: float, most: float, count: int, *, sure: bool, whole: bool) -> str:
+    """The unit that times from `least` to `most` have, where it is hardly the expected one."""
+    if least * UNITS[unit] >= _LATE_S:
+        for other, factor in UNITS.items():
+            if _UNIX_S[0] <= least * factor and most * factor <= _UNIX_S[1]:
+                return other
+    rate = _rate(least, most, count, unit)
+    if not sure and unit == "ms" and rate >= _BUSY_RPS:
+        return "s"
+    if not sure and unit == "s" and whole and 0 < rate <= 1 / _BUSY_RPS:
+        return "ms"
+    return unit
+
+
+def _rate(least: float, most: float, count: int, unit: str) -> float:
+    """Requests per second, were the times in that unit."""
+    return (count - 1) / ((most - least) * UNITS[unit]) if most > least else 0.0
+
+
+def _of_day(raw: list[object]) -> bool:
+    """Whether the first value that is there is a time of day, or more one than a number."""
+    first = next((value for value in raw if value is not None and value != ""), None)
+    return isinstance(first, str) and ("-" in first[1:] or ":" in first) and "e-" not in first.lower()
+
+
+def _since_first(records: Records, name: str) -> NDArray[np.float64]:
+    """float64[n], seconds since the earliest row; in ns until then, which float64 could not hold."""
+    raw = records.values(name)
+    bodies: list[str] = []
+    offsets_ns = np.zeros(len(raw), np.int64)
+    wrong = np.zeros(len(raw), bool)
+    for row, value in enumerate(raw):
+        match = _STAMP.fullmatch(str(value).strip())
+        if match is None or not _is_time(match[1]):
+            wrong[row] = True
+            bodies.append("1970-01-01 00:00:00")
+            continue
+        bodies.append(match[1])
+        if match[2]:
+            minutes = int(match[3]) * 60 + int(match[4])
+            offsets_ns[row] = (minutes if match[2] == "+" else -minutes) * 60_000_000_000
+    records.mark(wrong, lambda row: f"{_EXPECTED}, found {raw[row]!r}", name)
+    ns = np.array(bodies, dtype="datetime64[ns]").astype(np.int64) - offsets_ns
+    usable = ~wrong & ~records.bad
+    start = ns[usable].min() if usable.any() else 0
+    records.absolute = True
+    return np.where(usable, (ns - start) / 1e9, 0.0)
+
+
+def _is_time(text: str) -> bool:
+    """Whether a well-formed time exists; most days and hours do without asking numpy."""
+    if text[8:10] <= "28" and text[8:10] != "00" and "01" <= text[5:7] <= "12":
+        return text[11:13] <= "23" and text[14:16] <= "59" and text[17:19] <= "59"
+    try:
+        np.datetime64(text)
+    except ValueError:
+        return False
+    return True

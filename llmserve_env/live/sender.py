@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
-from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
+from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.servers.metrics import Scrape, read_metrics
 from llmserve_env.live.servers.stream import RequestFailed, stream_completion
 from llmserve_env.live.servers.telemetry import Telemetry

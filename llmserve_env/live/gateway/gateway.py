@@ -6,11 +6,8 @@ It knows nothing of HTTP: `proxy.Proxy` brings it the requests. All of it runs i
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -19,8 +16,10 @@ import numpy as np
 from llmserve_env.backend import WindowRecord
 from llmserve_env.controls import SPECS
 from llmserve_env.errors import InputError
-from llmserve_env.hardware.constants import constants
-from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
+from llmserve_env.live.gateway.admission.passage import Passage, Refused
+from llmserve_env.live.gateway.admission.token_bucket import TokenBucket
+from llmserve_env.live.gateway.admission.waiting_room import WaitingRoom
+from llmserve_env.live.gateway.ledger import Ledger
 from llmserve_env.schema import QuantizationTier, ServeAction
 from llmserve_env.workloads.workload import Tenant
 
@@ -40,47 +39,6 @@ _APPLIED = (
 )
 """Controls that the gateway has a way to apply, wherever its upstreams allow it."""
 _PASS_OVER_S = 1.0
-
-
-class Refused(Exception):
-    """A request is not served.
-
-    Args:
-        status: HTTP status.
-        message: message for its client.
-        reason: in a few words, for counting.
-        retry_after_s: when to try again, at the earliest (s; None: no word of it).
-    """
-
-    def __init__(self, status: int, message: str, reason: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(eq=False)
-class Passage(LiveRequest):
-    """A request on its way through the gateway.
-
-    Attributes:
-        upstream: where it is, or is to go; None while it waits.
-        turn: its turn has come when this is done, or it has failed.
-        since_s: when it last got on: joined the queue, went to its upstream, got something from there (s).
-        writing: whether its client is the one to be waited for.
-        cut: how to end it from outside; None while it waits.
-        silent: it was ended because nothing came from the upstream.
-        tries: upstreams that took no connection for it.
-    """
-
-    upstream: Upstream | None = None
-    turn: asyncio.Future[None] | None = None
-    since_s: float = 0.0
-    writing: bool = False
-    cut: Callable[[], object] | None = None
-    silent: bool = False
-    tries: int = 0
 
 
 class Gateway:
@@ -143,16 +101,16 @@ class Gateway:
         self.upstreams = tuple(upstreams)
         self.tenants = tuple(tenants)
         self.ledger = Ledger(self.tenants, sum(each.engines for each in self.upstreams))
-        self._ranks = sorted({tenant.priority for tenant in self.tenants})
+        priorities = [tenant.priority for tenant in self.tenants]
+        self._room = WaitingRoom(priorities)
+        self._bucket = TokenBucket(priorities)
         self._max_waiting = max_waiting
         self._queue_timeout_s = queue_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self.kv_usage = kv_usage
         self._clock = clock
         self._numbers = count()
-        self._queues: dict[int, deque[Passage]] = {priority: deque() for priority in self._ranks}
         self._at_upstreams: set[Passage] = set()
-        self._bucket_full_s = -math.inf  # when it will be full
         self._begun_s = self._window_s = clock()
         self.ledger.open(self._begun_s)
         self.apply(action)
@@ -197,12 +155,11 @@ class Gateway:
             WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.
         """
         now_s = self._clock()
-        waiting = (each for queue in self._queues.values() for each in queue if not each.over)
         window, ttft, gaps = self.ledger.close(
             now_s,
             self._window_s - self._begun_s if start_s is None else start_s,
             now_s - self._begun_s if end_s is None else end_s,
-            [*waiting, *self._at_upstreams],
+            [*self._room, *self._at_upstreams],
         )
         self._window_s = now_s
         self._look(window)
@@ -231,7 +188,7 @@ class Gateway:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return sum(not each.over for queue in self._queues.values() for each in queue)
+        return len(self._room)
 
     def passed_over(self, upstream: Upstream) -> bool:
         """Whether it took no connection a moment ago."""
@@ -252,24 +209,25 @@ class Gateway:
         due_s = now_s if arrival_s is None else arrival_s
         passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, due_s, since_s=now_s)
         self.ledger.arrived(passage, prompt_tokens)
-        wait_s = self._bucket_wait_s(passage.priority, now_s)
+        rate, routing = self.action.admission_rate, self.action.priority_routing
+        wait_s = self._bucket.wait_s(rate, passage.priority, routing, now_s)
         if wait_s > 0:
             self._refuse(passage, "admission rate", "Too many requests: try again later", wait_s)
         if self.waiting >= self._max_waiting:
             self._refuse(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        self._take_token(now_s)
+        self._bucket.take(rate, now_s)
         passage.turn = asyncio.get_running_loop().create_future()
-        self._queues[passage.priority].append(passage)
+        self._room.join(passage)
         self.dispatch()
         return passage
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        while (queue := self._next_queue()) is not None:
-            upstream = self._room()
+        while (passage := self._room.next(self.action.priority_routing)) is not None:
+            upstream = self._free()
             if upstream is None:
                 return
-            passage = queue.popleft()
+            self._room.leave(passage)
             now_s = self._clock()
             passage.upstream, passage.since_s = upstream, now_s
             passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
@@ -299,7 +257,7 @@ class Gateway:
         self.ledger.returned(passage, now_s)
         passage.turn = asyncio.get_running_loop().create_future()
         passage.cut = None
-        self._queues[passage.priority].appendleft(passage)
+        self._room.rejoin(passage)
         self.dispatch()
 
     def got(self, passage: Passage, steps: int = 0) -> None:
@@ -326,13 +284,12 @@ class Gateway:
     def tick(self) -> None:
         """What time brings, to be called a few times a second: time limits, and room in KV caches."""
         now_s = self._clock()
-        for queue in self._queues.values():
-            for passage in queue:
-                late = now_s - passage.since_s > self._queue_timeout_s
-                if late and not passage.over and passage.turn is not None and not passage.turn.done():
-                    passage.turn.set_exception(
-                        Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
-                    )
+        for passage in self._room:
+            if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
+                assert passage.turn is not None
+                passage.turn.set_exception(
+                    Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
+                )
         for passage in tuple(self._at_upstreams):
             if now_s - passage.since_s > self._idle_timeout_s and passage.cut is not None:
                 passage.silent = not passage.writing
@@ -367,35 +324,7 @@ class Gateway:
         self.ledger.refused(passage, self._clock(), reason)
         raise Refused(429, message, reason, wait_s)
 
-    def _bucket_wait_s(self, priority: int, now_s: float) -> float:
-        """Time until the bucket has a token for it (s): 0 for now. The simulator's `lets_in`."""
-        rate = self.action.admission_rate
-        if rate is None:
-            return 0.0
-        burst_s = constants().admission.burst_s
-        if self.action.priority_routing:
-            burst_s *= 1 - self._ranks.index(priority) / len(self._ranks)
-        full_s = max(self._bucket_full_s, now_s) + 1 / rate
-        wait_s = full_s - now_s - max(burst_s, 1 / rate)
-        return wait_s if wait_s > 1e-9 else 0.0  # sums of 1 / rate are not exact
-
-    def _take_token(self, now_s: float) -> None:
-        if self.action.admission_rate is not None:
-            self._bucket_full_s = max(self._bucket_full_s, now_s) + 1 / self.action.admission_rate
-
-    def _next_queue(self) -> deque[Passage] | None:
-        """The queue whose first request is next."""
-        for queue in self._queues.values():
-            while queue and (queue[0].over or _settled(queue[0])):
-                queue.popleft()
-        waiting = [queue for queue in self._queues.values() if queue]
-        if not waiting:
-            return None
-        if self.action.priority_routing:
-            return waiting[0]
-        return min(waiting, key=lambda queue: queue[0].index)
-
-    def _room(self) -> Upstream | None:
+    def _free(self) -> Upstream | None:
         """The least loaded upstream of the pool that may take one more."""
         cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
         reachable = [each for each in self._pool if not self.passed_over(each)] or self._pool
@@ -415,8 +344,3 @@ class Gateway:
             assert passage.upstream is not None
             passage.upstream.running -= 1
         passage.upstream = None
-
-
-def _settled(passage: Passage) -> bool:
-    """Whether it waits no more, having been refused."""
-    return passage.turn is not None and passage.turn.done()

@@ -68,7 +68,7 @@ def test_engines_apply_what_they_can_and_the_gateway_does_not_do_it_again(tmp_pa
     assert engine.look() == AppliedSettings(batch_cap=8, kv_budget_fraction=0.5, speculation_depth=2)
     # With a full cache the gateway would hold requests back: the engine does it.
     here.gateway.kv_usage = lambda upstream: 0.9
-    assert here.gateway._room() is here.gateway.upstreams[0]
+    assert here.gateway._free() is here.gateway.upstreams[0]
     ways = here.capabilities()
     assert ways["batch_cap"] == "engine: up to 64; the gateway keeps to it, too"
     assert ways["kv_budget_fraction"].startswith("engine:")
@@ -78,7 +78,7 @@ def test_engines_apply_what_they_can_and_the_gateway_does_not_do_it_again(tmp_pa
 def test_without_a_folder_the_gateway_applies_what_it_can(tmp_path):
     here = deployment(Upstream(URL, QuantizationTier.INT8, speculation=2), told=[BUSY])
     assert set(here.apply(WITHIN)) == {"quantization_tier", "prefill_decode_split"}
-    assert here.gateway._room() is None  # its KV cache is fuller than half
+    assert here.gateway._free() is None  # its KV cache is fuller than half
     assert {name: way.split(":")[0] for name, way in here.capabilities().items()} == {
         "batch_cap": "gateway",
         "kv_budget_fraction": "gateway",
@@ -117,11 +117,11 @@ def test_an_engine_that_does_not_answer_leaves_it_to_the_gateway(tmp_path):
     here = deployment(Upstream(URL, control=tmp_path), told=[BUSY], clock=clock)
     assert "LiveScheduler" in here.capabilities()["batch_cap"]
     assert "speculation_depth" in here.apply(WITHIN)
-    assert here.gateway._room() is None
+    assert here.gateway._free() is None
 
     engine = FolderEngine(tmp_path)  # it has come
     assert here.window().not_applied.keys() >= {"speculation_depth"}
-    assert here.gateway._room() is not None
+    assert here.gateway._free() is not None
     assert "speculation_depth" not in here.window().not_applied
 
     here.apply(WITHIN.model_copy(update={"speculation_depth": 3}))

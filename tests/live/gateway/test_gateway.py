@@ -12,8 +12,9 @@ import aiohttp
 import pytest
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.callers import Caller, Callers
-from llmserve_env.live.gateway.gateway import Gateway, Refused
+from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.schema import QuantizationTier, ServeAction

@@ -1,0 +1,59 @@
+"""A request on its way through the gateway, and its refusal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmserve_env.live.gateway.ledger import LiveRequest
+
+if TYPE_CHECKING:
+    from llmserve_env.live.servers.upstreams import Upstream
+
+
+class Refused(Exception):
+    """A request is not served.
+
+    Args:
+        status: HTTP status.
+        message: message for its client.
+        reason: in a few words, for counting.
+        retry_after_s: when to try again, at the earliest (s; None: no word of it).
+    """
+
+    def __init__(self, status: int, message: str, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(eq=False)
+class Passage(LiveRequest):
+    """A request on its way through the gateway.
+
+    Attributes:
+        upstream: where it is, or is to go; None while it waits.
+        turn: its turn has come when this is done, or it has failed.
+        since_s: when it last got on: joined the queue, went to its upstream, got something from there (s).
+        writing: whether its client is the one to be waited for.
+        cut: how to end it from outside; None while it waits.
+        silent: it was ended because nothing came from the upstream.
+        tries: upstreams that took no connection for it.
+    """
+
+    upstream: Upstream | None = None
+    turn: asyncio.Future[None] | None = None
+    since_s: float = 0.0
+    writing: bool = False
+    cut: Callable[[], object] | None = None
+    silent: bool = False
+    tries: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue, has not been refused there and its client has not gone away."""
+        return not self.over and self.turn is not None and not self.turn.done()

@@ -7,8 +7,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     Raises:
         InputError: the journal's folder cannot be written.
     """
+    settings = settings or Settings()
+    with nullcontext() if settings.web else _without_gradio():
+        from openenv.core.env_server.http_server import create_fastapi_app
+
     from fastapi import WebSocket
-    from openenv.core.env_server.http_server import create_fastapi_app
 
     from server.environment import ServeEnvironment
     from server.messages import errors
@@ -52,7 +55,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     from server.wire.bodies import BodyLimit
     from server.wire.mcp import mount_mcp
 
-    settings = settings or Settings()
     service = Service(settings)
     factory = partial(ServeEnvironment, service)
     types = (ServiceAction, ServiceObservation, _NAME)
@@ -84,6 +86,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _run_with(app, service)
     service.answer_mcp = mount_mcp(app, service).answer
     return app
+
+
+@contextmanager
+def _without_gradio() -> Iterator[None]:
+    """Let OpenEnv's first import find no Gradio, which takes most of its time and is for the page alone."""
+    if "gradio" in sys.modules:
+        yield
+        return
+    sys.modules["gradio"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["gradio"]
 
 
 def _run_with(app: FastAPI, service: Service) -> None:

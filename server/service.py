@@ -19,9 +19,10 @@ from tqdm import tqdm
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.live.episode import LiveEpisode
-from llmserve_env.tasks import TRAINING_SEEDS, list_tasks
+from llmserve_env.tasks import TRAINING_SEEDS
+from server.baselines import Baselines
 from server.guard import Guard
-from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
+from server.hosted import check_request, grade_posted, is_shaped, requested_task
 from server.journal import Journal
 from server.messages.refusals import Refusal
 from server.messages.requests import ResetRequest
@@ -59,13 +60,14 @@ class Service:
         self.sessions = Sessions(settings, _live_episodes(settings.endpoint) if self.live else Episode)
         self.guard = Guard(settings)
         self._journal = Journal(settings.journal)
-        self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
-        self._baseline_lock = asyncio.Lock()
+        self.baselines = Baselines(self.guard)
         self.stopping = False  # sessions that close then are those that a restart restores
         self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
         self._freed = 0  # sessions whose memory has not been given back
         self.answering = 0  # messages of WebSockets that are not answered yet
         self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
+        # A live window is waited for in a thread: one for each session, so that nobody waits for another's.
+        self._live_threads = ThreadPoolExecutor(settings.max_live_sessions, thread_name_prefix="live")
         self.sessions.on_close = self._closed
 
     async def reset(self, session: Session, request: ResetRequest) -> ServeObservation:
@@ -105,9 +107,22 @@ class Service:
             session.touch()
             if not session.observation().done:
                 self._journal.add(session.id, actions)
+            if self.live:
+                return await self._step_live(session, actions)
             observations = await self._play(len(actions) > 1, session.step, actions)
             session.touch()
             return observations
+
+    async def _step_live(self, session: Session, actions: list[ServeAction]) -> list[ServeObservation]:
+        """Serve windows one by one, so that no more are served once nobody waits for them."""
+        observations: list[ServeObservation] = []
+        for action in actions:
+            self.sessions.get(session.id)
+            observations += await self._play(True, session.step, [action])
+            session.touch()
+            if observations[-1].done:
+                break
+        return observations
 
     async def grade(self, session: Session) -> GradeResult:
         """The grade of a session's finished episode.
@@ -130,32 +145,6 @@ class Service:
         bounds = (self.settings.max_windows, self.settings.max_requests)
         return await self.guard.run(grade_posted, log, *bounds)
 
-    async def baseline(self, mode: str, task_id: str | None, episodes: int) -> dict[str, Any]:
-        """Scores of agents that need nobody, or of the language model that the service has a key for.
-
-        Raises:
-            NotFound: no such task.
-            InputError: there is no key, or no task is named for the language model, which is asked in every
-                window.
-        """
-        from server import baseline_inference
-
-        tasks = [shipped_task(task_id).id] if task_id else None
-        if tasks is None and mode == "openai":
-            raise InputError(f"expected one of {', '.join(list_tasks())}", field="task_id")
-        key = (mode, task_id, episodes)
-        async with self._baseline_lock:  # the same for everybody: played once
-            if key not in self._baselines:
-                if mode == "openai":
-                    self._baselines[key] = await asyncio.to_thread(
-                        baseline_inference.openai_suite, tasks, episodes
-                    )
-                else:
-                    self._baselines[key] = await self.guard.run(
-                        baseline_inference.deterministic_suite, tasks, episodes
-                    )
-        return self._baselines[key]
-
     async def drain(self, most_s: float) -> None:
         """Keep sessions for a restart from now on, and wait until every WebSocket has its answer."""
         self.stopping = True
@@ -175,7 +164,9 @@ class Service:
                 task.cancel()
             self.stopping = True
             self.guard.close()
+            self.baselines.close()
             self._graders.shutdown()
+            self._live_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _restore(self) -> None:
         """Open again the sessions that the journal has, by replay."""
@@ -209,7 +200,14 @@ class Service:
             self._journal.end(session.id)
 
     async def _play(self, long: bool, function: Callable[..., R], *args: object) -> R:
-        if long or self.live:
+        if self.live:
+            playing = asyncio.get_running_loop().run_in_executor(self._live_threads, function, *args)
+            try:
+                return await asyncio.shield(playing)
+            except asyncio.CancelledError:
+                await asyncio.wait([playing])  # the session is not free before
+                raise
+        if long:
             return await asyncio.to_thread(function, *args)
         return function(*args)
 

@@ -206,6 +206,7 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
+        self._most = settings.max_live_sessions if settings.mode == "real" else settings.max_sessions
         self._make_episode = make_episode
         self._clock = clock
         self._open: dict[str, Session] = {}
@@ -223,7 +224,7 @@ class Sessions:
         Raises:
             AtCapacity: there is no room.
         """
-        if len(self._open) >= self._settings.max_sessions:
+        if len(self._open) >= self._most:
             self._make_room()
         session = Session(session_id or secrets.token_urlsafe(24), self._make_episode, self._clock)
         self._open[session.id] = session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llmserve_env.live.settings import EndpointSettings
+from llmserve_env.net.connections import ConnectionLimits
 
 
 def _mode() -> Literal["simulated", "real"]:
@@ -32,6 +34,12 @@ class Settings:
     """Address to listen on."""
     port: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
     """Port to listen on, 8000 unless given; give it again for more."""
+    allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Name that clients may ask the service by, *.NAME for all below one; give it again for more (default:
+    any, and where only this machine can connect localhost). Addresses are always good."""
+    api_key: str | None = field(default_factory=lambda: os.environ.get("LLMSERVE_API_KEY") or None, repr=False)
+    """Key for what costs the owner: /baseline?mode=openai, and all that plays in mode real (default:
+    LLMSERVE_API_KEY, else nobody may, but in mode real who is on this machine)."""
     web: bool = True
     """Whether the page at /web is served."""
     mode: Literal["simulated", "real"] = field(default_factory=_mode)
@@ -42,6 +50,8 @@ class Settings:
     """Folder in which open sessions are recorded, and from which a restart restores them."""
     max_sessions: int = 1024
     """Sessions open at once."""
+    max_live_sessions: int = 16
+    """Sessions open at once in mode real, where each has a thread."""
     session_timeout_s: float = 3600.0
     """Time after which an unused session is closed (s). Set it far above the slowest policy."""
     reclaim_after_s: float = 300.0
@@ -56,12 +66,22 @@ class Settings:
     """Windows of an episode that a client shaped, or whose log it posted."""
     max_requests: int = 100_000
     """Requests of an episode that a client shaped, or whose log it posted."""
+    connections: ConnectionLimits = ConnectionLimits()
+    """Bounds of connections, before anything else sees what they send."""
     guard_timeout_s: float = 20.0
     """Time in which what a client sent must be looked through (s)."""
     guard_memory_gb: float = 1.0
     """Memory that looking through it may take (GB)."""
     guard_queue: int = 32
     """Clients that may wait for that at once."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @property
     def ports(self) -> tuple[int, ...]:

@@ -19,18 +19,28 @@ from tqdm import tqdm
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.live.episode import LiveEpisode
+<<<<<<< HEAD
 from llmserve_env.tasks import TRAINING_SEEDS
 from server.baselines import Baselines
 from server.guard import Guard
 from server.hosted import check_request, grade_posted, is_shaped, requested_task
 from server.journal import Journal
 from server.messages.refusals import Refusal
+=======
+from llmserve_env.net.loops import forever
+from llmserve_env.tasks import TRAINING_SEEDS, list_tasks, load_task
+from server.guard import Guard
+from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
+from server.journal import Entry, Journal
+from server.messages.refusals import AtCapacity, Refusal, Unavailable
+>>>>>>> h-room
 from server.messages.requests import ResetRequest
 from server.sessions import MakeEpisode, Session, Sessions
 
 if TYPE_CHECKING:
     from llmserve_env.live.settings import EndpointSettings
     from llmserve_env.schema import EpisodeLog, GradeResult, ServeAction, ServeObservation
+    from llmserve_env.tasks import Task
     from server.settings import Settings
 
 R = TypeVar("R")
@@ -51,7 +61,7 @@ class Service:
         settings: bounds.
 
     Raises:
-        InputError: the journal's folder cannot be written.
+        InputError: the journal's folder cannot be written, or another server uses it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -59,8 +69,15 @@ class Service:
         self.live = settings.mode == "real"
         self.sessions = Sessions(settings, _live_episodes(settings.endpoint) if self.live else Episode)
         self.guard = Guard(settings)
+<<<<<<< HEAD
         self._journal = Journal(settings.journal)
         self.baselines = Baselines(self.guard)
+=======
+        # What real engines did cannot be done again, so nothing of it is recorded.
+        self._journal = Journal(None if self.live else settings.journal, _most_actions(settings))
+        self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+        self._baseline_lock = asyncio.Lock()
+>>>>>>> h-room
         self.stopping = False  # sessions that close then are those that a restart restores
         self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
         self._freed = 0  # sessions whose memory has not been given back
@@ -82,10 +99,7 @@ class Service:
         async with session.lock:
             session.touch()
             shaped = is_shaped(begun)
-            if shaped:
-                bounds = (self.settings.max_windows, self.settings.max_requests)
-                await self.guard.run(check_request, begun, *bounds)
-            task = requested_task(begun)
+            task = await self._allowed(begun, shaped)
             self.sessions.get(session.id)  # it may have been closed meanwhile, and must not come back
             self._journal.begin(session.id, begun)
             observation = await self._play(shaped, session.reset, task, begun)
@@ -155,9 +169,12 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Restores sessions at the start, closes those that time out, frees everything at the end."""
-        await self._restore()
-        background = [asyncio.create_task(each) for each in (self._sweep_forever(), self.guard.start())]
+        background: list[asyncio.Task[None]] = []
         try:
+            await self._restore()
+            interval_s = min(self.settings.session_timeout_s / 4, 30.0)
+            sweeping = forever(self._sweep, interval_s, "the sweep of idle sessions")
+            background = [asyncio.create_task(each) for each in (sweeping, self._start_guard())]
             yield
         finally:
             for task in background:
@@ -166,33 +183,76 @@ class Service:
             self.guard.close()
             self.baselines.close()
             self._graders.shutdown()
+<<<<<<< HEAD
             self._live_threads.shutdown(wait=False, cancel_futures=True)
+=======
+            self._journal.close()
+>>>>>>> h-room
 
     async def _restore(self) -> None:
-        """Open again the sessions that the journal has, by replay."""
-        if self.live:  # what real engines did cannot be done again
-            return
-        entries = list(self._journal.entries())
-        for entry in tqdm(entries, desc="restoring sessions", unit="session", disable=not entries):
-            session = None
+        """Open again the sessions that the journal has, by replay, as far as there is room for them."""
+        count = self._journal.count()
+        entries = tqdm(
+            self._journal.entries(),
+            desc="restoring sessions",
+            unit="session",
+            total=count,
+            disable=not count,
+        )
+        left = 0
+        for entry in entries:
+            if self.sessions.full:
+                left += 1
+                continue
             try:
-                session = self.sessions.open(session_id=entry.session_id)
-                session.reset(requested_task(entry.begun), entry.begun)
-                if entry.actions:
-                    await asyncio.to_thread(session.step, entry.actions)
+                await self._reopen(entry)
+            except (AtCapacity, Unavailable) as error:
+                _log.error("session %s stays in the journal: %s", entry.session_id, error)
             except (InputError, Refusal) as error:
-                _log.error("session in the journal cannot be replayed, and is set aside: %s", error)
-                self._journal.set_aside(entry.session_id)
-                if session is not None:
-                    self.sessions.close(session)
+                self._journal.set_aside(entry.session_id, str(error))
+            except Exception as error:  # one file must not keep the service from its start
+                self._journal.set_aside(entry.session_id, f"{type(error).__name__}: {error}")
+        if left:
+            most = self.settings.max_sessions
+            _log.warning("%d sessions stay in the journal: %d are open, as many as there may be", left, most)
 
-    async def _sweep_forever(self) -> None:
-        while True:
-            await asyncio.sleep(min(self.settings.session_timeout_s / 4, 30.0))
-            self.sessions.sweep()
-            if self._freed >= _TRIM_AFTER:
-                self._freed = 0
-                await asyncio.to_thread(return_memory)
+    async def _reopen(self, entry: Entry) -> None:
+        """Open a session again, within the bounds of any other."""
+        begun = entry.begun
+        shaped = is_shaped(begun)
+        task = await self._allowed(begun, shaped)
+        session = self.sessions.make(entry.session_id)
+        try:
+            await self._play(shaped, session.reset, task, begun)
+            if entry.actions:
+                await asyncio.to_thread(session.step, entry.actions)
+            self._journal.resume(entry)
+        except BaseException:
+            session.close()
+            raise
+        session.touch()
+        self.sessions.add(session)
+
+    async def _allowed(self, begun: ResetRequest, shaped: bool) -> Task:
+        """The task that is asked for, once it is known that its episode can be played."""
+        if shaped:
+            bounds = (self.settings.max_windows, self.settings.max_requests)
+            await self.guard.run(check_request, begun, *bounds)
+        return requested_task(begun)
+
+    async def _start_guard(self) -> None:
+        try:
+            await self.guard.start()
+        except Refusal as error:  # the next request that needs it tries again
+            _log.error("%s", error)
+
+    async def _sweep(self) -> None:
+        """Close sessions that timed out, and give back what closed ones held."""
+        self.sessions.sweep()
+        self._journal.sweep()
+        if self._freed >= _TRIM_AFTER:
+            self._freed = 0
+            await asyncio.to_thread(return_memory)
 
     def _closed(self, session: Session) -> None:
         self._freed += 1
@@ -221,6 +281,12 @@ def return_memory() -> None:
     """Give the system back what closed sessions held: glibc keeps it, some 2 MB each, for the next ones."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _most_actions(settings: Settings) -> int:
+    """Most actions recorded of a session: those of its windows, and what the last step_n had more."""
+    longest = max(load_task(name).windows for name in list_tasks())
+    return max(longest, settings.max_windows) + settings.max_actions
 
 
 def _complete(request: ResetRequest) -> ResetRequest:

@@ -21,6 +21,7 @@ from llmserve_env.live.servers.stream import RequestFailed, stream_completion
 from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.traffic import Prompts
 from llmserve_env.net.http import bearer, open_session
+from llmserve_env.net.loops import forever
 
 if TYPE_CHECKING:
     import aiohttp
@@ -102,7 +103,7 @@ class Sender:
                     replica.took(scrape)
         self.deployment = Deployment(self.gateway, telemetry)
         await self.deployment.__aenter__()
-        self._ticking = asyncio.create_task(self._tick())
+        self._ticking = asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick"))
 
     async def capabilities(self) -> dict[str, str]:
         """As `Deployment.capabilities`."""
@@ -144,11 +145,6 @@ class Sender:
             if hasattr(self, "deployment"):
                 await self.deployment.__aexit__()
             await asyncio.get_running_loop().shutdown_asyncgens()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            self.gateway.tick()
 
     def _arrive(self, index: int, due_s: float) -> None:
         tenant = int(self._workload.tenant[index])

@@ -19,8 +19,11 @@ from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.gateway.steering import steer
+from llmserve_env.live.gateway.wire import error_json
 from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.net.connections import ConnectionLimits
+from llmserve_env.net.protocols import bounded
 from llmserve_env.schema import ServeAction
 
 from ..live.endpoint_server import Running
@@ -33,6 +36,7 @@ TENANTS = (
     Caller(name="free", key="k-free", priority=1),
     Caller(name="paid", key="k-paid", priority=0),
 )
+LIMITS = ConnectionLimits(header_timeout_s=5.0, body_timeout_s=10.0, write_timeout_s=30.0)
 WINDOW_S = 5.0
 RECOVERY_S = 10.0
 """Time that an upstream which is well again has until it serves (s)."""
@@ -143,7 +147,8 @@ class World:
             connect_timeout_s=2.0,
         )
         self._stack = contextlib.AsyncExitStack()
-        self.running = await self._stack.enter_async_context(Running(self.proxy, lifespan="on"))
+        bounds = bounded(LIMITS, lambda message, status: error_json(message, "invalid_request_error", status))
+        self.running = await self._stack.enter_async_context(Running(self.proxy, lifespan="on", **bounds))
         await self._stack.enter_async_context(self.deployment)
         self._steering = asyncio.create_task(steer(self.deployment, WINDOW_S, told=self._told))
         self._probing = asyncio.create_task(self._probe())
@@ -297,7 +302,7 @@ class World:
                 self._note(
                     f"accounts: {ended['completed']:g} completed of {tenant.name}, clients have {tally}"
                 )
-        if counts.turned_away != self.turned_away[True]:
+        if not self.turned_away[True] <= counts.turned_away <= self.turned_away.total():
             self._note(f"accounts: {counts.turned_away:g} turned away, clients say {self.turned_away}")
 
 

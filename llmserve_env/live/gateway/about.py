@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 
+from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.exchange import JSON, LOST, Exchange, Headers
 from llmserve_env.live.gateway.exposition import merged
-from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.wire import as_error
 from llmserve_env.live.servers.upstreams import Upstream
 

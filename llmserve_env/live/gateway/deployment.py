@@ -197,9 +197,10 @@ class Deployment:
             start_s: what the record says of its start (s; default: since the gateway began).
             end_s: end of the window, likewise (s).
         """
-        record = self.close_window(start_s, end_s)
-        self.gateway.open_window()
-        return record
+        try:
+            return self.close_window(start_s, end_s)
+        finally:
+            self.gateway.open_window()
 
     def close_window(self, start_s: float | None = None, end_s: float | None = None) -> WindowRecord:
         """As `window`; until the gateway's `open_window` no time counts as busy."""

@@ -17,7 +17,8 @@ from yarl import URL
 from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.wire import RequestBody, as_error, error_event, error_json
-from llmserve_env.live.servers.stream import StreamReader
+from llmserve_env.live.servers.events import begins_as_events
+from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
 from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.net.http import open_session, payload
 
@@ -39,6 +40,8 @@ _OWN = frozenset({b"host", b"content-length", b"accept-encoding", b"expect"})
 """Headers of a request that are the gateway's to set: it reads along in answers, so they come unpacked."""
 _LATER = (429, 503)
 """Refusals that are worth another attempt, so that a time is told for it."""
+_MAX_HELD_BYTES = 1 << 20
+"""Of comments before the first event of a stream, which are held back; what comes after them is an answer."""
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -96,6 +99,9 @@ class Exchange:
             LOG.warning("lost an upstream: %s", type(error).__name__)
             await answer.fail(Refused(502, "The connection to the upstream was lost", "upstream lost"))
         except asyncio.CancelledError:
+            if passage.displaced is not None:
+                await answer.fail(passage.displaced)
+                return
             if not passage.silent:
                 raise
             await answer.fail(Refused(504, "Nothing came from the upstream in time", "upstream silent"))
@@ -108,6 +114,8 @@ class Exchange:
         while True:
             assert passage.turn is not None
             await passage.turn
+            if passage.displaced is not None:
+                raise passage.displaced
             assert passage.upstream is not None
             assert task is not None
             passage.cut = task.cancel
@@ -120,10 +128,11 @@ class Exchange:
                 continue
             break
         async with response:
-            if response.content_type == "text/event-stream":
-                await answer.stream(response)
+            streamed, first = await answer.is_stream(response, request.body.streamed)
+            if streamed:
+                await answer.stream(response, first)
             else:
-                await answer.whole(response, self._max_answer_bytes)
+                await answer.whole(response, first, self._max_answer_bytes)
 
     async def ask(
         self, method: str, upstream: Upstream, url: str, headers: Headers, content: bytes | None = None
@@ -157,19 +166,49 @@ class _Answer:
         self._reader = StreamReader()
         self._started = False
 
-    async def stream(self, response: aiohttp.ClientResponse) -> None:
-        """Pass a stream on, each chunk when it comes."""
+    async def is_stream(self, response: aiohttp.ClientResponse, asked: bool) -> tuple[bool, bytes]:
+        """Whether an answer is a stream, and what was read of it to know that.
+
+        Args:
+            response: the answer.
+            asked: whether a stream was asked for. Some proxies send it under another content type.
+        """
+        if response.content_type == "text/event-stream" or not asked or response.status != 200:
+            return response.content_type == "text/event-stream", b""
+        first = b""
+        while (found := begins_as_events(first)) is None and len(first) <= _MAX_HELD_BYTES:
+            chunk = await response.content.readany()
+            if not chunk:
+                break
+            self._gateway.got(self._passage)
+            first += chunk
+        return bool(found), first
+
+    async def stream(self, response: aiohttp.ClientResponse, first: bytes = b"") -> None:
+        """Pass a stream on, whole events only, each when it comes.
+
+        Args:
+            response: the answer.
+            first: what was already read of it.
+        """
         gateway, passage, reader = self._gateway, self._passage, self._reader
-        held = b""  # until the first event is whole: it may say that the request is refused
-        while chunk := await response.content.readany():
-            gateway.got(passage, reader.feed(chunk))
+        held, more = b"", True  # until there is an event: it may say that the request is refused
+        while more:
+            chunk = first or await response.content.readany()
+            first, more = b"", bool(chunk)
+            try:
+                gateway.got(passage, reader.feed(chunk) if chunk else reader.finish())
+            except RequestFailed:
+                raise Refused(502, "An event of the upstream is too long", "event too long") from None
             if self._started:
-                await self._part(chunk)
+                if reader.whole:
+                    await self._part(reader.whole)
                 continue
-            held += chunk
+            held += reader.whole
             if reader.error is not None and not passage.steps:
-                raise _refusal(reader.error)
-            if reader.events:
+                # A stream whose first event is an error, as vLLM refuses a request that wants a stream.
+                raise _Told(reader.error, error_status(reader.error))
+            if reader.events or len(held) > _MAX_HELD_BYTES:
                 await self._start(response.status, passed_on(_raw(response), b"content-length"))
                 await self._part(held)
         if reader.error is not None:
@@ -184,10 +223,16 @@ class _Answer:
                 gateway.fail(passage, "empty answer")
         await self._end()
 
-    async def whole(self, response: aiohttp.ClientResponse, most: int) -> None:
-        """Pass on an answer that is not streamed; its first token comes with the last."""
+    async def whole(self, response: aiohttp.ClientResponse, first: bytes, most: int) -> None:
+        """Pass on an answer that is not streamed; its first token comes with the last.
+
+        Args:
+            response: the answer.
+            first: what was already read of it.
+            most: bytes that it may have.
+        """
         gateway, passage = self._gateway, self._passage
-        parts, size = [], 0
+        parts, size = [first], len(first)
         while chunk := await response.content.readany():
             gateway.got(passage)
             parts.append(chunk)
@@ -218,12 +263,12 @@ class _Answer:
         if not self._started:
             await refuse(self._send, refused)
             return
-        error = error_event(_error_of(refused))
-        await self._part((b"\n\n" if self._reader.within_event else b"") + error)
+        await self._part(error_event(_error_of(refused)))
         await self._end()
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
+        self._passage.on_answer()
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _part(self, content: bytes) -> None:
@@ -235,9 +280,25 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": b""})
 
 
+class _Told(Refused):
+    """An upstream's own refusal.
+
+    Args:
+        error: error object of the upstream.
+        status: HTTP status that goes with it.
+    """
+
+    def __init__(self, error: dict[str, Any], status: int) -> None:
+        message = str(error.get("message") or "refused")
+        super().__init__(status, message, f"refused with {status}", 1.0 if status in _LATER else None)
+        self.error = {**error, "message": message}
+
+
 def _error_of(refused: Refused) -> bytes:
+    if isinstance(refused, _Told):
+        return json.dumps({"error": refused.error}).encode()
     other = "invalid_request_error" if refused.status < 500 else "server_error"
-    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status)
+    return error_json(refused.message, _KINDS.get(refused.status, other), refused.status, refused.param)
 
 
 async def refuse(send: Send, refused: Refused) -> None:
@@ -271,14 +332,6 @@ def sent_on(headers: Headers, by_key: bool) -> Headers:
 
 def _raw(response: aiohttp.ClientResponse) -> Headers:
     return [(name.lower(), value) for name, value in response.raw_headers]
-
-
-def _refusal(error: dict[str, Any]) -> Refused:
-    """A stream whose first event is an error, as vLLM refuses a request that wants a stream."""
-    code = error.get("code")
-    status = code if isinstance(code, int) and 400 <= code <= 599 else 502
-    retry_after_s = 1.0 if status in _LATER else None
-    return Refused(status, str(error.get("message") or "refused"), f"refused with {status}", retry_after_s)
 
 
 def _completion_tokens(body: bytes) -> int | None:

@@ -6,8 +6,9 @@ It knows nothing of HTTP: `proxy.Proxy` brings it the requests. All of it runs i
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,10 @@ _PASS_OVER_S = 1.0
 class Gateway:
     """Lets requests in, queues them, hands them to upstreams, and keeps account.
 
-    Of an action it applies `batch_cap` (requests at each engine of an upstream), `kv_budget_fraction`
+    A request weighs as many sequences as engines run for it, wherever requests are counted: at the batch cap,
+    in the token bucket, in the queue and in its records.
+
+    Of an action it applies `batch_cap` (sequences at each engine of an upstream), `kv_budget_fraction`
     (nothing is sent to an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket
     before the queue), `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM
     is told), and `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an
@@ -55,7 +59,9 @@ class Gateway:
         upstreams: one or more.
         tenants: who sends requests.
         action: action in force from the start.
-        max_waiting: requests in the queue, at most.
+        max_waiting: sequences in the queue, at most. Where it is full, `WaitingRoom` says who gives way.
+        max_sequences: sequences of a request, at most (None: as many as the batch cap in force lets run at
+            the largest upstream). What weighs more than that cap goes to an upstream that is empty.
         queue_timeout_s: a request that waited so long is refused (s).
         idle_timeout_s: a request is ended when nothing came from its upstream, or its client took nothing,
             for so long (s).
@@ -66,7 +72,7 @@ class Gateway:
     Attributes:
         action: action in force.
         kv_usage: as given.
-        ledger: counts.
+        ledger: counts, by sequences.
 
     Raises:
         InputError: no upstream, or a bound that is not positive.
@@ -84,6 +90,7 @@ class Gateway:
         action: ServeAction = ServeAction(),  # noqa: B008 - immutable
         *,
         max_waiting: int = 1000,
+        max_sequences: int | None = None,
         queue_timeout_s: float = 60.0,
         idle_timeout_s: float = 300.0,
         kv_usage: Callable[[Upstream], float | None] = lambda upstream: None,
@@ -93,6 +100,7 @@ class Gateway:
             raise InputError("expected one or more", field="upstream")
         for name, value in (
             ("max_waiting", max_waiting),
+            ("max_sequences", math.inf if max_sequences is None else max_sequences),
             ("queue_timeout_s", queue_timeout_s),
             ("idle_timeout_s", idle_timeout_s),
         ):
@@ -102,14 +110,15 @@ class Gateway:
         self.tenants = tuple(tenants)
         self.ledger = Ledger(self.tenants, sum(each.engines for each in self.upstreams))
         priorities = [tenant.priority for tenant in self.tenants]
-        self._room = WaitingRoom(priorities)
+        self._room = WaitingRoom(priorities, max_waiting)
         self._bucket = TokenBucket(priorities)
-        self._max_waiting = max_waiting
+        self._max_sequences = max_sequences
         self._queue_timeout_s = queue_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self.kv_usage = kv_usage
         self._clock = clock
         self._numbers = count()
+        self._in_flight: set[Passage] = set()
         self._at_upstreams: set[Passage] = set()
         self._begun_s = self._window_s = clock()
         self.ledger.open(self._begun_s)
@@ -159,7 +168,7 @@ class Gateway:
             now_s,
             self._window_s - self._begun_s if start_s is None else start_s,
             now_s - self._begun_s if end_s is None else end_s,
-            [*self._room, *self._at_upstreams],
+            self._in_flight,
         )
         self._window_s = now_s
         self._look(window)
@@ -187,51 +196,76 @@ class Gateway:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._room)
+        """Sequences of the requests in the queue."""
+        return self._room.sequences
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences of a request, at most, now."""
+        if self._max_sequences is not None:
+            return self._max_sequences
+        return self.action.batch_cap * max(each.engines for each in self.upstreams)
 
     def passed_over(self, upstream: Upstream) -> bool:
         """Whether it took no connection a moment ago."""
         return self._clock() < upstream.passed_over_until_s
 
-    def enter(self, tenant: int, prompt_tokens: int, arrival_s: float | None = None) -> Passage:
+    def enter(
+        self, tenant: int, prompt_tokens: int, arrival_s: float | None = None, *, sequences: int = 1
+    ) -> Passage:
         """A request has arrived.
 
         Args:
             tenant: index of who sent it.
             prompt_tokens: about.
             arrival_s: when it was due, from which its latencies count (s of the clock; default: now).
+            sequences: sequences that an engine runs for it.
 
         Raises:
             Refused: 429, at the admission rate or with a full queue.
         """
         now_s = self._clock()
         due_s = now_s if arrival_s is None else arrival_s
-        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, due_s, since_s=now_s)
+        priority = self.tenants[tenant].priority
+        passage = Passage(next(self._numbers), tenant, priority, due_s, sequences, since_s=now_s)
+        self._in_flight.add(passage)
         self.ledger.arrived(passage, prompt_tokens)
-        rate, routing = self.action.admission_rate, self.action.priority_routing
-        wait_s = self._bucket.wait_s(rate, passage.priority, routing, now_s)
+        drawn = (self.action.admission_rate, sequences, priority, self.action.priority_routing, now_s)
+        wait_s = self._bucket.wait_s(*drawn)
         if wait_s > 0:
-            self._refuse(passage, "admission rate", "Too many requests: try again later", wait_s)
-        if self.waiting >= self._max_waiting:
-            self._refuse(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        self._bucket.take(rate, now_s)
+            raise self._refused(passage, "admission rate", "Too many requests: try again later", wait_s)
         passage.turn = asyncio.get_running_loop().create_future()
         self._room.join(passage)
         self.dispatch()
+        crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
+        if passage in crowded_out:
+            raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
+        for each in crowded_out:
+            self.displace(each)
+        self._bucket.take(*drawn)
         return passage
+
+    def displace(self, passage: Passage) -> None:
+        """It gives way to others, unless its answer has begun."""
+        displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
+        if passage.waits:
+            self._end(passage)
+            self.ledger.refused(passage, self._clock(), displaced.reason)
+            passage.refuse(displaced)
+        elif not passage.over:
+            passage.displaced = displaced
+            if passage.cut is not None:
+                passage.cut()
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        while (passage := self._room.next(self.action.priority_routing)) is not None:
-            upstream = self._free()
-            if upstream is None:
-                return
+        while (found := self._next()) is not None:
+            passage, upstream = found
             self._room.leave(passage)
             now_s = self._clock()
             passage.upstream, passage.since_s = upstream, now_s
             passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
-            upstream.running += 1
+            upstream.running += passage.sequences
             self._at_upstreams.add(passage)
             self.ledger.sent(passage, now_s)
             assert passage.turn is not None
@@ -259,6 +293,8 @@ class Gateway:
         passage.cut = None
         self._room.rejoin(passage)
         self.dispatch()
+        for each in self._room.crowded_out(self.action.priority_routing, passage):
+            self.displace(each)
 
     def got(self, passage: Passage, steps: int = 0) -> None:
         """Something came from its upstream, with so many pieces of its answer."""
@@ -270,7 +306,7 @@ class Gateway:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
         if not passage.over:
             self.ledger.completed(passage, self._clock(), tokens)
-            self._leave(passage)
+            self._end(passage)
             self.dispatch()
 
     def fail(self, passage: Passage, reason: str, *, given_up: bool = False) -> None:
@@ -278,7 +314,7 @@ class Gateway:
         if not passage.over:
             note = self.ledger.given_up if given_up else self.ledger.failed
             note(passage, self._clock(), reason)
-            self._leave(passage)
+            self._end(passage)
             self.dispatch()
 
     def tick(self) -> None:
@@ -286,10 +322,7 @@ class Gateway:
         now_s = self._clock()
         for passage in self._room:
             if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
-                assert passage.turn is not None
-                passage.turn.set_exception(
-                    Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
-                )
+                passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
         for passage in tuple(self._at_upstreams):
             if now_s - passage.since_s > self._idle_timeout_s and passage.cut is not None:
                 passage.silent = not passage.writing
@@ -320,27 +353,86 @@ class Gateway:
             return {}
         return {"kv_budget_fraction": "an upstream's KV cache usage is not known now"}
 
-    def _refuse(self, passage: Passage, reason: str, message: str, wait_s: float) -> None:
+    def _refused(self, passage: Passage, reason: str, message: str, wait_s: float) -> Refused:
+        """It is not let in."""
         self.ledger.refused(passage, self._clock(), reason)
-        raise Refused(429, message, reason, wait_s)
+        self._end(passage)
+        return Refused(429, message, reason, wait_s)
 
-    def _free(self) -> Upstream | None:
-        """The least loaded upstream of the pool that may take one more."""
-        cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
-        reachable = [each for each in self._pool if not self.passed_over(each)] or self._pool
-        room: Iterable[Upstream] = (each for each in reachable if each.running < cap * each.engines)
-        if budget < 1:
-            room = (
+    def _next(self) -> tuple[Passage, Upstream] | None:
+        """Whose turn it is, and where it goes: the first in the queue, once there is room for it."""
+        order = self._room.in_order(self.action.priority_routing)
+        first = next(order, None)
+        if first is None:
+            return None
+        upstream = self._free(first.sequences)
+        if upstream is not None:
+            return first, upstream
+        return self._overtaking(first, order) if first.sequences > 1 else None
+
+    def _overtaking(self, first: Passage, behind: Iterator[Passage]) -> tuple[Passage, Upstream] | None:
+        """Who goes before the first in the queue, while there is room, but not for all of its sequences.
+
+        One upstream is kept for the first. As many sequences as it has itself may go there before it, of no
+        lower priority under priority routing, and then no more: so it waits for as much as it weighs, and
+        nobody waits where there is room without need.
+        """
+        need, left = self._need(first.sequences), first.sequences - first.overtaken
+        kept = self._least_loaded(each for each in self._reachable() if self._cap(each) >= need)
+        seats = {each: self._cap(each) - each.running for each in self._open()}
+        if kept in seats:
+            seats[kept] = min(seats[kept], left)
+        if max(seats.values(), default=0) <= 0:
+            return None
+        for passage in behind:
+            equal = not self.action.priority_routing or passage.priority == first.priority
+            upstream = self._least_loaded(
                 each
-                for each in room
-                if "kv_budget_fraction" in each.in_engine or (self.kv_usage(each) or 0.0) < budget
+                for each, free in seats.items()
+                if free >= passage.sequences and (equal or each is not kept)
             )
-        return min(room, key=lambda each: each.running / each.engines, default=None)
+            if upstream is not None:
+                first.overtaken += passage.sequences * (upstream is kept)
+                return passage, upstream
+        return None
+
+    def _free(self, sequences: int = 1) -> Upstream | None:
+        """The upstream that takes a request of so many sequences now."""
+        need = self._need(sequences)
+        return self._least_loaded(each for each in self._open() if self._cap(each) - each.running >= need)
+
+    def _need(self, sequences: int) -> int:
+        """Sequences that there must be room for: of what weighs more than the cap, an empty upstream's."""
+        return min(sequences, max(map(self._cap, self._reachable())))
+
+    def _least_loaded(self, upstreams: Iterable[Upstream]) -> Upstream | None:
+        return min(upstreams, key=lambda each: each.running / each.engines, default=None)
+
+    def _reachable(self) -> Sequence[Upstream]:
+        return [each for each in self._pool if not self.passed_over(each)] or self._pool
+
+    def _open(self) -> list[Upstream]:
+        """Upstreams of the pool that may be sent something, as far as their KV caches go."""
+        budget = self.action.kv_budget_fraction
+        return [
+            each
+            for each in self._reachable()
+            if budget >= 1 or "kv_budget_fraction" in each.in_engine or (self.kv_usage(each) or 0.0) < budget
+        ]
+
+    def _cap(self, upstream: Upstream) -> int:
+        return self.action.batch_cap * upstream.engines
+
+    def _end(self, passage: Passage) -> None:
+        """It is over."""
+        self._leave(passage)
+        self._in_flight.discard(passage)
 
     def _leave(self, passage: Passage) -> None:
-        """It is at no upstream any more."""
+        """It is neither in the queue nor at an upstream any more."""
+        self._room.leave(passage)
         if passage in self._at_upstreams:
             self._at_upstreams.remove(passage)
             assert passage.upstream is not None
-            passage.upstream.running -= 1
+            passage.upstream.running -= passage.sequences
         passage.upstream = None

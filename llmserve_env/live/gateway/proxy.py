@@ -16,9 +16,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway import about
+from llmserve_env.live.gateway.admission.held_bodies import HeldBodies, HeldBody
 from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.callers import Callers
 from llmserve_env.live.gateway.dashboard import PATHS, Dashboard
@@ -51,7 +53,8 @@ class Proxy:
         tenants: tells callers apart; the same as the gateway's.
         history: what the dashboard shows; None for one without windows.
         max_body_bytes: most bytes of a request.
-        max_held_bytes: most bytes of all requests that wait or are under way; more are refused with 429.
+        max_held_bytes: most bytes of all requests that come in, wait, or have no answer yet. Beyond, tenants
+            give way as in the queue, with 429.
         max_answer_bytes: most bytes of an answer that is not streamed.
         body_timeout_s: time that a client has to send a request (s).
         connect_timeout_s: time that an upstream has to take a connection (s).
@@ -83,9 +86,10 @@ class Proxy:
         self._about = about.About(self._exchange)
         self._tenants = tenants
         self._max_body_bytes = max_body_bytes
-        self._max_held_bytes = max_held_bytes
         self._body_timeout_s = body_timeout_s
-        self._held_bytes = 0
+        self._held = HeldBodies(
+            [each.priority for each in tenants.all], lambda: gateway.action.priority_routing, max_held_bytes
+        )
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -146,13 +150,17 @@ class Proxy:
         """A completion, from its arrival to its end."""
         with self._turning_away():
             tenant, by_key = self._tenant(scope["headers"])
-            content = await self._body(scope["headers"], receive)
-        if content is None:
-            return
+            held = HeldBody(tenant)
         try:
             with self._turning_away():
-                body = _read(content)
-            passage = self.gateway.enter(tenant, body.prompt_tokens)
+                content = await self._content(held, scope["headers"], receive)
+                if content is None:
+                    return
+                body = self._read(content)
+            del content  # the body has it, as long as it is needed
+            passage = self.gateway.enter(tenant, body.prompt_tokens, sequences=body.sequences)
+            held.give_way = partial(self.gateway.displace, passage)
+            passage.on_answer = partial(self._answered, held, body)
             headers = sent_on(scope["headers"], by_key)
             query = scope["query_string"].decode("latin-1")
             url = f"{scope['path']}?{query}" if query else scope["path"]
@@ -173,7 +181,7 @@ class Proxy:
                 self.gateway.fail(passage, reason, given_up=True)  # unless it is over
                 hung_up.cancel()
         finally:
-            self._held_bytes -= len(content)
+            self._held.release(held)
 
     def _headers_of(self, path: str, headers: Headers) -> Headers:
         """Headers for upstreams: their models are for those who may send requests, the rest is for all."""
@@ -195,7 +203,7 @@ class Proxy:
             raise Refused(401, "Incorrect API key provided", "unknown tenant")
         return tenant, by_key
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _content(self, held: HeldBody, headers: Headers, receive: Receive) -> bytes | None:
         """A request's body, counted as held; None of one whose client hung up."""
         stated = next((value for name, value in headers if name == b"content-length"), b"0")
         self._check_size(int(stated) if stated.isdigit() else 0)
@@ -209,33 +217,51 @@ class Proxy:
                     return False
                 part = message.get("body", b"")
                 parts.append(part)
-                self._held_bytes += len(part)
-                self._check_size(sum(map(len, parts)))
+                self._check_size(held.size + len(part))
+                self._held.grow(held, len(part))
                 more = message.get("more_body", False)
             return True
 
-        whole = False
+        reading = asyncio.ensure_future(read())
+        held.give_way = reading.cancel
+        displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
         try:
-            whole = await asyncio.wait_for(read(), self._body_timeout_s)
+            whole = await asyncio.wait_for(reading, self._body_timeout_s)
         except asyncio.TimeoutError:
             raise Refused(408, "The request's body did not come in time", "body timeout") from None
-        finally:
-            if not whole:
-                self._held_bytes -= sum(map(len, parts))
+        except asyncio.CancelledError:
+            if not held.lost:
+                raise
+            raise displaced from None
+        if held.lost:
+            raise displaced
         return b"".join(parts) if whole else None
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:
             raise Refused(413, f"A request may have {self._max_body_bytes} bytes", "body too large")
-        if self._held_bytes > self._max_held_bytes:
-            raise Refused(429, "Too many requests wait here: try again later", "memory", 1.0)
 
+    def _read(self, content: bytes) -> RequestBody:
+        try:
+            body = RequestBody(content)
+        except InputError as error:
+            field = None if error.field == "body" else error.field
+            where = "body" if field is None else field
+            raise Refused(400, f"Invalid {where}: {error.reason}", "invalid body", param=field) from None
+        most = self.gateway.max_sequences
+        if body.sequences > most:
+            raise Refused(
+                400,
+                f"Invalid {body.multiplied_by}: a request may ask for {most} sequences (prompts times n)",
+                "too many sequences",
+                param=body.multiplied_by,
+            )
+        return body
 
-def _read(content: bytes) -> RequestBody:
-    try:
-        return RequestBody(content)
-    except InputError as error:
-        raise Refused(400, f"Invalid body: {error.reason}", "invalid body") from None
+    def _answered(self, held: HeldBody, body: RequestBody) -> None:
+        """A request's answer has begun: it will not be sent again."""
+        self._held.release(held)
+        body.forget()
 
 
 def _only(method: str, expected: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
+from llmserve_env.net.loops import forever
 from llmserve_env.observation import Observer
 from llmserve_env.rewards import Rewards
 
@@ -100,27 +101,24 @@ async def steer(
         pilot: decides after each one; None: nobody does.
         told: see `Told`.
     """
-    loop = asyncio.get_running_loop()
     rewards = None if pilot is None else RunningReward(pilot.task)
-    begun_s = loop.time()
-    while True:
-        await asyncio.sleep(begun_s + window_s - loop.time())
-        begun_s = loop.time()
+
+    async def turn() -> None:
+        """The end of a window, and what follows from it."""
         try:
             record = deployment.window()
         except Exception as error:
             if pilot is None:
-                _log.exception("a window could not be recorded")
-            else:
-                _fallen_back(deployment, pilot, error)
-            continue
+                raise
+            _fallen_back(deployment, pilot, error)
+            return
         decision, reward = None, None
         if pilot is not None and rewards is not None:
             decision, reward = await _decided(deployment, pilot, rewards)
-        try:
-            told(record, decision, reward)
-        except Exception:
-            _log.exception("a window could not be told")
+        told(record, decision, reward)
+
+    await asyncio.sleep(window_s)
+    await forever(turn, window_s, "the end of a window")
 
 
 async def _decided(

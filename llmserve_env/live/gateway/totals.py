@@ -46,14 +46,14 @@ class Distribution:
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds) + 1)
 
-    def add(self, value: float) -> None:
-        """Observe a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, count: int = 1) -> None:
+        """Observe a value, so many times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
 
 
 class Totals:
-    """Counts of one tenant.
+    """Counts of one tenant. A request counts once for each of its sequences.
 
     Attributes:
         arrived: requests.

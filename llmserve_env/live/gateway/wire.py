@@ -12,11 +12,15 @@ from llmserve_env.errors import InputError
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _BYTES_PER_TOKEN = 4  # of English text, the usual rule of thumb
+_PROMPTS = ("prompt", "prompt_embeds", "input")
+"""Fields that hold one prompt or a list of them."""
+_ANSWERS = ("n", "best_of")
+"""Fields that say how many sequences each prompt gets; vLLM's beam searches are as wide as `n`."""
 
 
-def error_json(message: str, kind: str, code: int | str) -> bytes:
-    """An error in OpenAI's form."""
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+def error_json(message: str, kind: str, code: int | str, param: str | None = None) -> bytes:
+    """An error in OpenAI's form; `param` is the request's field that it is about."""
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
 def error_event(error: bytes) -> bytes:
@@ -45,9 +49,15 @@ class RequestBody:
 
     Attributes:
         prompt_tokens: length of its prompt: counted where it is token ids, else a token for every four bytes.
+        model: model that it asks for; None where it names none.
+        streamed: whether it asks for a stream.
+        sequences: sequences that an engine runs for it: `n`, the width of a beam search, too, or `best_of`
+            where that is more, for each of its prompts.
+        multiplied_by: field that asks for most of them: `prompt`, `n` or `best_of`.
 
     Raises:
-        InputError: not a JSON object in UTF-8. What was found is not in the message, which may be logged.
+        InputError: not a JSON object in UTF-8, or a number of sequences that is none. What was found is not
+            in the message, which may be logged.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -58,9 +68,21 @@ class RequestBody:
             raise InputError("expected a JSON object", field="body") from error
         self._content = content
         self._empty = not values
+        model = values.get("model")
+        self.model = model if isinstance(model, str) else None
+        self.streamed = values.get("stream") is True
         self.prompt_tokens = max(
             1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
         )
+        prompts = max(1, sum(_prompts(values.get(name)) for name in _PROMPTS))
+        answers = {name: _count(name, values.get(name)) for name in _ANSWERS}
+        self.sequences = prompts * max(answers.values())
+        factors = {"prompt": prompts, **answers}
+        self.multiplied_by = max(factors, key=lambda name: factors[name])
+
+    def forget(self) -> None:
+        """Let go of the bytes: it will not be sent again."""
+        self._content, self._text, self._spans = b"", "", []
 
     def with_priority(self, priority: int) -> bytes:
         """The bytes that came, but for `priority`, which is vLLM's (lower is more urgent, 0 without)."""
@@ -121,3 +143,25 @@ def _prompt_tokens(prompt: Any) -> int:
             return len(prompt)
         return sum(_prompt_tokens(each) for each in prompt)
     return 0
+
+
+def _prompts(prompt: Any) -> int:
+    """Prompts in a field: a list of token ids or messages is one, a list of texts or lists is several."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        return len(prompt)
+    return int(prompt is not None)
+
+
+def _count(name: str, value: Any) -> int:
+    """A number of sequences, 1 where none is said.
+
+    Engines read "2" and true as numbers, too. What they would make of these need not be guessed here: no
+    client sends them.
+    """
+    if value is None:
+        return 1
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError("expected a whole number from 1 on", field=name)
+    return value

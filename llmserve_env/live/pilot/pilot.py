@@ -17,6 +17,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.change_limits import ChangeLimits, shipped_limits
 from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.net.loops import Failures
 from llmserve_env.observation import Observer, feature_names
 from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
@@ -110,6 +111,7 @@ class Pilot:
         self._thought: _Thought | None = None  # that came too late
         self._pending: Made | None = None
         self._fallen: str | None = None  # rule of the last decision, where it was a fallback
+        self._failures = Failures("steering")
         agent.reset(task, [seed])
         self._shield = ShieldFilter(task, shield_settings()) if shield else None
         self._shield_state = None if self._shield is None else self._shield.begin(1)
@@ -187,6 +189,7 @@ class Pilot:
         decision = self._pending.decision.model_copy(update={"not_applied": dict(not_applied)})
         self._pending = self._pending.model_copy(update={"decision": decision})
         self._flush()
+        self._failures.end()
         return decision
 
     def result(self, window: NDArray[np.void], reward: float) -> None:
@@ -202,11 +205,11 @@ class Pilot:
         self._flush()
         if self._log is not None and self.window:
             record = record_values(np.asarray(window).reshape(()), len(self.task.tenants))
-            self._log.write(Result(run=self._run, window=self.window - 1, reward=reward, record=record))
+            self._write(Result(run=self._run, window=self.window - 1, reward=reward, record=record))
 
     def fall_back(self, error: BaseException) -> Decision:
         """The safe configuration, because something around the agent failed."""
-        _log.error("steering failed: %s", _line(error), exc_info=error)
+        self._failures.tell(error)
         with suppress(OSError):
             self._flush()
         return self._made(None, self.safe, "fallback", "exception", _line(error))
@@ -311,8 +314,14 @@ class Pilot:
     def _flush(self) -> None:
         """Write the last decision down, if it was not."""
         pending, self._pending = self._pending, None
-        if pending is not None and self._log is not None:
-            self._log.write(pending)
+        if pending is not None:
+            self._write(pending)
+
+    def _write(self, line: Made | Result) -> None:
+        """Write a line down, after what the run is: a full disk may have kept that from the log."""
+        if self._log is not None:
+            self._begin()
+            self._log.write(line)
 
 
 class _Thought:

@@ -23,7 +23,8 @@ from llmserve_env.live.servers.metrics import (
     weighted_mean,
 )
 from llmserve_env.net.http import bearer, open_session
-from llmserve_env.net.urls import server_url
+from llmserve_env.net.loops import forever
+from llmserve_env.net.urls import server_url, without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -335,21 +336,28 @@ class Telemetry:
         return [replica.window(now_s) for replica in self.replicas]
 
     async def _poll(self, session: aiohttp.ClientSession, replica: Replica) -> None:
-        while True:
-            began_s = time.monotonic()
-            asking = asyncio.ensure_future(scrape(session, replica.url, self._api_key))
+        """Scrape a server again and again; a scrape that is lost, for whatever reason, is not the last."""
+
+        async def turn() -> None:
             try:
-                # wait_for would do, but before Python 3.12 it can lose the cancellation at the end.
-                done, _ = await asyncio.wait({asking}, timeout=self.timeout_s)
-                if done:
-                    replica.took(asking.result())
-                else:
-                    replica.lost(f"no answer within {self.timeout_s:g} s")
-            except InputError as error:
-                replica.lost(str(error))
-            finally:
-                asking.cancel()
-            await asyncio.sleep(max(0.0, began_s + self.interval_s - time.monotonic()))
+                replica.took(await self._scraped(session, replica.url))
+            except Exception as error:
+                replica.lost(str(error) or type(error).__name__)
+                raise
+
+        await forever(turn, self.interval_s, f"the scrape of {without_credentials(replica.url)}")
+
+    async def _scraped(self, session: aiohttp.ClientSession, url: str) -> Scrape:
+        """A scrape within the time that there is."""
+        asking = asyncio.ensure_future(scrape(session, url, self._api_key))
+        try:
+            # wait_for would do, but before Python 3.12 it can lose the cancellation at the end.
+            done, _ = await asyncio.wait({asking}, timeout=self.timeout_s)
+            if not done:
+                raise InputError(f"no answer within {self.timeout_s:g} s")
+            return asking.result()
+        finally:
+            asking.cancel()
 
 
 async def scrape(session: aiohttp.ClientSession, url: str, api_key: str | None = None) -> Scrape:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from importlib import resources
+from itertools import count
 from pathlib import Path
 
 import aiohttp
@@ -76,7 +77,9 @@ def test_every_request_is_counted_once_by_its_outcome():
     async def main():
         endpoint = ScriptedEndpoint(script)
         paid, slow = {"authorization": "Bearer k-paid"}, {"x-tenant": "slow"}
-        async with standing(endpoint, callers=(PAID, SLOW), action=ServeAction(admission_rate=4)) as here:
+        action = ServeAction(admission_rate=4)
+        clock = count(1000, 1e-6).__next__  # no token comes back meanwhile
+        async with standing(endpoint, callers=(PAID, SLOW), action=action, clock=clock) as here:
             for headers in (paid, slow):
                 assert (await ask(here, headers))[0] == 200
             assert (await ask(here, paid, prompt="break"))[0] == 200

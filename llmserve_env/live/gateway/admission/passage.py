@@ -21,14 +21,23 @@ class Refused(Exception):
         message: message for its client.
         reason: in a few words, for counting.
         retry_after_s: when to try again, at the earliest (s; None: no word of it).
+        param: field of the request that it is about; None for none.
     """
 
-    def __init__(self, status: int, message: str, reason: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        reason: str,
+        retry_after_s: float | None = None,
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.reason = reason
         self.retry_after_s = retry_after_s
+        self.param = param
 
 
 @dataclass(eq=False)
@@ -42,7 +51,10 @@ class Passage(LiveRequest):
         writing: whether its client is the one to be waited for.
         cut: how to end it from outside; None while it waits.
         silent: it was ended because nothing came from the upstream.
+        displaced: it was ended because others need its place; what its client is told.
+        on_answer: called before its client gets the first part of an answer.
         tries: upstreams that took no connection for it.
+        overtaken: sequences of requests behind it that went first, to the upstream that is kept for it.
     """
 
     upstream: Upstream | None = None
@@ -51,9 +63,18 @@ class Passage(LiveRequest):
     writing: bool = False
     cut: Callable[[], object] | None = None
     silent: bool = False
+    displaced: Refused | None = None
+    on_answer: Callable[[], object] = lambda: None
     tries: int = 0
+    overtaken: int = 0
 
     @property
     def waits(self) -> bool:
         """Whether it is in the queue, has not been refused there and its client has not gone away."""
         return not self.over and self.turn is not None and not self.turn.done()
+
+    def refuse(self, refused: Refused) -> None:
+        """Its turn will not come."""
+        assert self.turn is not None
+        self.turn.set_exception(refused)
+        self.turn.exception()  # seen, also where nobody is left to see it

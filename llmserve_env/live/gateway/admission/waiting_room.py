@@ -2,54 +2,90 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 from llmserve_env.live.gateway.admission.passage import Passage
+from llmserve_env.live.gateway.admission.sharing import gives_way
 
 
 class WaitingRoom:
-    """Keeps waiting requests in order of arrival, each priority by itself.
-
-    Who was refused while it waited, or whose client went away, waits no more; it is dropped in passing.
+    """Keeps waiting requests in order of arrival, those of each tenant by themselves.
 
     Args:
-        priorities: priorities that requests may have.
+        priorities: priority of each tenant; lower is more urgent.
+        max_sequences: sequences of all requests in it, at most.
+
+    Attributes:
+        sequences: sequences of all requests in it.
     """
 
-    def __init__(self, priorities: Iterable[int]) -> None:
-        self._queues: dict[int, deque[Passage]] = {priority: deque() for priority in sorted(set(priorities))}
+    def __init__(self, priorities: Sequence[int], max_sequences: int) -> None:
+        self._priorities = tuple(priorities)
+        self._max_sequences = max_sequences
+        self._queues: list[OrderedDict[Passage, None]] = [OrderedDict() for _ in priorities]
+        self._held = [0] * len(self._queues)
+        self.sequences = 0
 
     def __iter__(self) -> Iterator[Passage]:
-        """Those that wait, and those refused whose clients have not been told; the most urgent first."""
-        return (each for queue in self._queues.values() for each in queue if not each.over)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return (passage for queue in self._queues for passage in queue)
 
     def join(self, passage: Passage) -> None:
-        """It waits, as the last of its priority."""
-        self._queues[passage.priority].append(passage)
+        """It waits, as the last of its tenant."""
+        self._queues[passage.tenant][passage] = None
+        self._count(passage, 1)
 
     def rejoin(self, passage: Passage) -> None:
-        """It waits again, as the first of its priority."""
-        self._queues[passage.priority].appendleft(passage)
+        """It waits again, as the first of its tenant."""
+        self.join(passage)
+        self._queues[passage.tenant].move_to_end(passage, last=False)
 
-    def next(self, by_priority: bool) -> Passage | None:
-        """Whose turn it is; None where nobody waits.
+    def leave(self, passage: Passage) -> None:
+        """It waits no more, if it did."""
+        if passage in self._queues[passage.tenant]:
+            del self._queues[passage.tenant][passage]
+            self._count(passage, -1)
+
+    def in_order(self, by_priority: bool) -> Iterator[Passage]:
+        """Those that wait, in the order of their turns, without those whose clients have gone away.
 
         Args:
             by_priority: the most urgent first; else by arrival.
         """
-        for queue in self._queues.values():
-            while queue and not queue[0].waits:
-                queue.popleft()
-        first = [queue[0] for queue in self._queues.values() if queue]
-        if not first:
-            return None
-        return first[0] if by_priority else min(first, key=lambda passage: passage.index)
+        ranks = self._ranks(by_priority)
+        for rank in sorted(set(ranks)):
+            queues = [queue for queue, of in zip(self._queues, ranks, strict=True) if of == rank and queue]
+            for passage in heapq.merge(*queues, key=lambda passage: passage.index):
+                if passage.waits:
+                    yield passage
 
-    def leave(self, passage: Passage) -> None:
-        """It waits no more; it is the first of its priority."""
-        assert self._queues[passage.priority][0] is passage
-        self._queues[passage.priority].popleft()
+    def crowded_out(self, by_priority: bool, newcomer: Passage) -> list[Passage]:
+        """Those that give way, so that the room is not overfull.
+
+        Args:
+            by_priority: the most urgent tenants keep their places; else tenants are alike.
+            newcomer: who joined last.
+
+        Returns:
+            The newest ones of the tenants that `gives_way` names, or the newcomer alone.
+        """
+        ranks, held = self._ranks(by_priority), list(self._held)
+        newest = [reversed(queue) for queue in self._queues]
+        excess, found = self.sequences - self._max_sequences, list[Passage]()
+        while excess > 0:
+            tenant = gives_way(held, ranks, newcomer.tenant)
+            passage = next(newest[tenant])
+            if passage is newcomer:
+                return [newcomer]
+            found.append(passage)
+            held[tenant] -= passage.sequences
+            excess -= passage.sequences
+        return found
+
+    def _ranks(self, by_priority: bool) -> tuple[int, ...]:
+        return self._priorities if by_priority else (0,) * len(self._priorities)
+
+    def _count(self, passage: Passage, sign: int) -> None:
+        self._held[passage.tenant] += sign * passage.sequences
+        self.sequences += sign * passage.sequences

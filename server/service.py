@@ -19,21 +19,13 @@ from tqdm import tqdm
 from llmserve_env.episode import Episode
 from llmserve_env.errors import InputError
 from llmserve_env.live.episode import LiveEpisode
-<<<<<<< HEAD
-from llmserve_env.tasks import TRAINING_SEEDS
+from llmserve_env.net.loops import forever
+from llmserve_env.tasks import TRAINING_SEEDS, list_tasks, load_task
 from server.baselines import Baselines
 from server.guard import Guard
 from server.hosted import check_request, grade_posted, is_shaped, requested_task
-from server.journal import Journal
-from server.messages.refusals import Refusal
-=======
-from llmserve_env.net.loops import forever
-from llmserve_env.tasks import TRAINING_SEEDS, list_tasks, load_task
-from server.guard import Guard
-from server.hosted import check_request, grade_posted, is_shaped, requested_task, shipped_task
 from server.journal import Entry, Journal
 from server.messages.refusals import AtCapacity, Refusal, Unavailable
->>>>>>> h-room
 from server.messages.requests import ResetRequest
 from server.sessions import MakeEpisode, Session, Sessions
 
@@ -69,15 +61,9 @@ class Service:
         self.live = settings.mode == "real"
         self.sessions = Sessions(settings, _live_episodes(settings.endpoint) if self.live else Episode)
         self.guard = Guard(settings)
-<<<<<<< HEAD
-        self._journal = Journal(settings.journal)
-        self.baselines = Baselines(self.guard)
-=======
         # What real engines did cannot be done again, so nothing of it is recorded.
         self._journal = Journal(None if self.live else settings.journal, _most_actions(settings))
-        self._baselines: dict[tuple[str, str | None, int], dict[str, Any]] = {}
-        self._baseline_lock = asyncio.Lock()
->>>>>>> h-room
+        self.baselines = Baselines(self.guard)
         self.stopping = False  # sessions that close then are those that a restart restores
         self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
         self._freed = 0  # sessions whose memory has not been given back
@@ -183,11 +169,8 @@ class Service:
             self.guard.close()
             self.baselines.close()
             self._graders.shutdown()
-<<<<<<< HEAD
             self._live_threads.shutdown(wait=False, cancel_futures=True)
-=======
             self._journal.close()
->>>>>>> h-room
 
     async def _restore(self) -> None:
         """Open again the sessions that the journal has, by replay, as far as there is room for them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import tyro
 
 from llmserve_env.live.settings import EndpointSettings
 from llmserve_env.net.connections import ConnectionLimits
+from llmserve_env.net.sockets import is_local
 
 
 def _mode() -> Literal["simulated", "real"]:
@@ -37,9 +37,9 @@ class Settings:
     allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name that clients may ask the service by, *.NAME for all below one; give it again for more (default:
     any, and where only this machine can connect localhost). Addresses are always good."""
-    api_key: str | None = field(default_factory=lambda: os.environ.get("LLMSERVE_API_KEY") or None, repr=False)
-    """Key for what costs the owner: /baseline?mode=openai, and all that plays in mode real (default:
-    LLMSERVE_API_KEY, else nobody may, but in mode real who is on this machine)."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key for what costs the owner: /baseline?mode=openai, and in mode real all that plays (default:
+    LLMSERVE_API_KEY; without one the first is off, and the second only for who is on this machine)."""
     web: bool = True
     """Whether the page at /web is served."""
     mode: Literal["simulated", "real"] = field(default_factory=_mode)
@@ -66,7 +66,7 @@ class Settings:
     """Windows of an episode that a client shaped, or whose log it posted."""
     max_requests: int = 100_000
     """Requests of an episode that a client shaped, or whose log it posted."""
-    connections: ConnectionLimits = ConnectionLimits()
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     """Bounds of connections, before anything else sees what they send."""
     guard_timeout_s: float = 20.0
     """Time in which what a client sent must be looked through (s)."""
@@ -76,12 +76,14 @@ class Settings:
     """Clients that may wait for that at once."""
 
     @property
+    def key(self) -> str | None:
+        """The service's key, if it has one."""
+        return self.api_key or os.environ.get("LLMSERVE_API_KEY") or None
+
+    @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_local(self.host)
 
     @property
     def ports(self) -> tuple[int, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from llmserve_env.commands.shared.controls import options
+from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def gateway(
     *,
     host: str = "127.0.0.1",
     port: int = 8200,
+    allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     tenants: Path | None = None,
     window_s: float | None = None,
     metrics: bool = True,
@@ -71,6 +73,7 @@ def gateway(
     max_body_mb: float = 8.0,
     queue_timeout_s: float = 60.0,
     idle_timeout_s: float = 300.0,
+    connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - immutable
 ) -> None:
     """Serve OpenAI's interface for completions and chats before one vLLM server or several.
 
@@ -86,6 +89,8 @@ def gateway(
         safe: configuration for when the agent cannot be relied on.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
+        allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
+            (default: any, and where only this machine can connect localhost). Addresses are always good.
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
@@ -94,6 +99,7 @@ def gateway(
         max_body_mb: size of a request, at most (MB).
         queue_timeout_s: time after which a waiting request is refused (s).
         idle_timeout_s: time after which a request is ended whose upstream or client does nothing (s).
+        connections: bounds of connections, before anything else sees what clients send.
 
     Raises:
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
@@ -114,9 +120,13 @@ def gateway(
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
     from llmserve_env.live.gateway.proxy import Proxy
+    from llmserve_env.live.gateway.wire import error_json
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
-    from llmserve_env.net.sockets import listen
+    from llmserve_env.net.browsers import BrowserRules
+    from llmserve_env.net.connections import room_for
+    from llmserve_env.net.protocols import bounded
+    from llmserve_env.net.sockets import is_local, listen
 
     upstreams = [parse_upstream(each) for each in upstream]
     task = _task(steering, action, window_s, upstreams)
@@ -149,7 +159,24 @@ def gateway(
         task=None if task is None else task.id,
         dry_run=steering.dry_run,
     )
-    proxy = Proxy(here, known, history=history, max_body_bytes=int(max_body_mb * 1e6))
+    proxy = Proxy(
+        here,
+        known,
+        history=history,
+        max_body_bytes=int(max_body_mb * 1e6),
+        body_timeout_s=connections.body_timeout_s,
+    )
+    limits = replace(
+        connections,
+        max_connections=room_for(connections.max_connections, 2),  # each may have one to an upstream
+        # The gateway's own bounds come first: it counts what it turns away.
+        body_timeout_s=connections.body_timeout_s + 5,
+        write_timeout_s=max(connections.write_timeout_s, idle_timeout_s),
+    )
+
+    def error_body(message: str, status: int) -> bytes:
+        return error_json(message, "invalid_request_error" if status < 500 else "server_error", status)
+
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -162,10 +189,11 @@ def gateway(
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(
-        proxy,
+        BrowserRules(proxy, hosts=allowed_host or (() if is_local(host) else None), error_body=error_body),
+        **bounded(limits, error_body) | {"ws": "none"},
         log_level="warning",
         access_log=False,
-        ws="none",
+        headers=[("x-content-type-options", "nosniff")],
         proxy_headers=False,
         server_header=False,  # the upstream's pass
         date_header=False,

@@ -28,9 +28,9 @@ class BrowserRules:
     """ASGI middleware: refuses what another site has a visitor's browser send, and names that are not ours.
 
     A request that changes something, a WebSocket, and whatever is below `guarded` is refused with 403 where
-    the browser says that a page of another origin sent it. A page of this server in a frame of another site is
-    this server's. A request for a host that is none of `hosts` is refused with 400: a name that its owner lets
-    point to this machine makes his page one of this origin.
+    the browser says that a page of another origin sent it. What a page of this server sends from within a
+    frame of another site is this server's own. A request for a host that is none of `hosts` is refused with
+    400: whoever owns a name can let it point to this machine, and his page is then of this server's origin.
 
     Args:
         app: what is protected.
@@ -134,7 +134,7 @@ def is_cross_origin(headers: MutableMapping[bytes, str], origins: Collection[str
         return False
     if site == "cross-site":
         return True
-    # Browsers say no site over plain HTTP but to their own machine; and another port of a host is the same site.
+    # Over plain HTTP browsers tell no site but to their own machine; another port of a host is the same site.
     if origin is None:
         return False
     scheme, _, own = origin.partition("://")

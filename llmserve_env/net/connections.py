@@ -48,9 +48,10 @@ class Connection(Protocol):
 class Connections:
     """The open connections of a server.
 
-    At `limits.max_connections` the next one takes the place of one that would not be missed: one that has been
-    refused and is about to end, else one from which no whole request has come, else one between two requests,
-    else one whose request is not whole; of each kind the oldest. Where there is none, it is not let in.
+    At `limits.max_connections` the next one takes the place of one that would not be missed: one that has
+    been refused and is about to end, else one from which no whole request has come, else one between two
+    requests, else one whose request is not whole; of each kind the oldest. Where there is none, it is not
+    let in.
 
     Args:
         limits: bounds.

@@ -135,6 +135,8 @@ class _Bounded(Base):
 class BoundedHttp(_Bounded, HttpToolsProtocol):
     """A connection that speaks HTTP; see `bounded`."""
 
+    cycle: Any  # None before the first request
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._at = _BETWEEN
@@ -166,7 +168,7 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         self._unparsed_bytes += len(data)
         self._chunk_bytes = len(data) if self._at == _BETWEEN else 0
         super().data_received(data)
-        if self._refused or self.transport.get_protocol() is not self:
+        if self._is_over():
             return
         limits = self.pool.limits
         if self._at == _BETWEEN:  # also after line ends without a request, which uvicorn would wait behind
@@ -251,6 +253,9 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
     def give_up_reading(self) -> None:
         """Refuse the request: its body takes too much memory with all the others."""
         self._refuse(408, "Too many requests are being sent: this one took the longest")
+
+    def _is_over(self) -> bool:
+        return self._refused or self.transport.get_protocol() is not self
 
     @property
     def _header_bound(self) -> str:

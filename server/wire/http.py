@@ -80,8 +80,8 @@ def router(service: Service) -> APIRouter:
         return response  # type: ignore[return-value] # made already; the annotation documents it
 
     async def play(request: Request, session: Session, actions: list[ServeAction]) -> list[ServeObservation]:
-        steps = service.step(session, actions)
-        return await (while_connected(request, steps) if service.live else steps)
+        serving = service.step(session, actions)
+        return await (while_connected(request, serving) if service.live else serving)
 
     @routes.post("/step", tags=["Environment Control"], responses=_errors(404, 409, 413, 422))
     async def step(request: Request, wanted: StepRequest) -> ObservationResponse:
@@ -140,7 +140,7 @@ def router(service: Service) -> APIRouter:
         """
         if mode == "deterministic":
             return await service.baselines.content(mode, task_id, episodes)
-        _check_key(request, service.settings.api_key)
+        _check_key(request, service.settings.key)
         return await while_connected(request, service.baselines.content(mode, task_id, episodes))
 
     @routes.get("/demo", include_in_schema=False)

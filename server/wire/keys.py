@@ -27,9 +27,8 @@ def bears(headers: Iterable[tuple[bytes, bytes]], key: str) -> bool:
         headers: of the request, with their names in lower case.
         key: the service's.
     """
-    return any(
-        hmac.compare_digest(_given(value), key.encode()) for name, value in headers if name == b"authorization"
-    )
+    given = [_given(value) for name, value in headers if name == b"authorization"]
+    return any(hmac.compare_digest(each, key.encode()) for each in given)
 
 
 class KeyRequired:
@@ -46,9 +45,8 @@ class KeyRequired:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
-        if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, send)
-        elif bears(scope["headers"], self._key):
+        is_open = scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS
+        if is_open or bears(scope["headers"], self._key):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})

@@ -7,14 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-Verdict = Literal["answer", "error", "cut"]
-"""A whole answer; an error in OpenAI's form; a stream that ends with an error."""
-
-_ERROR = {"message", "type", "param", "code"}
+Verdict = Literal["answer", "error", "cut", "violation"]
+"""A whole answer; an error in OpenAI's form; a stream that ends with an error; what should never be."""
 
 
 class Violation(Exception):
-    """What no client should ever get."""
+    """What no client should ever get.
+
+    Args:
+        what: it.
+        tag: of the request, where it is known.
+    """
+
+    def __init__(self, what: str, tag: str | None = None) -> None:
+        super().__init__(what)
+        self.tag = tag
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def _error(response: Response) -> Verdict:
 
 def _check_error(told: dict) -> None:
     error = told.get("error")
-    if not (isinstance(error, dict) and set(error) >= _ERROR and isinstance(error["message"], str)):
+    if not (isinstance(error, dict) and isinstance(error.get("message"), str)):
         raise Violation(f"no error in OpenAI's form: {str(told)[:80]}")
 
 

@@ -105,7 +105,6 @@ class Tally:
 
     Attributes:
         verdicts: of requests whose client stayed to the end.
-        refusals: errors with 429 of the gateway's own, of those.
         left: requests whose client went away: however they ended, they are over.
         unsure: requests of which the gateway may have heard, or not.
     """
@@ -156,12 +155,17 @@ class Client:
     async def told(self, connection: Connection, asked: Asked | None = None) -> Verdict:
         """What the next response on a connection is, counted."""
         asked = asked or self.asked
-        response = await connection.response()
-        if response is None:
-            raise Violation("hung up without a word")
-        verdict = judged(response, asked)
-        self.tally.verdicts[verdict] += 1
-        return verdict
+        verdict: Verdict = "violation"
+        try:
+            response = await connection.response()
+            if response is None:
+                raise Violation("hung up without a word")
+            verdict = judged(response, asked)
+            return verdict
+        except Violation as violation:
+            raise Violation(str(violation), asked.tag) from None
+        finally:
+            self.tally.verdicts[verdict] += 1
 
     async def refused(self, connection: Connection, *statuses: int, sure: bool = True) -> None:
         """The next response turns it away; `sure` if the gateway's application has heard of it."""
@@ -213,10 +217,7 @@ async def old(client):
     client.asked = replace(client.asked, stream=True)
     async with client.connected() as connection:
         await connection.send(client.request(version="1.0"))
-        response = await connection.response()
-        if response is None:
-            raise Violation("hung up without a word")
-        client.tally.verdicts[judged(response, client.asked)] += 1
+        await client.told(connection)
         if not await connection.ended():
             raise Violation("goes on after the answer")
 
@@ -309,22 +310,21 @@ async def slow_reader(client):
     """It takes what comes a little at a time, but takes it all."""
     client.asked = replace(client.asked, stream=True, tokens=16)
     async with client.connected(narrow=True) as connection:
+        slowly = asyncio.StreamReader(limit=1 << 26)
+
+        async def read() -> None:
+            with contextlib.suppress(ConnectionError):
+                while part := await connection.reader.read(1 << 16):
+                    slowly.feed_data(part)
+                    await asyncio.sleep(0.05)
+            slowly.feed_eof()
+
         await connection.send(client.request())
-        head = await connection.reader.readuntil(b"\r\n\r\n")
-        response = Response(int(head.split(b" ")[1]))
-        for line in head.decode("latin-1").lower().split("\r\n"):
-            name, _, value = line.partition(":")
-            response.headers[name] = value.strip()
-        raw = asyncio.StreamReader(limit=1 << 26)
-        while len(part := await connection.reader.read(1 << 16)):
-            raw.feed_data(part)
-            await asyncio.sleep(0.05)
-            if part.endswith(b"0\r\n\r\n") or "content-length" in response.headers:
-                break
-        raw.feed_eof()
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            await Connection(raw, connection.writer)._body(response)
-        client.tally.verdicts[judged(response, client.asked)] += 1
+        reading = asyncio.create_task(read())
+        try:
+            await client.told(Connection(slowly, connection.writer))
+        finally:
+            reading.cancel()
 
 
 # ---------------------------------------------------------------------------------------------- who go away

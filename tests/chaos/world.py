@@ -36,7 +36,7 @@ TENANTS = (
     Caller(name="free", key="k-free", priority=1),
     Caller(name="paid", key="k-paid", priority=0),
 )
-LIMITS = ConnectionLimits(header_timeout_s=5.0, body_timeout_s=10.0, write_timeout_s=30.0)
+LIMITS = ConnectionLimits(header_timeout_s=5.0, body_timeout_s=15.0, write_timeout_s=30.0)
 WINDOW_S = 5.0
 RECOVERY_S = 10.0
 """Time that an upstream which is well again has until it serves (s)."""
@@ -147,8 +147,8 @@ class World:
             connect_timeout_s=2.0,
         )
         self._stack = contextlib.AsyncExitStack()
-        bounds = bounded(LIMITS, lambda message, status: error_json(message, "invalid_request_error", status))
-        self.running = await self._stack.enter_async_context(Running(self.proxy, lifespan="on", **bounds))
+        options = {"lifespan": "on", **bounded(LIMITS, _error_body)}
+        self.running = await self._stack.enter_async_context(Running(self.proxy, **options))
         await self._stack.enter_async_context(self.deployment)
         self._steering = asyncio.create_task(steer(self.deployment, WINDOW_S, told=self._told))
         self._probing = asyncio.create_task(self._probe())
@@ -191,7 +191,7 @@ class World:
         try:
             await asyncio.wait_for(CLIENTS[visit.kind](client), PATIENCE_S)
         except Violation as error:
-            self._note(f"{visit.kind} {visit.tag}: {error}", visit.tag)
+            self._note(f"{visit.kind} {visit.tag}: {error}", error.tag or visit.tag)
         except asyncio.TimeoutError:
             self._note(f"{visit.kind} {visit.tag}: no end after {PATIENCE_S:g} s", visit.tag)
         except Exception as error:
@@ -245,7 +245,7 @@ class World:
             ("waiting", gateway.waiting),
             ("in flight", sum(each.in_flight for each in gateway.ledger.totals)),
             ("at upstreams", sum(each.running for each in gateway.upstreams)),
-            ("held bytes", self.proxy._held_bytes),
+            ("held bytes", self.proxy._held.bytes),
         ):
             if count:
                 self._note(f"at rest: {count} {what}")
@@ -257,13 +257,8 @@ class World:
 
     def _note(self, text: str, tag: str | None = None) -> None:
         if tag is not None:
-            met = {
-                f"upstream {each.index}": kinds
-                for each in self.upstreams
-                for found, kinds in each.met.items()
-                if found == tag or found.startswith(tag + "-")
-            }
-            text += f"; met {met}"
+            met = {each.index: each.met[tag] for each in self.upstreams if tag in each.met}
+            text += f"; {tag} met at upstreams {met}"
         self.violations.append(text)
 
     def _check_page(self, path: str, response: Response, took_s: float) -> None:
@@ -304,6 +299,10 @@ class World:
                 )
         if not self.turned_away[True] <= counts.turned_away <= self.turned_away.total():
             self._note(f"accounts: {counts.turned_away:g} turned away, clients say {self.turned_away}")
+
+
+def _error_body(message: str, status: int) -> bytes:
+    return error_json(message, "invalid_request_error", status)
 
 
 def _fds() -> int:

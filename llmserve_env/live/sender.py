@@ -18,9 +18,9 @@ from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.servers.metrics import Scrape, read_metrics
 from llmserve_env.live.servers.stream import RequestFailed, stream_completion
-from llmserve_env.live.servers.telemetry import Telemetry
+from llmserve_env.live.servers.telemetry import MAX_BYTES, Telemetry
 from llmserve_env.live.traffic import Prompts
-from llmserve_env.net.http import bearer, open_session
+from llmserve_env.net.http import bearer, fetch, open_session
 from llmserve_env.net.loops import forever
 
 if TYPE_CHECKING:
@@ -256,20 +256,14 @@ class Sender:
         assert self._session is not None
         at_s = time.monotonic()
         url = f"{upstream.url}/metrics"
+        asking = fetch(self._session, url, bearer(url, upstream.key), max_bytes=MAX_BYTES)
         try:
-            async with self._session.get(
-                url,
-                headers=bearer(url, upstream.key),
-                timeout=aiohttp.ClientTimeout(total=_PROBE_S),
-                allow_redirects=False,
-            ) as answer:
-                text = await answer.text(errors="replace")
+            status, content = await asyncio.wait_for(asking, _PROBE_S)
+            if status != 200:
+                return False
+            scrape = read_metrics(content.decode(errors="replace"), at_s)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return True
-        if answer.status != 200:
-            return False
-        try:
-            scrape = read_metrics(text, at_s)
         except InputError:
             return False
         return scrape if scrape.gauges else False

@@ -7,9 +7,11 @@ import contextlib
 import json
 
 from llmserve_env.live.gateway.admission.passage import Refused
-from llmserve_env.live.gateway.exchange import JSON, LOST, Exchange, Headers
-from llmserve_env.live.gateway.exposition import merged
+from llmserve_env.live.gateway.exchange import LOST, Exchange
+from llmserve_env.live.gateway.relay.reply import JSON, Headers
+from llmserve_env.live.gateway.several.metrics import merge_metrics
 from llmserve_env.live.gateway.wire import as_error
+from llmserve_env.live.servers.health import UP
 from llmserve_env.live.servers.upstreams import Upstream
 
 PATHS = ("/v1/models", "/health", "/metrics")
@@ -53,19 +55,22 @@ class About:
         return 200, JSON, json.dumps({"object": "list", "data": list(models.values())}).encode()
 
     async def _health(self, headers: Headers) -> tuple[int, Headers, bytes]:
-        answers = await self._ask_all("/health", [])
-        well = [answer is not None and answer[0] == 200 for answer in answers]
+        """From the last known state: whatever upstreams do, it is told at once."""
+        gateway = self.gateway
         upstreams = [
             {
                 "url": each.shown_url,
-                "well": is_well,
+                "well": (state := gateway.state(each)) in UP,
+                "state": state.value,
+                "cause": None if each.health.cause is None else each.health.cause.value,
                 "running": each.running,
-                "kv_usage": self.gateway.kv_usage(each),
+                "kv_usage": gateway.kv_usage(each),
             }
-            for each, is_well in zip(self.gateway.upstreams, well, strict=True)
+            for each in gateway.upstreams
         ]
-        body = {"well": any(well), "waiting": self.gateway.waiting, "upstreams": upstreams}
-        return 200 if any(well) else 503, JSON, json.dumps(body).encode()
+        well = any(each["well"] for each in upstreams)
+        body = {"well": well, "waiting": gateway.waiting, "upstreams": upstreams}
+        return 200 if well else 503, JSON, json.dumps(body).encode()
 
     async def _metrics(self, headers: Headers) -> tuple[int, Headers, bytes]:
         answers = await self._ask_all("/metrics", [])
@@ -76,7 +81,11 @@ class About:
         }
         if not texts:
             raise Refused(503, "No upstream can be reached", "upstream down", 1.0)
-        return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], merged(texts).encode()
+        return (
+            200,
+            [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")],
+            merge_metrics(texts)[0].encode(),
+        )
 
     async def _ask_all(self, path: str, headers: Headers) -> list[tuple[int, bytes] | None]:
         """Status and body of each upstream's answer; None without one."""

@@ -22,6 +22,7 @@ from llmserve_env.live.servers.engine_settings import (
     read_statuses,
     write_settings,
 )
+from llmserve_env.live.servers.fault import Cause
 from llmserve_env.live.servers.telemetry import Telemetry, merge
 from llmserve_env.schema import ServeAction
 
@@ -85,6 +86,7 @@ class Deployment:
         if telemetry is not None:
             self._replicas = {replica.url: replica for replica in telemetry.replicas}
             gateway.kv_usage = self._kv_usage
+            gateway.listen_to(self._still_s)
         self.row: NDArray[np.void] = gateway.blank()
         self.unmeasured: dict[str, str] = dict(UNMEASURED)
 
@@ -216,8 +218,14 @@ class Deployment:
 
     @property
     def stale(self) -> str | None:
-        """Why the servers' metrics cannot be trusted now; None where they can, or where there are none."""
+        """Why the last figures cannot be trusted now; None where they can.
+
+        A server's metrics do not come, or it is silent: requests run there, and nothing moves.
+        """
         now_s = time.monotonic()  # as telemetry's
+        for upstream in self.gateway.upstreams:
+            if upstream.health.cause is Cause.SILENT:
+                return f"{upstream.shown_url}: requests run, and nothing moves"
         lost = [each for each in self._replicas.values() if each.stale(now_s)]
         if not lost:
             return None
@@ -225,6 +233,11 @@ class Deployment:
         said = "yet" if first.last is None else f"for {now_s - first.last.at_s:.0f} s"
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         return f"{_shown(first.url, self.gateway.upstreams)}: no metrics {said}{more}"
+
+    @property
+    def excused(self) -> int:
+        """Requests of the last window that were late, or failed, because a server was silent meanwhile."""
+        return self.gateway.ledger.excused
 
     # ----------------------------------------------------------------------------------------------- engines
 
@@ -330,6 +343,11 @@ class Deployment:
         if replica is None or replica.last is None or replica.stale(time.monotonic()):
             return None
         return replica.last.gauges.get("kv_occupancy")
+
+    def _still_s(self, of: Upstream) -> float | None:
+        """Time for which an upstream that runs something has stood still; None where that is not known."""
+        replica = self._replicas.get(of.url)
+        return None if replica is None else replica.still_s(time.monotonic())
 
     def _fill(self, row: NDArray[np.void]) -> None:
         """What only engines know; all of them must have told it."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,13 @@ from llmserve_env.controls import SPECS
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.admission.token_bucket import TokenBucket
+from llmserve_env.live.gateway.admission.turns import Turns
 from llmserve_env.live.gateway.admission.waiting_room import WaitingRoom
-from llmserve_env.live.gateway.ledger import Ledger
+from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
+from llmserve_env.live.gateway.relay.watch import Watch
+from llmserve_env.live.servers.choice import RetryBudget, another
+from llmserve_env.live.servers.fault import Cause, fault_of
+from llmserve_env.live.servers.health import EJECTED_S, UP, State
 from llmserve_env.schema import QuantizationTier, ServeAction
 from llmserve_env.workloads.workload import Tenant
 
@@ -39,7 +45,6 @@ _APPLIED = (
     "admission_rate",
 )
 """Controls that the gateway has a way to apply, wherever its upstreams allow it."""
-_PASS_OVER_S = 1.0
 
 
 class Gateway:
@@ -63,16 +68,22 @@ class Gateway:
         max_sequences: sequences of a request, at most (None: as many as the batch cap in force lets run at
             the largest upstream). What weighs more than that cap goes to an upstream that is empty.
         queue_timeout_s: a request that waited so long is refused (s).
-        idle_timeout_s: a request is ended when nothing came from its upstream, or its client took nothing,
-            for so long (s).
+        idle_timeout_s: a request is ended when nothing more came from its upstream, or its client took
+            nothing, for so long (s).
+        first_byte_timeout_s: a request is ended, or sent elsewhere, when nothing at all came from its
+            upstream for so long (s; default: as the idle timeout). An answer that is not streamed begins with
+            its end.
         kv_usage: share of an upstream's KV cache that is in use, None where it is not known now: nothing is
             held back then.
+        still_s: time for which the counters of an upstream that runs something have stood still, None where
+            that is not known, or nothing runs there (s).
         clock: clock of all times here (s).
 
     Attributes:
         action: action in force.
         kv_usage: as given.
         ledger: counts, by sequences.
+        retries: requests that were sent a second time, by the cause of the first failure.
 
     Raises:
         InputError: no upstream, or a bound that is not positive.
@@ -93,16 +104,21 @@ class Gateway:
         max_sequences: int | None = None,
         queue_timeout_s: float = 60.0,
         idle_timeout_s: float = 300.0,
+        first_byte_timeout_s: float | None = None,
         kv_usage: Callable[[Upstream], float | None] = lambda upstream: None,
+        still_s: Callable[[Upstream], float | None] = lambda upstream: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not upstreams:
             raise InputError("expected one or more", field="upstream")
+        if first_byte_timeout_s is None:
+            first_byte_timeout_s = idle_timeout_s
         for name, value in (
             ("max_waiting", max_waiting),
             ("max_sequences", math.inf if max_sequences is None else max_sequences),
             ("queue_timeout_s", queue_timeout_s),
             ("idle_timeout_s", idle_timeout_s),
+            ("first_byte_timeout_s", first_byte_timeout_s),
         ):
             if not value > 0:
                 raise InputError(f"expected more than 0, found {value}", field=name)
@@ -114,13 +130,16 @@ class Gateway:
         self._bucket = TokenBucket(priorities)
         self._max_sequences = max_sequences
         self._queue_timeout_s = queue_timeout_s
-        self._idle_timeout_s = idle_timeout_s
         self.kv_usage = kv_usage
         self._clock = clock
         self._numbers = count()
         self._in_flight: set[Passage] = set()
         self._at_upstreams: set[Passage] = set()
+        self._turns = count()
         self._begun_s = self._window_s = clock()
+        self._budget = RetryBudget(self._begun_s)
+        self._watch = Watch(self.upstreams, self._budget, first_byte_timeout_s, idle_timeout_s, still_s)
+        self.retries: Counter[Cause] = Counter()
         self.ledger.open(self._begun_s)
         self.apply(action)
 
@@ -186,13 +205,17 @@ class Gateway:
 
     def _look(self, window: NDArray[np.void]) -> None:
         """Fill in what the upstreams are now."""
-        up = [each for each in self.upstreams if not self.passed_over(each)]
+        up = [each for each in self.upstreams if self.state(each) in UP]
         window["engines_up"] = sum(each.engines for each in up)
         for each in up:
             if each.tier is not None:
                 window["engines_tier"][_TIERS.index(each.tier)] += each.engines
         usages = [usage for each in self.upstreams if (usage := self.kv_usage(each)) is not None]
         window["kv_occupancy"] = np.mean(usages) if usages else 0.0
+
+    def listen_to(self, still_s: Callable[[Upstream], float | None]) -> None:
+        """Judge by counters from now on whether anything moves at upstreams; `still_s` as given at first."""
+        self._watch.still_s = still_s
 
     @property
     def waiting(self) -> int:
@@ -206,9 +229,9 @@ class Gateway:
             return self._max_sequences
         return self.action.batch_cap * max(each.engines for each in self.upstreams)
 
-    def passed_over(self, upstream: Upstream) -> bool:
-        """Whether it took no connection a moment ago."""
-        return self._clock() < upstream.passed_over_until_s
+    def state(self, upstream: Upstream) -> State:
+        """What is to be expected of an upstream now."""
+        return upstream.health.state(self._clock())
 
     def enter(
         self, tenant: int, prompt_tokens: int, arrival_s: float | None = None, *, sequences: int = 1
@@ -225,6 +248,7 @@ class Gateway:
             Refused: 429, at the admission rate or with a full queue.
         """
         now_s = self._clock()
+        self._budget.earn()
         due_s = now_s if arrival_s is None else arrival_s
         priority = self.tenants[tenant].priority
         passage = Passage(next(self._numbers), tenant, priority, due_s, sequences, since_s=now_s)
@@ -259,13 +283,16 @@ class Gateway:
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        while (found := self._next()) is not None:
+        now_s = self._clock()
+        while (found := self._turn(now_s).next(self._room)) is not None:
             passage, upstream = found
             self._room.leave(passage)
-            now_s = self._clock()
-            passage.upstream, passage.since_s = upstream, now_s
+            passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
             passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
+            passage.probe = upstream.health.sent(now_s, idle=not upstream.running)
+            passage.began = passage.noted = passage.stalled = False
             upstream.running += passage.sequences
+            upstream.turn = next(self._turns)
             self._at_upstreams.add(passage)
             self.ledger.sent(passage, now_s)
             assert passage.turn is not None
@@ -282,51 +309,123 @@ class Gateway:
             Refused: 503, there is none.
         """
         now_s = self._clock()
-        assert passage.upstream is not None
-        passage.upstream.passed_over_until_s = now_s + _PASS_OVER_S
+        self._note(passage, "upstream down", now_s)
         passage.tries += 1
-        if passage.tries >= len(self._pool) or all(self.passed_over(each) for each in self._pool):
-            raise Refused(503, "No upstream can be reached", "upstream down", _PASS_OVER_S)
+        if passage.tries >= len(self._pool) or not another(self._pool, passage.failed_at, now_s):
+            raise Refused(503, "No upstream can be reached", "upstream down", EJECTED_S)
+        self._return(passage, now_s)
+
+    def again(self, passage: Passage, reason: str, retry_after_s: float | None = None) -> bool:
+        """Its upstream failed it before its client got anything: it waits for another one, if that may be.
+
+        It may once, within the retry budget, where there is another one that is not out.
+
+        Args:
+            passage: which.
+            reason: what happened.
+            retry_after_s: time for which the upstream asked to be left alone (s).
+
+        Returns:
+            Whether it waits; if not, `fail` or `reject` it.
+        """
+        now_s = self._clock()
+        self._note(passage, reason, now_s, retry_after_s)
+        cause = fault_of(reason).cause
+        if passage.over or passage.answered or cause is None:
+            return False
+        if not passage.moving:
+            elsewhere = another(self._pool, passage.failed_at, now_s)
+            if passage.retried or not elsewhere or not self._budget.spend(now_s):
+                return False
+        passage.moving, passage.retried = False, True
+        self.retries[cause] += 1
+        self._return(passage, now_s)
+        return True
+
+    def _return(self, passage: Passage, now_s: float) -> None:
+        """It waits again, as the first of its priority."""
         self._leave(passage)
         self.ledger.returned(passage, now_s)
         passage.turn = asyncio.get_running_loop().create_future()
-        passage.cut = None
+        passage.cut, passage.since_s = None, now_s
         self._room.rejoin(passage)
         self.dispatch()
         for each in self._room.crowded_out(self.action.priority_routing, passage):
             self.displace(each)
 
+    def held_back(self, passage: Passage) -> bool:
+        """Whether its answer is held back until its upstream has proven itself: another one could answer."""
+        than = (*passage.failed_at, passage.upstream)
+        return passage.probe and not passage.retried and another(self._pool, than, self._clock())
+
+    def proven(self, passage: Passage) -> None:
+        """Its answer has come so far that its upstream is well."""
+        if passage.probe and passage.upstream is not None:
+            passage.upstream.health.succeeded(self._clock(), probe=True)
+            passage.probe = False
+
     def got(self, passage: Passage, steps: int = 0) -> None:
         """Something came from its upstream, with so many pieces of its answer."""
         now_s = passage.since_s = self._clock()
+        upstream = passage.upstream
+        if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
+            health = upstream.health
+            health.came_s = now_s
+            if health.cause is Cause.SILENT:
+                health.moved(now_s)
+        if not passage.began:
+            passage.began = True
+            self._watch.first_bytes.add(now_s - passage.sent_s, now_s)
         for _ in range(steps):
             self.ledger.step(passage, now_s)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
         if not passage.over:
-            self.ledger.completed(passage, self._clock(), tokens)
+            now_s = self._clock()
+            if passage.upstream is not None and not passage.noted:
+                passage.noted = True
+                passage.upstream.health.succeeded(now_s, probe=passage.probe)
+            self.ledger.completed(passage, now_s, tokens)
             self._end(passage)
             self.dispatch()
 
     def fail(self, passage: Passage, reason: str, *, given_up: bool = False) -> None:
         """It will have no complete answer; `given_up`: because its client went away."""
+        self._over(passage, reason, self.ledger.given_up if given_up else self.ledger.failed)
+
+    def reject(self, passage: Passage, reason: str) -> None:
+        """Its upstream refused it for a mistake of its client: it is nobody's failure, and was no demand."""
+        self._over(passage, reason, self.ledger.rejected)
+
+    def _over(self, passage: Passage, reason: str, note: Callable[[LiveRequest, float, str], None]) -> None:
         if not passage.over:
-            note = self.ledger.given_up if given_up else self.ledger.failed
-            note(passage, self._clock(), reason)
+            now_s = self._clock()
+            self._note(passage, reason, now_s)
+            note(passage, now_s, reason)
             self._end(passage)
             self.dispatch()
 
+    def _note(self, passage: Passage, reason: str, now_s: float, retry_after_s: float | None = None) -> None:
+        """Tell its upstream's health, once, what became of it there."""
+        upstream = passage.upstream
+        if upstream is None or passage.noted:
+            return
+        passage.noted = True
+        cause = fault_of(reason).cause
+        if cause is None:
+            upstream.health.left(probe=passage.probe)
+            return
+        passage.failed_at |= {upstream}
+        upstream.health.failed(cause, now_s, probe=passage.probe, retry_after_s=retry_after_s)
+
     def tick(self) -> None:
-        """What time brings, to be called a few times a second: time limits, and room in KV caches."""
+        """What time brings, to be called a few times a second: time limits, silence, room in KV caches."""
         now_s = self._clock()
         for passage in self._room:
             if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
                 passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
-        for passage in tuple(self._at_upstreams):
-            if now_s - passage.since_s > self._idle_timeout_s and passage.cut is not None:
-                passage.silent = not passage.writing
-                passage.cut()
+        self._watch.look(self._pool, self._room, self._at_upstreams, now_s)
         self.dispatch()
 
     def _placed(self, action: ServeAction) -> tuple[tuple[Upstream, ...], dict[str, str]]:
@@ -359,69 +458,12 @@ class Gateway:
         self._end(passage)
         return Refused(429, message, reason, wait_s)
 
-    def _next(self) -> tuple[Passage, Upstream] | None:
-        """Whose turn it is, and where it goes: the first in the queue, once there is room for it."""
-        order = self._room.in_order(self.action.priority_routing)
-        first = next(order, None)
-        if first is None:
-            return None
-        upstream = self._free(first.sequences)
-        if upstream is not None:
-            return first, upstream
-        return self._overtaking(first, order) if first.sequences > 1 else None
-
-    def _overtaking(self, first: Passage, behind: Iterator[Passage]) -> tuple[Passage, Upstream] | None:
-        """Who goes before the first in the queue, while there is room, but not for all of its sequences.
-
-        One upstream is kept for the first. As many sequences as it has itself may go there before it, of no
-        lower priority under priority routing, and then no more: so it waits for as much as it weighs, and
-        nobody waits where there is room without need.
-        """
-        need, left = self._need(first.sequences), first.sequences - first.overtaken
-        kept = self._least_loaded(each for each in self._reachable() if self._cap(each) >= need)
-        seats = {each: self._cap(each) - each.running for each in self._open()}
-        if kept in seats:
-            seats[kept] = min(seats[kept], left)
-        if max(seats.values(), default=0) <= 0:
-            return None
-        for passage in behind:
-            equal = not self.action.priority_routing or passage.priority == first.priority
-            upstream = self._least_loaded(
-                each
-                for each, free in seats.items()
-                if free >= passage.sequences and (equal or each is not kept)
-            )
-            if upstream is not None:
-                first.overtaken += passage.sequences * (upstream is kept)
-                return passage, upstream
-        return None
+    def _turn(self, now_s: float) -> Turns:
+        return Turns(self._pool, self.action, self.kv_usage, now_s)
 
     def _free(self, sequences: int = 1) -> Upstream | None:
         """The upstream that takes a request of so many sequences now."""
-        need = self._need(sequences)
-        return self._least_loaded(each for each in self._open() if self._cap(each) - each.running >= need)
-
-    def _need(self, sequences: int) -> int:
-        """Sequences that there must be room for: of what weighs more than the cap, an empty upstream's."""
-        return min(sequences, max(map(self._cap, self._reachable())))
-
-    def _least_loaded(self, upstreams: Iterable[Upstream]) -> Upstream | None:
-        return min(upstreams, key=lambda each: each.running / each.engines, default=None)
-
-    def _reachable(self) -> Sequence[Upstream]:
-        return [each for each in self._pool if not self.passed_over(each)] or self._pool
-
-    def _open(self) -> list[Upstream]:
-        """Upstreams of the pool that may be sent something, as far as their KV caches go."""
-        budget = self.action.kv_budget_fraction
-        return [
-            each
-            for each in self._reachable()
-            if budget >= 1 or "kv_budget_fraction" in each.in_engine or (self.kv_usage(each) or 0.0) < budget
-        ]
-
-    def _cap(self, upstream: Upstream) -> int:
-        return self.action.batch_cap * upstream.engines
+        return self._turn(self._clock()).free(sequences)
 
     def _end(self, passage: Passage) -> None:
         """It is over."""

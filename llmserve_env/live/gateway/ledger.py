@@ -58,6 +58,8 @@ class LiveRequest:
         at_endpoint: whether it was sent.
         over: whether it is completed or has failed.
         tier: index of the precision that serves it; None where nobody says.
+        prompt_tokens: about.
+        excused: whether it was there while an upstream was silent: that it is late is the silence's doing.
     """
 
     index: int
@@ -73,6 +75,8 @@ class LiveRequest:
     at_endpoint: bool = False
     over: bool = False
     tier: int | None = None
+    prompt_tokens: int = 0
+    excused: bool = False
 
 
 class Ledger:
@@ -88,7 +92,10 @@ class Ledger:
         engines: engines that serve.
 
     Attributes:
-        failures: requests without a complete answer by reason, over all windows.
+        failures: requests without a complete answer by reason, over all windows; also those whose clients
+            were mistaken.
+        excused: requests that ended in the last window outside of their SLO while, or after, an upstream was
+            silent. They are in the record; who judges by it what to do next should leave them out.
         totals: totals of each tenant, over all windows.
     """
 
@@ -96,6 +103,7 @@ class Ledger:
         self._tenants = tenants
         self._engines = engines
         self.failures: Counter[str] = Counter()
+        self.excused = self._excused = 0
         self.totals = tuple(Totals() for _ in tenants)
         self._running = 0
         self._marked_s: float | None = None
@@ -103,6 +111,8 @@ class Ledger:
         self._steps = 0
         self._ttft_s: list[float] = []
         self._gaps_s: list[float] = []
+        self._mistaken = [0] * len(tenants)  # to be taken out of what arrived, and their prompts
+        self._mistaken_tokens = 0
         self._window: Any = self.blank()
 
     def blank(self) -> NDArray[np.void]:
@@ -119,6 +129,7 @@ class Ledger:
 
     def arrived(self, request: LiveRequest, prompt_tokens: int) -> None:
         """A client sent a request."""
+        request.prompt_tokens = prompt_tokens
         self._window["arrived"] += request.sequences
         self._window["arrived_prompt_tokens"] += prompt_tokens
         self._window["tenant_arrived"][request.tenant] += request.sequences
@@ -172,7 +183,7 @@ class Ledger:
         totals.recent_ttft_s.extend([ttft_s] * count)
 
     def completed(self, request: LiveRequest, now_s: float, tokens: int | None) -> None:
-        """Its answer is complete.
+        """Its answer is complete. One without a piece ended with its first token, and began with its end.
 
         Args:
             request: which.
@@ -180,9 +191,10 @@ class Ledger:
             tokens: tokens of the answer, as the endpoint counts them; None where it does not.
         """
         self._end(request, now_s)
+        if not request.steps:
+            request.first_s = request.begun_s = request.last_s = now_s
         # Of answers that are not streamed, all sequences come at once, and count as one piece.
-        if request.steps:
-            self._first_tokens(request, request.first_s, request.sequences - len(request.last_of))
+        self._first_tokens(request, request.first_s, request.sequences - len(request.last_of))
         tokens = max(tokens or 0, request.steps)
         tenant, count = self._tenants[request.tenant], request.sequences
         self._window["completed"] += count
@@ -205,6 +217,8 @@ class Ledger:
             self._window["tenant_headroom"][request.tenant] += count * (1 - max(ttft, tpot))
             if request.tier is not None:
                 self._window["tier_in_slo"][request.tier, request.tenant] += count
+        elif request.excused:
+            self._excused += count
 
     def failed(self, request: LiveRequest, now_s: float, reason: str, outcome: Outcome = "failed") -> None:
         """It has no complete answer, and will have none."""
@@ -214,11 +228,23 @@ class Ledger:
         self.failures[reason] += count
         self._window["failed"] += count
         self._window["tenant_failed"][request.tenant] += count
+        self._excused += count * request.excused
 
     def refused(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """It was not let in."""
         self._window["refused"] += request.sequences
         self.failed(request, now_s, reason, "refused")
+
+    def rejected(self, request: LiveRequest, now_s: float, reason: str) -> None:
+        """It cannot be served, by a mistake of its client: it counts as if it had not been sent.
+
+        Where it arrived in an earlier window, one that arrives later is left out for it.
+        """
+        self._end(request, now_s)
+        self.totals[request.tenant].outcomes["rejected"] += request.sequences
+        self.failures[reason] += request.sequences
+        self._mistaken[request.tenant] += request.sequences
+        self._mistaken_tokens += request.prompt_tokens
 
     def given_up(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """Its client went away."""
@@ -242,6 +268,8 @@ class Ledger:
         self._mark(now_s)
         self._marked_s = None
         window, self._window = self._window, self.blank()
+        self.excused, self._excused = self._excused, 0
+        self._leave_out(window)
         window["start_s"], window["end_s"] = start_s, end_s
         window["output_tokens"] += self._steps
         for request in in_flight:
@@ -268,6 +296,17 @@ class Ledger:
         self._steps = 0
         self._ttft_s, self._gaps_s = [], []
         return window, ttft, gaps
+
+    def _leave_out(self, window: Any) -> None:
+        """Take requests with their clients' mistakes out of those that arrived."""
+        for tenant, mistaken in enumerate(self._mistaken):
+            left_out = min(mistaken, int(window["tenant_arrived"][tenant]))
+            self._mistaken[tenant] -= left_out
+            window["tenant_arrived"][tenant] -= left_out
+            window["arrived"] -= left_out
+        tokens = min(self._mistaken_tokens, int(window["arrived_prompt_tokens"]))
+        self._mistaken_tokens -= tokens
+        window["arrived_prompt_tokens"] -= tokens
 
     def _end(self, request: LiveRequest, now_s: float) -> None:
         self._mark(now_s)

@@ -24,19 +24,10 @@ from llmserve_env.live.gateway.admission.held_bodies import HeldBodies, HeldBody
 from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.callers import Callers
 from llmserve_env.live.gateway.dashboard import PATHS, Dashboard
-from llmserve_env.live.gateway.exchange import (
-    Exchange,
-    Headers,
-    Message,
-    Receive,
-    Request,
-    Send,
-    answer,
-    refuse,
-    sent_on,
-)
+from llmserve_env.live.gateway.exchange import Exchange, Request, sent_on
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
+from llmserve_env.live.gateway.relay.reply import Headers, Message, Receive, Send, refuse, reply
 from llmserve_env.live.gateway.wire import RequestBody
 
 LOG = logging.getLogger(__name__)
@@ -105,10 +96,10 @@ class Proxy:
                 await self._complete(scope, receive, send)
             elif path in about.PATHS:
                 _only(method, "GET")
-                await answer(send, *await self._about.answer(path, self._headers_of(path, scope["headers"])))
+                await reply(send, *await self._about.answer(path, self._headers_of(path, scope["headers"])))
             elif path in PATHS:
                 _only(method, "GET")
-                await answer(send, *await self._dashboard.answer(path, scope["query_string"]))
+                await reply(send, *await self._dashboard.answer(path, scope["query_string"]))
             else:
                 raise Refused(404, f"No such path here; there are {', '.join(_COMPLETIONS)}", "path")
         except Refused as refused:
@@ -168,6 +159,8 @@ class Proxy:
             hung_up = asyncio.create_task(_hung_up(receive))
             try:
                 await asyncio.wait({serving, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+                if hung_up.done():
+                    passage.moving = passage.silent = False  # whatever it was taken from its upstream for
                 serving.cancel()  # does nothing where it is done
                 await serving
             except asyncio.CancelledError:

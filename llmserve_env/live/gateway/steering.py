@@ -127,11 +127,11 @@ async def _decided(
     """What is in force from now on, and the reward of the window that has ended."""
     reward = None
     try:
-        row, stale = deployment.row.copy(), deployment.stale
+        row, stale, excused = deployment.row.copy(), deployment.stale, deployment.excused
         reward = rewards.of(row, deployment.unmeasured)
         # In threads: requests do not wait for an agent, nor for a disk.
         await asyncio.to_thread(pilot.result, row, reward)
-        decision = await asyncio.to_thread(pilot.decide, row, stale)
+        decision = await asyncio.to_thread(pilot.decide, row, stale, excused)
         not_applied = deployment.apply(decision.applied)
         return await asyncio.to_thread(pilot.applied, not_applied), reward
     except Exception as error:

@@ -7,8 +7,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Outcome = Literal["completed", "failed", "refused", "given_up"]
-"""How a request ended; refused: it was not let in, given up: its client went away."""
+Outcome = Literal["completed", "failed", "refused", "given_up", "rejected"]
+"""How a request ended; refused: it was not let in, given up: its client went away, rejected: by its upstream,
+for a mistake of its client."""
 
 REQUEST_BOUNDS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,

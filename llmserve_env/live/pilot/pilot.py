@@ -131,12 +131,14 @@ class Pilot:
         )
         self._run = self._beginning.run
 
-    def decide(self, window: NDArray[np.void], stale: str | None = None) -> Decision:
+    def decide(self, window: NDArray[np.void], stale: str | None = None, excused: int = 0) -> Decision:
         """What is to be in force in the next window.
 
         Args:
             window: WINDOW, what happened in the last one; zeros before the first.
             stale: why the last window's figures cannot be trusted, None if they can.
+            excused: requests that ended outside of their SLO because an upstream had been silent: the shield
+                does not hold them against what is in force now.
 
         Raises:
             OSError: the log cannot be written.
@@ -159,7 +161,7 @@ class Pilot:
         rule = reason = None
         decided = self.safe if proposed is None else proposed
         if seen is not None and self._shield is not None:
-            shielded = self._shielded(decided, row)
+            shielded = self._shielded(decided, row, excused)
             if shielded is not None and cause is None:
                 decided, rule, reason = shielded
                 by = "shield"
@@ -252,8 +254,16 @@ class Pilot:
         said = to_action(answer[0])
         return self.start.model_copy(update={name: getattr(said, name) for name in self._granted})
 
-    def _shielded(self, proposed: ServeAction, row: NDArray[np.void]) -> tuple[ServeAction, str, str] | None:
+    def _shielded(
+        self, proposed: ServeAction, row: NDArray[np.void], excused: int
+    ) -> tuple[ServeAction, str, str] | None:
         """What the shield sets in place of it, rule and reason; None where it leaves it."""
+        if excused:
+            row = row.copy()
+            for name in ("failed", "completed"):
+                left_out = np.minimum(row[name], excused)
+                row[name] -= left_out
+                excused -= int(left_out[0])
         assert self._shield is not None
         assert self._shield_state is not None
         found = self._shield.filter(self._shield_state, to_array([proposed]), to_array([self.in_force]), row)

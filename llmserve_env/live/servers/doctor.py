@@ -14,7 +14,7 @@ from llmserve_env.errors import InputError, missing_package
 from llmserve_env.live.servers.engine_settings import SCHEDULER_VERSIONS
 from llmserve_env.live.servers.metrics import METRICS, Scrape, read_metrics
 from llmserve_env.live.servers.stream import RequestFailed, StreamReader
-from llmserve_env.net.http import open_client
+from llmserve_env.net.http import get, open_client
 from llmserve_env.net.urls import server_url, without_credentials
 from llmserve_env.schema import ServeAction
 
@@ -241,7 +241,7 @@ def note_clock(found: Diagnosis, answer: httpx.Response) -> None:
 
 
 def _metrics(client: httpx.Client, found: Diagnosis) -> None:
-    answer = client.get("/metrics")
+    answer = get(client, "/metrics")
     try:
         if answer.status_code != 200:
             raise InputError(f"HTTP {answer.status_code}", field="/metrics")

@@ -72,7 +72,7 @@ async def stream_completion(
                 raise RequestFailed("stream without JSON")
     if not reader.ended:
         raise RequestFailed("stream broken off")
-    if not steps:
+    if not (steps or reader.finished):  # an answer may end with its first token, which has no text
         raise RequestFailed("empty answer")
     return reader.usage
 
@@ -101,6 +101,7 @@ class StreamReader:
     Attributes:
         events: Whole events with data so far. Comments, which keep connections open, are none.
         ended: Whether the answer said that it is complete: a finish reason, the end of a response, or [DONE].
+        finished: Whether a choice told its finish reason, or a response its end.
         usage: Token counts of the engine, if it told them, by the names of completions.
         error: Error object of the first event that held one.
         garbled: Whether the data of an event was no JSON object.
@@ -108,7 +109,7 @@ class StreamReader:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.events = 0
-        self.ended = False
+        self.ended = self.finished = False
         self.usage: dict[str, Any] = {}
         self.error: dict[str, Any] | None = None
         self.garbled = False
@@ -199,7 +200,8 @@ class StreamReader:
 
     def _choice(self, choice: dict[str, Any]) -> int:
         end = choice.get("finish_reason")
-        self.ended = self.ended or end is not None
+        if end is not None:
+            self.ended = self.finished = True
         delta = choice.get("delta")
         if not isinstance(delta, dict):
             # A token can be no text yet (half a character); an end without text is none.
@@ -215,7 +217,7 @@ class StreamReader:
         if kind == "response.failed":
             self._failed({"error": response.get("error") or "the response failed"})
         elif kind in ("response.completed", "response.incomplete"):
-            self.ended = True
+            self.ended = self.finished = True
             self.usage = usage_of_response(response)
         return int(kind.startswith("response.") and kind.endswith(".delta"))
 

@@ -128,7 +128,7 @@ class Model:
             there = [each for each in self.running if each.upstream is upstream]
             assert upstream.running == sum(each.sequences for each in there)
             if upstream.running > had:
-                assert upstream.running <= gateway._cap(upstream) or len(there) == 1
+                assert upstream.running <= gateway.action.batch_cap * upstream.engines or len(there) == 1
         if waiting := self.waiting:
             rank = (lambda each: (each.priority, each.index)) if self.routing else lambda each: each.index
             assert gateway._free(min(waiting, key=rank).sequences) is None  # nobody waits without need

@@ -54,6 +54,15 @@ class Passage(LiveRequest):
         displaced: it was ended because others need its place; what its client is told.
         on_answer: called before its client gets the first part of an answer.
         tries: upstreams that took no connection for it.
+        sent_s: when it went to its upstream (s).
+        began: whether something came from there.
+        answered: whether its client got something.
+        probe: whether it finds out if its upstream is well again.
+        noted: whether its upstream's health knows what became of it there.
+        stalled: whether its upstream's health knows that its answer stopped.
+        failed_at: upstreams that failed it.
+        retried: whether it was sent a second time for what failed.
+        moving: it is taken from its upstream, to be sent to another one.
         overtaken: sequences of requests behind it that went first, to the upstream that is kept for it.
     """
 
@@ -66,6 +75,15 @@ class Passage(LiveRequest):
     displaced: Refused | None = None
     on_answer: Callable[[], object] = lambda: None
     tries: int = 0
+    sent_s: float = 0.0
+    began: bool = False
+    answered: bool = False
+    probe: bool = False
+    noted: bool = False
+    stalled: bool = False
+    failed_at: frozenset[Upstream] = frozenset()
+    retried: bool = False
+    moving: bool = False
     overtaken: int = 0
 
     @property

@@ -101,7 +101,7 @@ class Connection:
 
 @dataclass
 class Tally:
-    """What the clients of a tenant count themselves.
+    """What the clients of a tenant count themselves: the sequences that they ask for.
 
     Attributes:
         verdicts: of requests whose client stayed to the end.
@@ -165,7 +165,7 @@ class Client:
         except Violation as violation:
             raise Violation(str(violation), asked.tag) from None
         finally:
-            self.tally.verdicts[verdict] += 1
+            self.tally.verdicts[verdict] += asked.sequences
 
     async def refused(self, connection: Connection, *statuses: int, sure: bool = True) -> None:
         """The next response turns it away; `sure` if the gateway's application has heard of it."""

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
     from llmserve_env.backend import WindowRecord
     from llmserve_env.live.gateway.deployment import Deployment
+    from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.steering import Told
     from llmserve_env.live.pilot.decisions import Decision
     from llmserve_env.live.pilot.pilot import Pilot
+    from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.upstreams import Upstream
     from llmserve_env.tasks import Task
 
@@ -72,8 +74,11 @@ def gateway(
     max_waiting: int = 1000,
     max_body_mb: float = 8.0,
     queue_timeout_s: float = 60.0,
+    first_byte_timeout_s: float = 300.0,
     idle_timeout_s: float = 300.0,
     connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - immutable
+    drained: Path | None = None,
+    drain_timeout_s: float = 30.0,
 ) -> None:
     """Serve OpenAI's interface for completions and chats before one vLLM server or several.
 
@@ -98,8 +103,12 @@ def gateway(
         max_waiting: requests in the queue, at most.
         max_body_mb: size of a request, at most (MB).
         queue_timeout_s: time after which a waiting request is refused (s).
+        first_byte_timeout_s: time that an upstream has to begin its answer (s); one that is not streamed
+            begins with its end. Then another upstream is tried.
         idle_timeout_s: time after which a request is ended whose upstream or client does nothing (s).
         connections: bounds of connections, before anything else sees what clients send.
+        drained: file of the URLs of upstreams that get no new requests, a line each; read once a second.
+        drain_timeout_s: time that requests under way have at the gateway's end (s).
 
     Raises:
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
@@ -114,6 +123,7 @@ def gateway(
     except ImportError as error:
         raise missing_package(error) from error
     import logging
+    import math
 
     from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
@@ -121,6 +131,7 @@ def gateway(
     from llmserve_env.live.gateway.history import History
     from llmserve_env.live.gateway.proxy import Proxy
     from llmserve_env.live.gateway.wire import error_json
+    from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
     from llmserve_env.net.browsers import BrowserRules
@@ -131,7 +142,11 @@ def gateway(
     upstreams = [parse_upstream(each) for each in upstream]
     task = _task(steering, action, window_s, upstreams)
     window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s
-    for name, value in (("window_s", window_s), ("max_body_mb", max_body_mb)):
+    for name, value in (
+        ("window_s", window_s),
+        ("max_body_mb", max_body_mb),
+        ("drain_timeout_s", drain_timeout_s),
+    ):
         if not value > 0:
             raise InputError(f"expected more than 0, found {value}", field=name)
     if tenants is not None:
@@ -145,6 +160,7 @@ def gateway(
         max_waiting=max_waiting,
         queue_timeout_s=queue_timeout_s,
         idle_timeout_s=idle_timeout_s,
+        first_byte_timeout_s=first_byte_timeout_s,
     )
     telemetry = None
     if metrics:
@@ -197,25 +213,38 @@ def gateway(
         proxy_headers=False,
         server_header=False,  # the upstream's pass
         date_header=False,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
     )
     try:
-        _serve(config, listening, _windows(deployment, action, window_s, pilot, told))
+        drains = None if drained is None else DrainFile(drained, upstreams)
+        _serve(config, listening, here, _windows(deployment, action, window_s, pilot, told, drains=drains))
     finally:
         if pilot is not None:
             pilot.close()
 
 
 async def _windows(
-    deployment: Deployment, action: ServeAction, window_s: float, pilot: Pilot | None, told: Told
+    deployment: Deployment,
+    action: ServeAction,
+    window_s: float,
+    pilot: Pilot | None,
+    told: Told,
+    *,
+    drains: DrainFile | None,
 ) -> None:
     """Steer until cancelled; the settings that were found return."""
     import asyncio
+    from contextlib import AsyncExitStack
 
     from llmserve_env.live.gateway.deployment import SCRAPE_S
     from llmserve_env.live.gateway.steering import steer
+    from llmserve_env.net.loops import forever
 
-    async with deployment:
+    async with AsyncExitStack() as stack:
+        if drains is not None:
+            looking = asyncio.create_task(forever(drains.look, 1.0, "the file of drained upstreams"))
+            stack.callback(looking.cancel)
+        await stack.enter_async_context(deployment)
         deployment.apply(action)
         await asyncio.sleep(2 * SCRAPE_S)
         if pilot is not None:
@@ -225,7 +254,9 @@ async def _windows(
         await steer(deployment, window_s, pilot, told)
 
 
-def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[Any, Any, None]) -> None:
+def _serve(
+    config: uvicorn.Config, listening: socket.socket, here: Gateway, windows: Coroutine[Any, Any, None]
+) -> None:
     """Serve until a signal comes, and steer meanwhile."""
     import asyncio
     import logging
@@ -255,7 +286,14 @@ def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[
             except Exception as error:
                 logging.getLogger(__name__).error("steering failed", exc_info=error)
                 self.failure = error
+            if here.in_flight:
+                limit_s = config.timeout_graceful_shutdown
+                print(f"draining: {here.in_flight} requests under way have up to {limit_s} s", flush=True)
+            failures = here.ledger.failures
             await super().shutdown(sockets=sockets)
+            await asyncio.sleep(0)  # what is left has been cancelled, and tells its client
+            if cut := here.in_flight + failures["gateway stopped"]:
+                print(f"ended {cut} requests that were still under way", flush=True)
 
     # uvicorn raises the signal again when it is done, which is the end that was asked for.
     for number in (signal.SIGINT, signal.SIGTERM):

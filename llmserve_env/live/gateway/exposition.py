@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from llmserve_env.controls import SPECS
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.live.servers.fault import fault_of
 from llmserve_env.report.version import __version__
 from llmserve_env.schema import QuantizationTier
 
@@ -87,9 +88,9 @@ class GatewayMetrics(Collector):
         yield _family(
             CounterMetricFamily,
             "failures",
-            "Requests without a complete answer.",
-            ["reason"],
-            [((reason,), count) for reason, count in reasons.items()],
+            "Requests without a complete answer, and whose fault that is: client, upstream or gateway.",
+            ["reason", "owner"],
+            [((reason, fault_of(reason).owner.value), count) for reason, count in reasons.items()],
         )
         in_flight = [((tenant,), totals.in_flight) for tenant, totals in of_tenants.items()]
         yield _family(

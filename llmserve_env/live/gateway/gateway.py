@@ -82,6 +82,7 @@ class Gateway:
     Attributes:
         action: action in force.
         kv_usage: as given.
+        clock: as given.
         ledger: counts, by sequences.
         retries: requests that were sent a second time, by the cause of the first failure.
 
@@ -131,7 +132,7 @@ class Gateway:
         self._max_sequences = max_sequences
         self._queue_timeout_s = queue_timeout_s
         self.kv_usage = kv_usage
-        self._clock = clock
+        self.clock = clock
         self._numbers = count()
         self._in_flight: set[Passage] = set()
         self._at_upstreams: set[Passage] = set()
@@ -182,7 +183,7 @@ class Gateway:
         Returns:
             WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         window, ttft, gaps = self.ledger.close(
             now_s,
             self._window_s - self._begun_s if start_s is None else start_s,
@@ -195,7 +196,7 @@ class Gateway:
 
     def open_window(self) -> None:
         """Begin a window."""
-        self.ledger.open(self._clock())
+        self.ledger.open(self.clock())
 
     def blank(self) -> NDArray[np.void]:
         """WINDOW of a gateway that has done nothing."""
@@ -223,6 +224,11 @@ class Gateway:
         return self._room.sequences
 
     @property
+    def in_flight(self) -> int:
+        """Requests that are not over."""
+        return len(self._in_flight)
+
+    @property
     def max_sequences(self) -> int:
         """Sequences of a request, at most, now."""
         if self._max_sequences is not None:
@@ -231,7 +237,7 @@ class Gateway:
 
     def state(self, upstream: Upstream) -> State:
         """What is to be expected of an upstream now."""
-        return upstream.health.state(self._clock())
+        return upstream.health.state(self.clock())
 
     def enter(
         self, tenant: int, prompt_tokens: int, arrival_s: float | None = None, *, sequences: int = 1
@@ -247,7 +253,7 @@ class Gateway:
         Raises:
             Refused: 429, at the admission rate or with a full queue.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         self._budget.earn()
         due_s = now_s if arrival_s is None else arrival_s
         priority = self.tenants[tenant].priority
@@ -274,7 +280,7 @@ class Gateway:
         displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
         if passage.waits:
             self._end(passage)
-            self.ledger.refused(passage, self._clock(), displaced.reason)
+            self.ledger.refused(passage, self.clock(), displaced.reason)
             passage.refuse(displaced)
         elif not passage.over:
             passage.displaced = displaced
@@ -283,7 +289,7 @@ class Gateway:
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        now_s = self._clock()
+        now_s = self.clock()
         while (found := self._turn(now_s).next(self._room)) is not None:
             passage, upstream = found
             self._room.leave(passage)
@@ -308,7 +314,7 @@ class Gateway:
         Raises:
             Refused: 503, there is none.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         self._note(passage, "upstream down", now_s)
         passage.tries += 1
         if passage.tries >= len(self._pool) or not another(self._pool, passage.failed_at, now_s):
@@ -328,7 +334,7 @@ class Gateway:
         Returns:
             Whether it waits; if not, `fail` or `reject` it.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         self._note(passage, reason, now_s, retry_after_s)
         cause = fault_of(reason).cause
         if passage.over or passage.answered or cause is None:
@@ -356,17 +362,17 @@ class Gateway:
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""
         than = (*passage.failed_at, passage.upstream)
-        return passage.probe and not passage.retried and another(self._pool, than, self._clock())
+        return passage.probe and not passage.retried and another(self._pool, than, self.clock())
 
     def proven(self, passage: Passage) -> None:
         """Its answer has come so far that its upstream is well."""
         if passage.probe and passage.upstream is not None:
-            passage.upstream.health.succeeded(self._clock(), probe=True)
+            passage.upstream.health.succeeded(self.clock(), probe=True)
             passage.probe = False
 
     def got(self, passage: Passage, steps: int = 0) -> None:
         """Something came from its upstream, with so many pieces of its answer."""
-        now_s = passage.since_s = self._clock()
+        now_s = passage.since_s = self.clock()
         upstream = passage.upstream
         if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
             health = upstream.health
@@ -382,7 +388,7 @@ class Gateway:
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
         if not passage.over:
-            now_s = self._clock()
+            now_s = self.clock()
             if passage.upstream is not None and not passage.noted:
                 passage.noted = True
                 passage.upstream.health.succeeded(now_s, probe=passage.probe)
@@ -400,7 +406,7 @@ class Gateway:
 
     def _over(self, passage: Passage, reason: str, note: Callable[[LiveRequest, float, str], None]) -> None:
         if not passage.over:
-            now_s = self._clock()
+            now_s = self.clock()
             self._note(passage, reason, now_s)
             note(passage, now_s, reason)
             self._end(passage)
@@ -421,7 +427,7 @@ class Gateway:
 
     def tick(self) -> None:
         """What time brings, to be called a few times a second: time limits, silence, room in KV caches."""
-        now_s = self._clock()
+        now_s = self.clock()
         for passage in self._room:
             if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
                 passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
@@ -454,7 +460,7 @@ class Gateway:
 
     def _refused(self, passage: Passage, reason: str, message: str, wait_s: float) -> Refused:
         """It is not let in."""
-        self.ledger.refused(passage, self._clock(), reason)
+        self.ledger.refused(passage, self.clock(), reason)
         self._end(passage)
         return Refused(429, message, reason, wait_s)
 
@@ -463,7 +469,7 @@ class Gateway:
 
     def _free(self, sequences: int = 1) -> Upstream | None:
         """The upstream that takes a request of so many sequences now."""
-        return self._turn(self._clock()).free(sequences)
+        return self._turn(self.clock()).free(sequences)
 
     def _end(self, passage: Passage) -> None:
         """It is over."""

@@ -28,7 +28,7 @@ UNMEASURED = {
     "preemptions": "only engines know them: 0",
     "retries": "what is sent again is a request like others: 0",
     "retrying_requests": "what is sent again is a request like others: 0",
-    "engines_up": "those whose servers took the last connections",
+    "engines_up": "those whose servers get requests",
     "engines_by_tier": "what is stated of the servers, else 0",
     "engines_split": "nobody tells it: 0",
     "active_requests": "requests at the servers, whether they run them or have them wait",

@@ -2,7 +2,7 @@
 
     POST /v1/completions, /v1/chat/completions   by the gateway's rules, streamed or not
     GET  /v1/models                              of all upstreams that answer
-    GET  /health                                 200 while an upstream is well, else 503
+    GET  /health                                 200 while an upstream is well, else 503; as last known
     GET  /metrics                                of all upstreams that answer, each with a label `upstream`
     GET  /gateway/metrics, /dashboard            of the gateway itself, see `dashboard`
 
@@ -27,13 +27,16 @@ from llmserve_env.live.gateway.dashboard import PATHS, Dashboard
 from llmserve_env.live.gateway.exchange import Exchange, Request, sent_on
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
+from llmserve_env.live.gateway.relay.probe import Probe
 from llmserve_env.live.gateway.relay.reply import Headers, Message, Receive, Send, refuse, reply
 from llmserve_env.live.gateway.wire import RequestBody
+from llmserve_env.net.loops import forever
 
 LOG = logging.getLogger(__name__)
 
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TICK_S = 0.1
+_LAST_WORDS_S = 1.0
 
 
 class Proxy:
@@ -109,16 +112,18 @@ class Proxy:
             await refuse(send, Refused(500, "The gateway failed", "unexpected"))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        ticking = None
+        ticking, probe = None, Probe(self._exchange, self.gateway.clock)
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self._exchange.open()
-                ticking = asyncio.create_task(self._tick())
+                ticking = asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick"))
+                probe.begin()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 if ticking is not None:
                     ticking.cancel()
+                await probe.end()
                 await self.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
@@ -126,14 +131,6 @@ class Proxy:
     async def close(self) -> None:
         """Close the connections to upstreams."""
         await self._exchange.close()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            try:
-                self.gateway.tick()
-            except Exception as error:  # a reader of KV caches may be anybody's
-                LOG.error("unexpected %s in a tick", type(error).__name__)
 
     # ------------------------------------------------------------------------------------------- completions
 
@@ -164,8 +161,10 @@ class Proxy:
                 serving.cancel()  # does nothing where it is done
                 await serving
             except asyncio.CancelledError:
-                if not serving.done():  # the server ends
+                if not serving.done():  # the server ends: the client is told
+                    passage.displaced = Refused(503, "The gateway stops", "gateway stopped", 1.0)
                     serving.cancel()
+                    await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
                     self.gateway.fail(passage, "gateway stopped")
                     raise
             finally:

@@ -139,9 +139,11 @@ class Health:
         if probe:
             self._probes -= 1
         if self._until_s is not None:
-            # What it had got before it was ejected says nothing new.
+            # What it had got before it was ejected says nothing new, unless nothing can reach it now.
             if probe and now_s >= self._until_s:
                 self._eject(cause, now_s, retry_after_s)
+            elif cause in AT_ONCE:
+                self._seen(cause, now_s)
             return
         self._failures += 1
         self._recent = (self._recent << 1 | 1) & (1 << RECENT) - 1
@@ -161,9 +163,7 @@ class Health:
 
     def silent(self, now_s: float) -> None:
         """Requests run there, and nothing moves."""
-        if self.cause is not Cause.SILENT or self._until_s is None:
-            self._eject(Cause.SILENT, now_s)
-        self._hold(now_s)
+        self._seen(Cause.SILENT, now_s)
 
     def moved(self, now_s: float) -> None:
         """Something moves there: it is not silent any more."""
@@ -179,11 +179,7 @@ class Health:
             return
         self._health_lost += 1
         if self._health_lost >= PROBES_LOST:
-            if self._until_s is None:
-                self._eject(Cause.UNHEALTHY, now_s)
-            elif self.cause not in HARD:
-                self.cause = Cause.UNHEALTHY
-            self._hold(now_s)
+            self._seen(Cause.UNHEALTHY, now_s)
 
     def _eject(self, cause: Cause, now_s: float, retry_after_s: float | None = None) -> None:
         if self._until_s is None:
@@ -197,8 +193,12 @@ class Health:
         self.cause = cause
         self.ejections[cause] += 1
 
-    def _hold(self, now_s: float) -> None:
-        """Its ejection lasts on: what caused it does."""
+    def _seen(self, cause: Cause, now_s: float) -> None:
+        """It is out for as long as this is seen."""
+        if self._until_s is None:
+            self._eject(cause, now_s)
+        elif self.cause not in HARD:
+            self.cause = cause
         assert self._until_s is not None
         self._until_s = max(self._until_s, now_s + HELD_S)
 

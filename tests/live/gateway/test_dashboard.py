@@ -114,7 +114,7 @@ def test_every_request_is_counted_once_by_its_outcome():
             in_flight = {key[1]: value for key, value in now.items() if key[0] == "requests_in_flight"}
             assert in_flight == {PAID.name: 0, "slow": 1}
             assert sum(requests.values()) + sum(in_flight.values()) == 9  # as many as were sent
-            failures = {key[1]: value for key, value in now.items() if key[0] == "failures_total"}
+            failures = {key[-1]: value for key, value in now.items() if key[0] == "failures_total"}
             assert sum(failures.values()) == 5
             assert failures["unknown tenant"] == failures["invalid body"] == failures["admission rate"] == 1
             assert (now["requests_in_slo_total", PAID.name], now["requests_in_slo_total", "slow"]) == (1, 0)

@@ -234,6 +234,25 @@ def test_figures_of_a_part_of_the_servers_are_none():
     assert here.stale.startswith(f"{OTHER}: no metrics for ")
 
 
+def test_an_engine_whose_counters_stand_still_while_it_runs_something_is_silent():
+    here = deployment(Upstream(URL), Upstream(OTHER), told=[[BUSY[1]] * 12, [BUSY[1]] * 11 + [BUSY[0]]])
+    assert here.stale is None
+    here.gateway.tick()
+    assert [here.gateway.state(each).value for each in here.gateway.upstreams] == ["ejected", "well"]
+    assert here.stale == f"{URL}: requests run, and nothing moves"
+    assert here.window().engines_up == 1
+    scrape(here.telemetry.replicas[0], BUSY[0])  # it goes on
+    here.gateway.tick()
+    assert here.stale is None
+    assert here.window().engines_up == 2
+
+
+def test_an_idle_engine_is_not_silent_however_long_nothing_changes():
+    here = deployment(told=[[metrics("0.32-idle")] * 60])
+    here.gateway.tick()
+    assert here.stale is None
+
+
 def test_without_telemetry_nothing_is_stale_and_nothing_made_up():
     here = deployment()
     record = here.window()

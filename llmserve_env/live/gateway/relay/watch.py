@@ -28,6 +28,8 @@ class Watch:
         still_s: as `Gateway` takes it.
 
     Attributes:
+        first_byte_timeout_s: as given.
+        idle_timeout_s: as given.
         still_s: as given.
         first_bytes: how long answers took to begin.
     """
@@ -44,8 +46,8 @@ class Watch:
         self.first_bytes = FirstBytes()
         self._upstreams = upstreams
         self._budget = budget
-        self._first_byte_timeout_s = first_byte_timeout_s
-        self._idle_timeout_s = idle_timeout_s
+        self.first_byte_timeout_s = first_byte_timeout_s
+        self.idle_timeout_s = idle_timeout_s
         self._out: dict[Upstream, Cause] = {}
 
     def look(
@@ -97,7 +99,7 @@ class Watch:
             return
         quiet_s = now_s - passage.since_s
         begun = passage.began or passage.writing
-        if quiet_s > (self._idle_timeout_s if begun else self._first_byte_timeout_s):
+        if quiet_s > (self.idle_timeout_s if begun else self.first_byte_timeout_s):
             passage.silent = not passage.writing
             passage.cut()
             return

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmserve_env.schema import ServeAction
 
 from .clients import CLIENTS
-from .faults import AT_THE_DOOR, FAULTS, SERVING
+from .faults import AT_THE_DOOR, FAULTS
 from .sides import SIDES
 
 PHASE_S = 4.0
 """Time for which upstreams behave in one way (s)."""
 KINDS = [*FAULTS, *AT_THE_DOOR]
 """What upstreams do with completions."""
+MINUTES = len(KINDS) * PHASE_S / 60
+"""Length of a schedule (min)."""
 
 _ACTIONS = (
     ServeAction(batch_cap=64),
@@ -66,7 +67,7 @@ class Schedule:
 
     Attributes:
         seed: that it was drawn from.
-        phases: those with every kind of upstream once in each place but the first of several, which is good.
+        phases: phases; in all of them together each upstream is of every kind once, but for the good one.
     """
 
     seed: int
@@ -77,21 +78,25 @@ class Schedule:
         return len(self.phases[0].kinds)
 
 
-def draw(seed: int, clients: Sequence[str] = tuple(CLIENTS), tenants: int = 2) -> Schedule:
-    """The schedule of a seed: each kind of client meets each kind of upstream.
+def draw(seed: int, tenants: int = 2) -> Schedule:
+    """The schedule of a seed.
 
-    There is one upstream, or one that misbehaves beside a good one, or two beside a good one, in turn.
+    By the seed there is one upstream, or one that misbehaves beside a good one, or two beside a good one.
+    Each kind of client meets each kind of upstream where there is one, and half of the kinds where there are
+    more.
     """
+    clients = list(CLIENTS)
     drawn = random.Random(seed)
     bad = (1, 1, 2)[seed % 3]
     beside = ("good",) if seed % 3 else ()
+    count = len(clients) // 2 if beside else len(clients)
     orders = [drawn.sample(KINDS, len(KINDS)) for _ in range(bad)]
     phases = []
     for number, kinds in enumerate(zip(*orders, strict=True)):
         visits = sorted(
             (
                 Visit(drawn.uniform(0, PHASE_S), kind, drawn.randrange(tenants), f"{number}-{kind}")
-                for kind in drawn.sample(clients, len(clients))
+                for kind in drawn.sample(clients, count)
             ),
             key=lambda visit: visit.at_s,
         )
@@ -105,8 +110,3 @@ def draw(seed: int, clients: Sequence[str] = tuple(CLIENTS), tenants: int = 2) -
             )
         )
     return Schedule(seed, tuple(phases))
-
-
-def serving(phase: Phase) -> bool:
-    """Whether all upstreams of a phase answer."""
-    return set(phase.kinds) <= SERVING

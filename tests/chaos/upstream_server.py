@@ -132,7 +132,8 @@ vllm:generation_tokens_total{{model_name="m"}} {tokens}
 
 
 def _bound(port: int) -> socket.socket:
-    sock = socket.socket()
+    # With the protocol, or asyncio leaves Nagle's algorithm on, which waits in real time.
+    sock = socket.socket(proto=socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
     sock.setblocking(False)

@@ -25,8 +25,8 @@ from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.net.protocols import bounded
 from llmserve_env.schema import ServeAction
+from tests.live.endpoint_server import Running
 
-from ..live.endpoint_server import Running
 from .answers import Asked, Response, Violation
 from .clients import CLIENTS, MAX_BODY_BYTES, PATIENCE_S, Client, Connection, Tally
 from .schedule import PHASE_S, Schedule, Visit

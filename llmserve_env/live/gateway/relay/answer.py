@@ -125,9 +125,9 @@ class Answer:
                     Refused(502, "An event of the upstream is too long", "event too long")
                 ) from None
             came = reader.events > events or reader.within_event  # comments are sent while an engine hangs
+            if more and reader.garbled and reader.error is None:
+                raise _no_completion()
             if self._started:
-                if more and reader.garbled:
-                    raise _no_completion()
                 if came:
                     gateway.got(passage, untold)
                     untold = 0

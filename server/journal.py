@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,12 +26,15 @@ from llmserve_env.disk.lock import FolderLock
 from llmserve_env.errors import InputError
 from llmserve_env.net.loops import Failures
 from llmserve_env.schema import ServeAction
-from server.messages.refusals import Unavailable
+from server.messages.refusals import Refusal, Unavailable
 from server.messages.requests import ResetRequest
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".jsonl"
+_LONGEST = 300  # characters of a reason
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,255}")
+_LEFT = re.compile(r"[A-Za-z0-9_-]{32}\.tmp")
+"""A beginning that a killed process did not finish; other files in the folder are somebody's."""
 
 
 class _Version(BaseModel):
@@ -73,17 +77,21 @@ class Journal:
     Args:
         folder: folder of this service alone, for as long as the journal is open.
         max_actions: most actions of a session that are read.
+        max_line_bytes: longest line that is written or read.
 
     Raises:
         InputError: it cannot be written, or another server uses it.
     """
 
-    def __init__(self, folder: Path | None, max_actions: int = 1_000_000) -> None:
+    def __init__(
+        self, folder: Path | None, max_actions: int = 100_000, max_line_bytes: int = 16 << 20
+    ) -> None:
         self._folder = folder
         self._max_actions = max_actions
+        self._max_line_bytes = max_line_bytes
         self._sizes: dict[str, int] = {}  # of files, as far as they count
         self._left: set[Path] = set()  # files of closed sessions that could not be removed
-        self._failures = Failures("removing files of closed sessions")
+        self._writes, self._removals = Failures("the journal"), Failures("removing closed sessions' files")
         self._lock: FolderLock | None = None
         if folder is not None:
             try:
@@ -93,12 +101,14 @@ class Journal:
             self._lock = FolderLock(folder, "another server")
             try:
                 (folder / "writable.tmp").touch()
-                for left in folder.glob("*.tmp"):  # also by a process that was killed
-                    with suppress(OSError):
-                        left.unlink()
+                (folder / "writable.tmp").unlink()
             except OSError as error:
                 self.close()
                 raise InputError(f"cannot be written: {error.strerror}", file=str(folder)) from error
+            for path in folder.glob("*.tmp"):
+                if _LEFT.fullmatch(path.name):
+                    with suppress(OSError):
+                        path.unlink()
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -109,15 +119,23 @@ class Journal:
         """Record that an episode is begun, before it is.
 
         Raises:
+            InputError: it cannot be written as JSON, or is longer than a line may be.
             Unavailable: it cannot be recorded; the file is as it was.
         """
         if self._folder is None:
             return
-        first = _Beginning(version=llmserve_env.__version__, begun=begun)
-        with _writing(self._folder):
+        try:
+            # As it is: pydantic's JSON makes null of an infinite number.
+            first = _line({"version": llmserve_env.__version__, "begun": begun.model_dump()})
+        except ValueError as error:  # an infinite number, half of a surrogate pair
+            raise InputError(f"cannot be recorded: {error}", field="workload") from error
+        if len(first) > self._max_line_bytes:
+            most = f"{self._max_line_bytes:,} bytes"
+            raise InputError(f"expected at most {most} as the journal has it, found more", field="workload")
+        with self._writing():
             # Not `write_atomic`: a restart needs no fsync, which would hold up everybody for long.
             path = self._path(self._folder, session_id)
-            self._sizes[session_id] = write_lines(path, _line(first))
+            self._sizes[session_id] = write_lines(path, first)
 
     def add(self, session_id: str, actions: list[ServeAction]) -> None:
         """Record actions, before they are played.
@@ -127,8 +145,8 @@ class Journal:
         """
         if self._folder is None:
             return
-        with _writing(self._folder), self._open(self._folder, session_id) as file:
-            file.append(*map(_line, actions))
+        with self._writing(), self._open(self._folder, session_id) as file:
+            file.append(*(_line(action.model_dump(mode="json")) for action in actions))
             self._sizes[session_id] = file.size
 
     def end(self, session_id: str) -> None:
@@ -154,12 +172,11 @@ class Journal:
         """
         for path in self._paths():
             try:
-                entry = _entry(path, self._max_actions)
+                entry = _entry(path, self._max_actions, self._max_line_bytes)
             except OSError as error:
                 _log.error("%s: cannot be read, and stays as it is: %s", path, error.strerror or error)
-            except InputError as error:
-                line = "" if error.line is None else f"line {error.line}: "
-                self.set_aside(path.stem, line + error.reason)
+            except Exception as error:  # whatever it holds, the others are restored
+                self.set_aside(path.stem, error)
             else:
                 yield entry
 
@@ -172,10 +189,10 @@ class Journal:
         if self._folder is None:
             return
         self._sizes[entry.session_id] = entry.size
-        with _writing(self._folder):
+        with self._writing():
             self._open(self._folder, entry.session_id).close()
 
-    def set_aside(self, session_id: str, reason: str) -> None:
+    def set_aside(self, session_id: str, error: Exception) -> None:
         """Keep a file that cannot be replayed, for somebody to look at."""
         if self._folder is None:
             return
@@ -184,22 +201,31 @@ class Journal:
         while os.path.lexists(aside):
             number += 1
             aside = path.with_suffix(f".{number}.bad")
-        _log.error("%s: cannot be restored, and is set aside: %s", path, reason)
+        _log.error("%s: cannot be restored, and is set aside: %s", path, _reason(error))
         try:
             path.rename(aside)
+        except OSError as raised:
+            _log.error("%s: cannot be set aside, and stays: %s", path, raised)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            _log.error("%s: cannot be set aside, and stays: %s", path, error)
+            self._writes.tell(error)
+            raise Unavailable("the journal of the service cannot be written") from error
+        self._writes.end()
 
     def _remove(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._left.add(path)
-            self._failures.tell(error)
+            self._removals.tell(error)
             return
         self._left.discard(path)
         if not self._left:
-            self._failures.end()
+            self._removals.end()
 
     def _paths(self) -> list[Path]:
         return [] if self._folder is None else sorted(self._folder.glob(f"*{_SUFFIX}"))
@@ -213,7 +239,7 @@ class Journal:
         return folder / f"{session_id}{_SUFFIX}"  # ids are the service's own, letters, digits, - and _
 
 
-def _entry(path: Path, max_actions: int) -> Entry:
+def _entry(path: Path, max_actions: int, max_line_bytes: int) -> Entry:
     """What a file says; what follows its last newline is a line that a crash cut off.
 
     Raises:
@@ -224,7 +250,7 @@ def _entry(path: Path, max_actions: int) -> Entry:
         raise InputError("expected the id of a session as its name")
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
         raise InputError("expected a file")
-    lines = (line for line in read_lines(path) if line.whole)
+    lines = (line for line in read_lines(path, max_line_bytes) if line.whole)
     first = next(lines, None)
     if first is None:
         raise InputError("expected what the episode was begun with, found nothing", line=1)
@@ -261,14 +287,13 @@ def _invalid(error: ValidationError, line: int) -> InputError:
     return InputError(f"{place}: {first['msg']}" if place else first["msg"], line=line)
 
 
-def _line(record: BaseModel) -> bytes:
-    return json.dumps(record.model_dump(mode="json"), allow_nan=False).encode()
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in a few words: it may hold anything."""
+    if isinstance(error, InputError) and error.line is not None:
+        return f"line {error.line}: {error.reason}"[:_LONGEST]
+    known = isinstance(error, (InputError, Refusal))
+    return (str(error) if known else f"{type(error).__name__}: {error}")[:_LONGEST]
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        _log.error("%s: %s", folder, error)
-        raise Unavailable("the journal of the service cannot be written") from error
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False).encode()

@@ -62,7 +62,9 @@ class Service:
         self.sessions = Sessions(settings, _live_episodes(settings.endpoint) if self.live else Episode)
         self.guard = Guard(settings)
         # What real engines did cannot be done again, so nothing of it is recorded.
-        self._journal = Journal(None if self.live else settings.journal, _most_actions(settings))
+        self._journal = Journal(
+            None if self.live else settings.journal, _most_actions(settings), _longest_line(settings)
+        )
         self.baselines = Baselines(self.guard)
         self.stopping = False  # sessions that close then are those that a restart restores
         self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
@@ -191,10 +193,8 @@ class Service:
                 await self._reopen(entry)
             except (AtCapacity, Unavailable) as error:
                 _log.error("session %s stays in the journal: %s", entry.session_id, error)
-            except (InputError, Refusal) as error:
-                self._journal.set_aside(entry.session_id, str(error))
-            except Exception as error:  # one file must not keep the service from its start
-                self._journal.set_aside(entry.session_id, f"{type(error).__name__}: {error}")
+            except Exception as error:  # whatever it holds, the service starts
+                self._journal.set_aside(entry.session_id, error)
         if left:
             most = self.settings.max_sessions
             _log.warning("%d sessions stay in the journal: %d are open, as many as there may be", left, most)
@@ -270,6 +270,11 @@ def _most_actions(settings: Settings) -> int:
     """Most actions recorded of a session: those of its windows, and what the last step_n had more."""
     longest = max(load_task(name).windows for name in list_tasks())
     return max(longest, settings.max_windows) + settings.max_actions
+
+
+def _longest_line(settings: Settings) -> int:
+    """Longest line of the journal (bytes): a body in which every 1e15 is written as 1000000000000000.0."""
+    return 4 * settings.max_body_bytes + 4096
 
 
 def _complete(request: ResetRequest) -> ResetRequest:

@@ -68,17 +68,19 @@ def gateway(
     host: str = "127.0.0.1",
     port: int = 8200,
     allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    cors_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     tenants: Path | None = None,
     window_s: float | None = None,
     metrics: bool = True,
     max_waiting: int = 1000,
+    max_sequences: int | None = None,
     max_body_mb: float = 8.0,
     queue_timeout_s: float = 60.0,
     first_byte_timeout_s: float = 300.0,
     idle_timeout_s: float = 300.0,
-    connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - immutable
     drained: Path | None = None,
     drain_timeout_s: float = 30.0,
+    connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - immutable
 ) -> None:
     """Serve OpenAI's interface for completions and chats before one vLLM server or several.
 
@@ -96,19 +98,23 @@ def gateway(
         port: port to listen on; 0 for a free one.
         allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
             (default: any, and where only this machine can connect localhost). Addresses are always good.
+        cors_origin: origin of web pages that may use the gateway from a browser, SCHEME://HOST[:PORT], or *
+            for all; once for each (default: none).
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
         metrics: whether the servers' metrics are read.
-        max_waiting: requests in the queue, at most.
+        max_waiting: sequences in the queue, at most.
+        max_sequences: sequences of a request (n times its prompts), at most (default: as many as the batch
+            cap lets run at the largest upstream, with an agent the largest cap that it may set).
         max_body_mb: size of a request, at most (MB).
         queue_timeout_s: time after which a waiting request is refused (s).
         first_byte_timeout_s: time that an upstream has to begin its answer (s); one that is not streamed
             begins with its end. Then another upstream is tried.
         idle_timeout_s: time after which a request is ended whose upstream or client does nothing (s).
-        connections: bounds of connections, before anything else sees what clients send.
         drained: file of the URLs of upstreams that get no new requests, a line each; read once a second.
         drain_timeout_s: time that requests under way have at the gateway's end (s).
+        connections: bounds of connections, before anything else sees what clients send.
 
     Raises:
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
@@ -136,10 +142,12 @@ def gateway(
     from llmserve_env.live.servers.upstreams import parse_upstream
     from llmserve_env.net.browsers import BrowserRules
     from llmserve_env.net.connections import room_for
+    from llmserve_env.net.cors import CrossOrigin, origin_of
     from llmserve_env.net.protocols import bounded
     from llmserve_env.net.sockets import is_local, listen
 
     upstreams = [parse_upstream(each) for each in upstream]
+    origins = [each if each == "*" else origin_of(each) for each in cors_origin]
     task = _task(steering, action, window_s, upstreams)
     window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s
     for name, value in (
@@ -158,6 +166,7 @@ def gateway(
         known.all,
         action,
         max_waiting=max_waiting,
+        max_sequences=_most_sequences(task, upstreams) if max_sequences is None else max_sequences,
         queue_timeout_s=queue_timeout_s,
         idle_timeout_s=idle_timeout_s,
         first_byte_timeout_s=first_byte_timeout_s,
@@ -205,7 +214,12 @@ def gateway(
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(
-        BrowserRules(proxy, hosts=allowed_host or (() if is_local(host) else None), error_body=error_body),
+        BrowserRules(
+            CrossOrigin(proxy, origins),
+            hosts=allowed_host or (() if is_local(host) else None),
+            origins=origins,
+            error_body=error_body,
+        ),
         **bounded(limits, error_body) | {"ws": "none"},
         log_level="warning",
         access_log=False,
@@ -330,6 +344,13 @@ def _task(
     start = task.start.model_dump(mode="json") | {name: given[name] for name in task.grid.granted}
     changes = {} if window_s is None else {"window_s": window_s}
     return load_task(steering.task, cell=cell, start=start, **changes)
+
+
+def _most_sequences(task: Task | None, upstreams: list[Upstream]) -> int | None:
+    """Sequences that the largest upstream may run under the largest cap of an agent; None without one."""
+    if task is None or "batch_cap" not in task.grid.granted:
+        return None
+    return int(task.grid.ends("batch_cap")[1]) * max(each.engines for each in upstreams)
 
 
 def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> Pilot:

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import stat
-import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -52,17 +51,21 @@ class AppendLog:
     def __init__(self, path: Path, *, size: int | None = None, sync: bool = True) -> None:
         self.path = path
         self._sync = sync
-        self._descriptor = _open_locked(path, os.O_CREAT if size is None else 0)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._descriptor: int | None = None
+        self._descriptor, status = _open_locked(path, os.O_CREAT if size is None else 0)
+        self._regular = stat.S_ISREG(status.st_mode)  # a device has no size, and cannot be cut
+        self._torn = False  # whether a failure may have left what does not count
+        there = status.st_size if self._regular else 0
         try:
-            status = os.fstat(self._descriptor)
-            self._regular = stat.S_ISREG(status.st_mode)  # a device has no size, and cannot be cut
-            if size is None:
-                size = _end_of_lines(self._descriptor, status.st_size) if self._regular else 0
-            self.size = size
-            self._cut(tell=True)
+            self.size = _end_of_lines(self._descriptor, there) if size is None else size
+            if there < self.size:
+                raise OSError(errno.EIO, f"expected {self.size} bytes or more, found {there}", str(path))
+            if there > self.size:
+                text = "%s: cut off %d bytes at its end, of lines that were not written whole"
+                _log.warning(text, path, there - self.size)
+                self._cut(self._descriptor)
         except BaseException:
-            self._close()
+            self.close()
             raise
 
     def append(self, *lines: bytes) -> None:
@@ -77,25 +80,34 @@ class AppendLog:
         """
         for line in lines:
             _check(line)
-        if not self._close.alive:
+        descriptor = self._descriptor
+        if descriptor is None:
             raise OSError(errno.EBADF, "is closed", str(self.path))
-        self._cut()  # what an earlier failure may have left
+        if self._torn:
+            self._cut(descriptor)
         content = memoryview(b"".join(line + b"\n" for line in lines))
         written = 0
         try:
             while written < len(content):  # a disk that is nearly full takes a part, and says nothing
-                written += os.write(self._descriptor, content[written:])
+                written += os.write(descriptor, content[written:])
             if self._sync:
-                os.fsync(self._descriptor)
+                os.fsync(descriptor)
         except BaseException:
-            with suppress(OSError):
-                self._cut()
+            self._torn = True
+            with suppress(OSError):  # then the next call does it
+                self._cut(descriptor)
             raise
         self.size += written
 
     def close(self) -> None:
         """No more is written."""
-        self._close()
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        """Close what nobody closed."""
+        self.close()
 
     def __enter__(self) -> AppendLog:
         """As it is."""
@@ -105,18 +117,11 @@ class AppendLog:
         """Close it."""
         self.close()
 
-    def _cut(self, *, tell: bool = False) -> None:
+    def _cut(self, descriptor: int) -> None:
         """Cut off what does not count."""
-        if not self._regular:
-            return
-        there = os.fstat(self._descriptor).st_size
-        if there < self.size:
-            raise OSError(errno.EIO, f"expected {self.size} bytes or more, found {there}", str(self.path))
-        if there > self.size:
-            if tell:
-                text = "%s: cut off %d bytes at its end, of lines that were not written whole"
-                _log.warning(text, self.path, there - self.size)
-            os.ftruncate(self._descriptor, self.size)
+        if self._regular:
+            os.ftruncate(descriptor, self.size)
+        self._torn = False
 
 
 class Line(NamedTuple):
@@ -192,14 +197,15 @@ def _check(line: bytes) -> None:
         raise ValueError("expected one line, found two")
 
 
-def _open_locked(path: Path, flags: int) -> int:
+def _open_locked(path: Path, flags: int) -> tuple[int, os.stat_result]:
     """A descriptor of the file that has the name, even if another process moves one away meanwhile."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | flags, 0o666)
         try:
             lock(descriptor)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
+            status = os.fstat(descriptor)
+            if os.path.samestat(status, os.stat(path)):
+                return descriptor, status
         except FileNotFoundError:
             pass  # it was moved away, and its place is empty
         except BaseException:

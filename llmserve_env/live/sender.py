@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
 from llmserve_env.live.gateway.gateway import Gateway
@@ -264,7 +263,7 @@ class Sender:
             scrape = read_metrics(content.decode(errors="replace"), at_s)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return True
-        except InputError:
+        except Exception:  # whatever it says, it is not vLLM that says it
             return False
         return scrape if scrape.gauges else False
 

@@ -94,6 +94,7 @@ class Connections:
     def rest(self, connection: Connection) -> None:
         """The connection has been served, and may be used again."""
         if connection in self._open:
+            self.release(connection)  # what still comes of its body is not kept
             self._idle[connection] = None
 
     def end(self, connection: Connection) -> None:

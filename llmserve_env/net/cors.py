@@ -28,8 +28,8 @@ class CrossOrigin:
     """ASGI middleware: lets pages of some origins read what a server answers.
 
     Preflights of these pages are answered here, whatever the path, and before anybody asks for a key: with
-    them browsers send none. Whatever the server itself says of other origins is dropped. Cookies and passwords
-    that browsers keep are for none of them; keys that a page has itself are.
+    them browsers send none. Whatever the server itself says of other origins is dropped. Keys that a page has
+    itself it may send; cookies and passwords that browsers keep it may not.
 
     Args:
         app: what answers.

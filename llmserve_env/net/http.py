@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from llmserve_env.errors import InputError, missing_package
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import aiohttp
     import httpx
@@ -67,7 +67,11 @@ def open_client(url: str, api_key: str | None = None, *, timeout_s: float) -> ht
 
 
 async def fetch(
-    session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], *, max_bytes: int
+    session: aiohttp.ClientSession,
+    url: str,
+    headers: Mapping[str, str] | Sequence[tuple[str, str]],
+    *,
+    max_bytes: int,
 ) -> tuple[int, bytes]:
     """GET what a server shows, and follow its redirects to itself.
 
@@ -87,8 +91,10 @@ async def fetch(
     for left in reversed(range(_MAX_REDIRECTS + 1)):
         async with session.get(url, headers=headers, allow_redirects=False) as answer:
             location = answer.headers.get("location")
-            followed = left and answer.status in _REDIRECTS and location is not None
-            if followed and (target := redirected(url, location)) is not None:
+            target = None
+            if left and answer.status in _REDIRECTS and location is not None:
+                target = redirected(url, location)
+            if target is not None:
                 url = target
                 continue
             content = bytearray()

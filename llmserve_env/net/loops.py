@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from llmserve_env.errors import InputError
 
+_LONGEST = 1000  # characters of a reason
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +65,7 @@ class Failures:
 
     def tell(self, error: BaseException) -> None:
         """Say that it failed, unless that was said."""
-        reason = "".join(traceback.format_exception_only(type(error), error)).strip()
+        reason = "".join(traceback.format_exception_only(type(error), error)).strip()[:_LONGEST]
         kind = re.sub(r"\d+", "0", reason)
         if kind != self._told:
             trace = None if isinstance(error, InputError) else error  # that one says all

@@ -66,7 +66,9 @@ class _Bounded(Base):
     error_body: ClassVar[ErrorBody] = staticmethod(_detail)
     transport: asyncio.Transport
     loop: asyncio.AbstractEventLoop
+    _read_until: float | None = None
     _reading_timer: asyncio.TimerHandle | None = None
+    _timer_until = 0.0
     _writing_timer: asyncio.TimerHandle | None = None
     _unsent = 0
 
@@ -94,19 +96,33 @@ class _Bounded(Base):
         super().connection_lost(exc)
 
     def _read_within(self, seconds: float) -> None:
-        """Call `_too_slow` then, unless what is read now has ended before."""
-        if self._reading_timer is None:
-            self._reading_timer = self.loop.call_later(seconds, self._late)
+        """Call `_too_slow` then, unless what is read now has ended before.
 
-    def _has_read(self) -> None:
-        if self._reading_timer is not None:
+        Most requests end at once: a timer that was set for one is kept for the next.
+        """
+        if self._read_until is not None:
+            return
+        self._read_until = until = self.loop.time() + seconds
+        if self._reading_timer is not None and self._timer_until > until:
             self._reading_timer.cancel()
             self._reading_timer = None
+        if self._reading_timer is None:
+            self._set_reading_timer(until)
 
-    def _late(self) -> None:
+    def _set_reading_timer(self, until: float) -> None:
+        self._timer_until = until
+        self._reading_timer = self.loop.call_at(until, self._look_at_reading)
+
+    def _look_at_reading(self) -> None:
         self._reading_timer = None
-        if not self.transport.is_closing():
-            self._too_slow()
+        until = self._read_until
+        if until is None or self.transport.is_closing():
+            return
+        if self.loop.time() < until:
+            self._set_reading_timer(until)
+            return
+        self._read_until = None
+        self._too_slow()
 
     def _too_slow(self) -> None:
         raise NotImplementedError
@@ -126,10 +142,11 @@ class _Bounded(Base):
             self._watch_writing()
 
     def _forget_deadlines(self) -> None:
-        self._has_read()
-        if self._writing_timer is not None:
-            self._writing_timer.cancel()
-            self._writing_timer = None
+        self._read_until = None
+        for timer in (self._reading_timer, self._writing_timer):
+            if timer is not None:
+                timer.cancel()
+        self._reading_timer = self._writing_timer = None
 
 
 class BoundedHttp(_Bounded, HttpToolsProtocol):
@@ -140,12 +157,12 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._at = _BETWEEN
-        self._header_bytes = 0  # of the lines of this request that are whole
-        self._unparsed_bytes = 0  # read since the last thing that was whole: a line that does not end
-        self._chunk_bytes = 0  # read at once, if a request begins with it
+        self._chunk_bytes = 0  # read at once
+        self._chunk_is_head = False  # whether it began with a request
+        self._unparsed_bytes = 0  # read since the last thing that was whole: headers that do not end
         self._body_bytes = 0  # of the body, since they were last told
         self._too_large = False
-        self._refused = False
+        self._is_over = False  # refused, or no more HTTP
         self._ignored_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -154,27 +171,31 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         if self.pool.admit(self):
             self._read_within(self.pool.limits.header_timeout_s)
         else:
-            self._refused = True
+            self._is_over = True
             self._write_refusal(503, "Too many connections")
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """The client has sent something."""
-        if self._refused:
+        if self._is_over:
             self._ignored_bytes += len(data)
             if self._ignored_bytes > _LINGER_BYTES:
                 self.hang_up()
             return
-        self._unparsed_bytes += len(data)
-        self._chunk_bytes = len(data) if self._at == _BETWEEN else 0
-        super().data_received(data)
-        if self._is_over():
-            return
-        limits = self.pool.limits
+        size = self._chunk_bytes = len(data)
+        self._unparsed_bytes += size
+        self._chunk_is_head = self._at == _BETWEEN
+        HttpToolsProtocol.data_received(self, data)
         if self._at == _BETWEEN:  # also after line ends without a request, which uvicorn would wait behind
-            if self.cycle is not None and self.cycle.response_complete:
-                self._read_within(limits.header_timeout_s)
-        elif self._unparsed_bytes > limits.max_header_bytes:
+            if self.cycle is not None and self.cycle.response_complete and not self._is_over:
+                self._read_within(self.pool.limits.header_timeout_s)
+        elif not self._is_over:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """There is more to come of a request."""
+        limits = self.pool.limits
+        if self._unparsed_bytes > limits.max_header_bytes:
             self._refuse(431, self._header_bound)
         elif self._at == _HEAD:
             self._read_within(limits.header_timeout_s)
@@ -192,6 +213,7 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Go on as a WebSocket."""
+        self._is_over = True
         self._forget_deadlines()
         self.pool.leave(self)
         super().handle_websocket_upgrade()
@@ -199,50 +221,45 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self._at = _HEAD
-        self._header_bytes = 0
-        self._unparsed_bytes, self._chunk_bytes = self._chunk_bytes, 0
-        super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        """A part of the address has come."""
-        self._count_header(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header has come, or a trailer."""
-        self._count_header(len(name) + len(value) + 4)  # with colon, space and line end
-        super().on_header(name, value)
+        self._unparsed_bytes = self._chunk_bytes if self._chunk_is_head else 0
+        self._chunk_is_head = False  # where the next one begins in this chunk is not known
+        HttpToolsProtocol.on_message_begin(self)
 
     def on_headers_complete(self) -> None:
         """The headers are whole."""
         self._at = _BODY
+        most = self.pool.limits.max_header_bytes
+        # What was read since they began tells without a count that most are short enough.
+        if self._unparsed_bytes + self._chunk_bytes > most and self._header_bytes() > most:
+            self._too_large = True
+            raise ValueError(self._header_bound)  # ends the parser
         self._unparsed_bytes = 0
-        self._has_read()
+        self._read_until = None
         self.pool.serve(self)
-        super().on_headers_complete()
+        HttpToolsProtocol.on_headers_complete(self)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body has come."""
         self._unparsed_bytes = 0
         if not self.cycle.response_complete:  # else it is not kept
             self._body_bytes += len(body)
-        super().on_body(body)
+        HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._at = _BETWEEN
         self._unparsed_bytes = self._body_bytes = 0
-        self._has_read()
-        self.pool.release(self)
-        super().on_message_complete()
+        if self._read_until is not None:  # it did not come at once
+            self._read_until = None
+            self.pool.release(self)
+        HttpToolsProtocol.on_message_complete(self)
 
     def on_response_complete(self) -> None:
         """The application has answered."""
-        super().on_response_complete()
+        HttpToolsProtocol.on_response_complete(self)
         if self.transport.is_closing():
             self._watch_writing()
         elif self.cycle.response_complete:  # no further request waits
-            self.pool.release(self)
             self.pool.rest(self)
 
     def timeout_keep_alive_handler(self) -> None:
@@ -254,18 +271,13 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         """Refuse the request: its body takes too much memory with all the others."""
         self._refuse(408, "Too many requests are being sent: this one took the longest")
 
-    def _is_over(self) -> bool:
-        return self._refused or self.transport.get_protocol() is not self
-
     @property
     def _header_bound(self) -> str:
         return f"expected at most {self.pool.limits.max_header_bytes:,} bytes of headers"
 
-    def _count_header(self, size: int) -> None:
-        self._header_bytes += size
-        if self._header_bytes > self.pool.limits.max_header_bytes:
-            self._too_large = True
-            raise ValueError(self._header_bound)  # ends the parser
+    def _header_bytes(self) -> int:
+        lines = sum(len(name) + len(value) + 4 for name, value in self.headers)  # colon, space and line end
+        return len(self.url) + lines
 
     def _too_slow(self) -> None:
         answering = self.cycle is not None and not self.cycle.response_complete
@@ -284,7 +296,7 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer in the application's place, and end the connection; an answer under way is broken off."""
-        self._refused = True
+        self._is_over = True
         self._forget_deadlines()
         self._unset_keepalive_if_required()
         self.pool.end(self)
@@ -343,7 +355,7 @@ class BoundedWebSocket(_Bounded, WebSocketsSansIOProtocol):
         self._fail("too many messages are being sent: this one took the longest")
 
     def _message_ended(self) -> None:
-        self._has_read()
+        self._read_until = None
         self.pool.release(self)
 
     def _too_slow(self) -> None:

@@ -315,6 +315,12 @@ class ScriptedEndpoint:
 class Running:
     """An ASGI application's server in this event loop.
 
+    Args:
+        app: the application.
+        port: 0 for a free one.
+        lifespan: as uvicorn has it.
+        options: further arguments of `uvicorn.Config`.
+
     Attributes:
         url: of it, without /v1.
     """

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import signal
-from contextlib import contextmanager
 
 import pytest
 
@@ -20,6 +18,7 @@ from server.messages.refusals import Unavailable
 from server.messages.requests import ResetRequest
 from server.service import Service
 from server.settings import Settings
+from tests.full_disk import largest_file
 from tests.server._playing import ACTIONS, BEGIN, ask, bare, client, local, ok, open_ws
 from tests.server.conftest import started
 
@@ -39,17 +38,6 @@ def journal(tmp_path):
     journal = Journal(tmp_path / "journal")
     yield journal
     journal.close()
-
-
-@contextmanager
-def largest_file(size):
-    """Files that this process writes are no larger: what is beyond is written in part, then refused."""
-    found = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, found[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, found)
 
 
 def restored(**settings):
@@ -99,6 +87,14 @@ def test_any_number_of_crashes_costs_only_what_was_not_played(tmp_path, journal)
     journal.close()
 
 
+def test_only_what_a_killed_server_left_is_removed(tmp_path):
+    mine, other = tmp_path / ("A" * 32 + ".tmp"), tmp_path / "notes.tmp"
+    for path in (mine, other):
+        path.write_bytes(b"{")
+    Journal(tmp_path).close()
+    assert list(tmp_path.iterdir()) == [other]
+
+
 def test_a_folder_is_of_one_server(tmp_path, journal):
     journal.begin("one", BEGUN)
     with pytest.raises(InputError, match=f"{tmp_path}/journal: another server uses this folder"):
@@ -118,6 +114,11 @@ def lines(content):
     return lambda path: path.write_bytes(content.replace(b"VERSION", llmserve_env.__version__.encode()))
 
 
+def sparse(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # zeros, which take no room on the disk
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -127,7 +128,7 @@ def lines(content):
         (lines(b'{"version": "\xff"}\n'), "line 1: Invalid JSON"),
         (lines(b"\x00" * 5000 + b"\n" + FIRST.encode()), "line 1: Invalid JSON"),
         (lines(b"[" * 5000 + b"]" * 5000 + b"\n"), "line 1: Invalid JSON: recursion limit"),
-        (lines(FIRST.encode() + b'{"batch_cap": ' + b"[" * 100_000 + b"\n"), "line 2: Invalid JSON"),
+        (lines(FIRST.encode() + b'{"batch_cap": ' + b"[" * 10_000 + b"\n"), "line 2: Invalid JSON"),
         (lines(b"[]\n"), "line 1"),
         (lines(b'{"version": "0.0.1", "begun": {}}\n'), "0.0.1"),
         (lines(b'{"version": 7}\n'), "line 1: version"),
@@ -137,12 +138,13 @@ def lines(content):
         (lines(FIRST.encode() + GOOD * 12), "line 12: expected at most 10 actions"),
         (lines(FIRST.replace('"seed": 5', '"seed": null').encode()), "seed"),
         (lines(FIRST.replace('"seed"', '"sedd"').encode()), "sedd"),
+        (sparse, "line 1: expected a line of at most 20,000 bytes"),
         (os.mkdir, "expected a file"),
         (os.mkfifo, "expected a file"),
     ],
 )
 def test_what_cannot_be_read_is_set_aside_with_the_reason(tmp_path, caplog, make, said):
-    journal = Journal(tmp_path / "journal", max_actions=10)
+    journal = Journal(tmp_path / "journal", max_actions=10, max_line_bytes=20_000)
     journal.begin("good", BEGUN)
     make(tmp_path / "journal" / "bad.jsonl")
     assert list(journal.entries()) == [Entry("good", BEGUN, [])]
@@ -163,6 +165,20 @@ def test_a_name_that_is_no_session_is_set_aside_or_restored(tmp_path, journal, n
         file.write(FIRST.encode().replace(b"VERSION", llmserve_env.__version__.encode()))
     found = [entry.session_id for entry in journal.entries()]
     assert found == ([name] if name == "a" * 249 else [])
+
+
+def test_what_is_recorded_can_be_read(tmp_path, journal):
+    wide = BEGUN.model_copy(update={"workload": {"a": ["é\U0001f600", 1e15, 10**300, -0.0, "\x7f"] * 100}})
+    for never in (float("inf"), "\ud800"):
+        with pytest.raises(InputError, match="cannot be recorded"):
+            journal.begin("never", BEGUN.model_copy(update={"workload": {"a": never}}))
+    journal.begin("wide", wide)
+    assert list(journal.entries()) == [Entry("wide", wide, [])]
+    journal.close()
+    tight = Journal(tmp_path / "journal", max_line_bytes=1000)
+    with pytest.raises(InputError, match="at most 1,000 bytes"):
+        tight.begin("wider", wide)
+    tight.close()
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_the_start(tmp_path):
@@ -224,7 +240,7 @@ def test_a_restored_session_keeps_to_the_bounds_of_a_new_one(tmp_path, journal, 
     many = {"workload": "poisson://?rate=200", "horizon_s": 10.0}
     asked = {
         "few": {"workload": "poisson://?rate=4", "horizon_s": 10.0},
-        "file": {"workload": f"trace://{tmp_path}/trace.csv"},
+        "file": {"workload": f"trace://{tmp_path}/trace.csv" + "x" * 100_000},
         "long": {"horizon_s": 5000.0},
         "many": many,
         "unknown": {"task_id": "nonesuch"},
@@ -238,6 +254,7 @@ def test_a_restored_session_keeps_to_the_bounds_of_a_new_one(tmp_path, journal, 
     assert files(tmp_path / "journal", ".bad") == ["file", "long", "many", "unknown"]
     for said in ("at most 1,000 requests", "expected at most 400", "no task 'nonesuch'", "workload"):
         assert said in caplog.text
+    assert len(caplog.text) < 5000  # whatever they hold
 
 
 def test_a_file_that_cannot_be_removed_now_holds_up_no_session(tmp_path, caplog):
@@ -256,7 +273,7 @@ def test_a_file_that_cannot_be_removed_now_holds_up_no_session(tmp_path, caplog)
         for _ in range(2):
             await service._sweep()
             assert (len(service.sessions), files(tmp_path)) == (0, [stuck.stem])
-        assert caplog.text.count("removing files of closed sessions failed") == 1
+        assert caplog.text.count("removing closed sessions' files failed") == 1
         (stuck / "full").rmdir()
         stuck.rmdir()
         stuck.write_bytes(b"")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import aiohttp
 from yarl import URL
@@ -15,7 +17,7 @@ from llmserve_env.live.gateway.relay.answer import Answer, UpstreamFailed
 from llmserve_env.live.gateway.relay.reply import Headers, Send, passed_on
 from llmserve_env.live.gateway.wire import RequestBody
 from llmserve_env.live.servers.upstreams import Upstream
-from llmserve_env.net.http import open_session, payload
+from llmserve_env.net.http import fetch, open_session, payload
 
 LOG = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 """How a connection to an upstream fails."""
 _OWN = frozenset({b"host", b"content-length", b"accept-encoding", b"expect"})
 """Headers of a request that are the gateway's to set: it reads along in answers, so they come unpacked."""
+_KEPT_TRIES = 3
+"""Kept connections that may turn out to be closed, for one request."""
+_NO_ASCII = re.compile(rb"[^!-~]")
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Exchange:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=("User-Agent", "Accept", "Content-Type"),
+                trace_configs=[_noting_kept_connections()],
             )
         return self._session
 
@@ -113,9 +119,15 @@ class Exchange:
         assert passage.upstream is not None
         assert task is not None
         passage.cut = task.cancel
-        content = request.body.with_priority(self.gateway.priority_of(passage))
+        priority = self.gateway.priority_of(passage)
         try:
-            response = await self.ask("POST", passage.upstream, request.url, request.headers, content)
+            response = await self.ask(
+                "POST",
+                passage.upstream,
+                request.url,
+                request.headers,
+                request.body.with_priority(priority),  # by no name: not held for as long as the answer takes
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             self.gateway.unreachable(passage)
             return False
@@ -128,21 +140,36 @@ class Exchange:
     ) -> aiohttp.ClientResponse:
         """Ask an upstream.
 
+        A connection that was kept may be closed by the upstream in the moment in which it is used again. Then
+        the request is sent once more, over another one.
+
         Raises:
             aiohttp.ClientError, OSError, asyncio.TimeoutError: it cannot be reached, or was lost.
         """
-        passed = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-        if upstream.key is not None:
-            passed = [each for each in passed if each[0] != "authorization"]
-            passed.append(("authorization", f"Bearer {upstream.key}"))
-        passed.append(("accept-encoding", "identity"))
-        return await self.open().request(
-            method,
-            URL(upstream.url + url, encoded=True),
-            headers=passed,
-            data=content and payload(content),
-            allow_redirects=False,
-        )
+        for left in reversed(range(_KEPT_TRIES + 1)):
+            connection = SimpleNamespace(kept=False)
+            try:
+                return await self.open().request(
+                    method,
+                    URL(upstream.url + url, encoded=True),
+                    headers=_headers(upstream, headers),
+                    data=content and payload(content),
+                    allow_redirects=False,
+                    trace_request_ctx=connection,
+                )
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
+                if not (left and connection.kept):
+                    raise
+        raise AssertionError("the last failure is raised")
+
+    async def get(self, upstream: Upstream, path: str, headers: Headers, max_bytes: int) -> tuple[int, bytes]:
+        """Status and body of what an upstream shows; redirects to itself are followed.
+
+        Raises:
+            InputError: it is longer.
+            aiohttp.ClientError, OSError, asyncio.TimeoutError: it cannot be reached, or was lost.
+        """
+        return await fetch(self.open(), upstream.url + path, _headers(upstream, headers), max_bytes=max_bytes)
 
 
 def _lost(began: bool) -> UpstreamFailed:
@@ -153,5 +180,44 @@ def _lost(began: bool) -> UpstreamFailed:
 
 
 def sent_on(headers: Headers, by_key: bool) -> Headers:
-    """Headers of a request that go to an upstream; an API key that is the gateway's stays here."""
-    return passed_on(headers, *_OWN, *([b"authorization"] if by_key else []))
+    """Headers of a request that go to an upstream; an API key that is the gateway's stays here.
+
+    Raises:
+        Refused: 400, of one that could not be passed on as it is.
+    """
+    passed = passed_on(headers, *_OWN, *([b"authorization"] if by_key else []))
+    for name, value in passed:
+        try:
+            name.decode("ascii"), value.decode()
+        except UnicodeDecodeError:
+            shown = name.decode("ascii", "replace")
+            raise Refused(400, f"Invalid header {shown}: expected UTF-8", "invalid header") from None
+    return passed
+
+
+def sent_to(path: str, query: bytes) -> str:
+    """Path and query of a request as they are sent on, in ASCII."""
+    return path + (
+        "?" + _NO_ASCII.sub(lambda byte: b"%%%02X" % ord(byte[0]), query).decode() if query else ""
+    )
+
+
+def _noting_kept_connections() -> aiohttp.TraceConfig:
+    """Notes in a request's `trace_request_ctx` whether it goes over a connection that was kept."""
+
+    async def note(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx.kept = True
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_reuseconn.append(note)
+    return tracing
+
+
+def _headers(upstream: Upstream, headers: Headers) -> list[tuple[str, str]]:
+    """Headers for an upstream, in UTF-8 as aiohttp sends them."""
+    passed = [(name.decode(), value.decode()) for name, value in headers]
+    if upstream.key is not None:
+        passed = [each for each in passed if each[0] != "authorization"]
+        passed.append(("authorization", f"Bearer {upstream.key}"))
+    return [*passed, ("accept-encoding", "identity")]

@@ -125,7 +125,7 @@ class GatewayMetrics(Collector):
         history = self._history
         found = {each.url: each for each in history.upstreams()}  # one that is named twice has one line
         for name, of, text in (
-            ("requests_at_upstream", "running", "Requests at an upstream."),
+            ("requests_at_upstream", "running", "Sequences of the requests at an upstream."),
             ("upstream_up", "up", "1 where it gets requests; 0 where it is ejected or drains."),
             ("upstream_kv_usage_ratio", "kv_usage", "Share of its KV cache in use."),
             ("telemetry_age_seconds", "telemetry_age_s", "Since its metrics were last read."),

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from llmserve_env.live.gateway.admission.turns import Turns
 from llmserve_env.live.gateway.admission.waiting_room import WaitingRoom
 from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
 from llmserve_env.live.gateway.relay.watch import Watch
-from llmserve_env.live.servers.choice import RetryBudget, another
+from llmserve_env.live.servers.choice import RetryBudget, another, choose
 from llmserve_env.live.servers.fault import Cause, fault_of
 from llmserve_env.live.servers.health import EJECTED_S, UP, State
 from llmserve_env.schema import QuantizationTier, ServeAction
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmserve_env.live.servers.upstreams import Upstream
 
 _TIERS = list(QuantizationTier)
+_SILENT = Cause.SILENT  # looked up for every token
 _APPLIED = (
     "batch_cap",
     "kv_budget_fraction",
@@ -83,6 +84,7 @@ class Gateway:
         action: action in force.
         kv_usage: as given.
         clock: as given.
+        idle_timeout_s: as given.
         ledger: counts, by sequences.
         retries: requests that were sent a second time, by the cause of the first failure.
 
@@ -131,6 +133,7 @@ class Gateway:
         self._bucket = TokenBucket(priorities)
         self._max_sequences = max_sequences
         self._queue_timeout_s = queue_timeout_s
+        self.idle_timeout_s = idle_timeout_s
         self.kv_usage = kv_usage
         self.clock = clock
         self._numbers = count()
@@ -240,7 +243,13 @@ class Gateway:
         return upstream.health.state(self.clock())
 
     def enter(
-        self, tenant: int, prompt_tokens: int, arrival_s: float | None = None, *, sequences: int = 1
+        self,
+        tenant: int,
+        prompt_tokens: int,
+        arrival_s: float | None = None,
+        *,
+        sequences: int = 1,
+        places: frozenset[Upstream] | None = None,
     ) -> Passage:
         """A request has arrived.
 
@@ -249,6 +258,7 @@ class Gateway:
             prompt_tokens: about.
             arrival_s: when it was due, from which its latencies count (s of the clock; default: now).
             sequences: sequences that an engine runs for it.
+            places: upstreams that serve its model (default: all).
 
         Raises:
             Refused: 429, at the admission rate or with a full queue.
@@ -258,6 +268,7 @@ class Gateway:
         due_s = now_s if arrival_s is None else arrival_s
         priority = self.tenants[tenant].priority
         passage = Passage(next(self._numbers), tenant, priority, due_s, sequences, since_s=now_s)
+        passage.places = places
         self._in_flight.add(passage)
         self.ledger.arrived(passage, prompt_tokens)
         drawn = (self.action.admission_rate, sequences, priority, self.action.priority_routing, now_s)
@@ -270,27 +281,31 @@ class Gateway:
         crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
         if passage in crowded_out:
             raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        for each in crowded_out:
-            self.displace(each)
         self._bucket.take(*drawn)
+        self._displace(crowded_out)
         return passage
 
     def displace(self, passage: Passage) -> None:
-        """It gives way to others, unless its answer has begun."""
+        """It gives way to others: its answer has not begun."""
+        self._displace([passage])
+
+    def _displace(self, passages: Iterable[Passage]) -> None:
         displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
-        if passage.waits:
-            self._end(passage)
-            self.ledger.refused(passage, self.clock(), displaced.reason)
-            passage.refuse(displaced)
-        elif not passage.over:
-            passage.displaced = displaced
-            if passage.cut is not None:
-                passage.cut()
+        for passage in passages:
+            if passage.waits:
+                self._end(passage)
+                self.ledger.refused(passage, self.clock(), displaced.reason)
+                passage.refuse(displaced)
+            elif not passage.over:
+                passage.displaced = displaced
+                if passage.cut is not None:
+                    passage.cut()
+        self.dispatch()  # those behind one that took many places
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
         now_s = self.clock()
-        while (found := self._turn(now_s).next(self._room)) is not None:
+        while self.waiting and (found := self._turn(now_s).next(self._room)) is not None:
             passage, upstream = found
             self._room.leave(passage)
             passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
@@ -317,7 +332,8 @@ class Gateway:
         now_s = self.clock()
         self._note(passage, "upstream down", now_s)
         passage.tries += 1
-        if passage.tries >= len(self._pool) or not another(self._pool, passage.failed_at, now_s):
+        pool = passage.pool(self._pool)
+        if passage.tries >= len(pool) or not another(pool, passage.failed_at, now_s):
             raise Refused(503, "No upstream can be reached", "upstream down", EJECTED_S)
         self._return(passage, now_s)
 
@@ -340,7 +356,7 @@ class Gateway:
         if passage.over or passage.answered or cause is None:
             return False
         if not passage.moving:
-            elsewhere = another(self._pool, passage.failed_at, now_s)
+            elsewhere = another(passage.pool(self._pool), passage.failed_at, now_s)
             if passage.retried or not elsewhere or not self._budget.spend(now_s):
                 return False
         passage.moving, passage.retried = False, True
@@ -356,13 +372,12 @@ class Gateway:
         passage.cut, passage.since_s = None, now_s
         self._room.rejoin(passage)
         self.dispatch()
-        for each in self._room.crowded_out(self.action.priority_routing, passage):
-            self.displace(each)
+        self._displace(self._room.crowded_out(self.action.priority_routing, passage))
 
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""
-        than = (*passage.failed_at, passage.upstream)
-        return passage.probe and not passage.retried and another(self._pool, than, self.clock())
+        than, pool = (*passage.failed_at, passage.upstream), passage.pool(self._pool)
+        return passage.probe and not passage.retried and another(pool, than, self.clock())
 
     def proven(self, passage: Passage) -> None:
         """Its answer has come so far that its upstream is well."""
@@ -370,20 +385,27 @@ class Gateway:
             passage.upstream.health.succeeded(self.clock(), probe=True)
             passage.probe = False
 
-    def got(self, passage: Passage, steps: int = 0) -> None:
-        """Something came from its upstream, with so many pieces of its answer."""
+    def got(self, passage: Passage, steps: int = 0, sequences: Sequence[int] = ()) -> None:
+        """Something came from its upstream, with so many pieces of its answer.
+
+        Args:
+            passage: which.
+            steps: pieces that came.
+            sequences: index of the sequence of each; all are of one where there are none.
+        """
         now_s = passage.since_s = self.clock()
         upstream = passage.upstream
-        if upstream is not None and not passage.probe:  # a probe's first bytes prove nothing
+        # Bytes alone may be a proxy's, to keep a connection open; and a probe's first ones prove nothing.
+        if steps and upstream is not None and not passage.probe:
             health = upstream.health
             health.came_s = now_s
-            if health.cause is Cause.SILENT:
+            if health.cause is _SILENT:
                 health.moved(now_s)
         if not passage.began:
             passage.began = True
             self._watch.first_bytes.add(now_s - passage.sent_s, now_s)
-        for _ in range(steps):
-            self.ledger.step(passage, now_s)
+        for step in range(steps):
+            self.ledger.step(passage, now_s, sequences[step] if sequences else 0)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
@@ -391,7 +413,9 @@ class Gateway:
             now_s = self.clock()
             if passage.upstream is not None and not passage.noted:
                 passage.noted = True
-                passage.upstream.health.succeeded(now_s, probe=passage.probe)
+                health = passage.upstream.health
+                health.succeeded(now_s, probe=passage.probe)
+                health.came_s = now_s
             self.ledger.completed(passage, now_s, tokens)
             self._end(passage)
             self.dispatch()
@@ -463,6 +487,26 @@ class Gateway:
         self.ledger.refused(passage, self.clock(), reason)
         self._end(passage)
         return Refused(429, message, reason, wait_s)
+
+    def aside(
+        self, places: frozenset[Upstream] | None, avoided: Collection[Upstream] = ()
+    ) -> Upstream | None:
+        """An upstream for a request that takes no place in a batch; None where none is to be asked.
+
+        Args:
+            places: upstreams that serve its model; None for all.
+            avoided: upstreams that were tried.
+        """
+        pool = [each for each in self.upstreams if places is None or each in places]
+        upstream = choose(pool, lambda each: each not in avoided, self.clock(), avoided)
+        if upstream is not None:
+            upstream.turn = next(self._turns)
+        return upstream
+
+    def lost(self, upstream: Upstream, reason: str) -> None:
+        """An upstream failed a request that takes no place in a batch."""
+        if (cause := fault_of(reason).cause) is not None:
+            upstream.health.failed(cause, self.clock())
 
     def _turn(self, now_s: float) -> Turns:
         return Turns(self._pool, self.action, self.kv_usage, now_s)

@@ -38,7 +38,7 @@ class UpstreamNow:
         url: without credentials.
         tier: precision of its weights, as stated.
         speculation: draft tokens a step, as stated.
-        running: requests there.
+        running: sequences of the requests there.
         up: it gets requests.
         state: what is to be expected of it, see `servers.health.State`.
         cause: why it is not well; None where it is.

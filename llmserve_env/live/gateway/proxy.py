@@ -1,10 +1,11 @@
 """The gateway's HTTP side: an ASGI application that streams between clients and vLLM servers.
 
-    POST /v1/completions, /v1/chat/completions   by the gateway's rules, streamed or not
-    GET  /v1/models                              of all upstreams that answer
+    POST /v1/completions, /v1/chat/completions, /v1/responses   by the gateway's rules, streamed or not
+    GET  /v1/models, /v1/models/ID               of all upstreams that answer
     GET  /health                                 200 while an upstream is well, else 503; as last known
     GET  /metrics                                of all upstreams that answer, each with a label `upstream`
     GET  /gateway/metrics, /dashboard            of the gateway itself, see `dashboard`
+    POST /v1/embeddings, /tokenize, ...          passed on as they are, see `relay.aside`
 
 Bodies pass as they are, but for a request's `priority`. Errors have OpenAI's form, whoever makes them. What
 clients send or get is never logged.
@@ -24,17 +25,20 @@ from llmserve_env.live.gateway.admission.held_bodies import HeldBodies, HeldBody
 from llmserve_env.live.gateway.admission.passage import Refused
 from llmserve_env.live.gateway.callers import Callers
 from llmserve_env.live.gateway.dashboard import PATHS, Dashboard
-from llmserve_env.live.gateway.exchange import Exchange, Request, sent_on
+from llmserve_env.live.gateway.exchange import Exchange, Request, sent_on, sent_to
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.history import History
+from llmserve_env.live.gateway.relay.aside import ASIDE, Aside, AsideRequest, form_model
 from llmserve_env.live.gateway.relay.probe import Probe
 from llmserve_env.live.gateway.relay.reply import Headers, Message, Receive, Send, refuse, reply
+from llmserve_env.live.gateway.several.models import NoModel
 from llmserve_env.live.gateway.wire import RequestBody
+from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.net.loops import forever
 
 LOG = logging.getLogger(__name__)
 
-_COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+_COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _TICK_S = 0.1
 _LAST_WORDS_S = 1.0
 
@@ -78,6 +82,7 @@ class Proxy:
             gateway, max_answer_bytes=max_answer_bytes, connect_timeout_s=connect_timeout_s
         )
         self._about = about.About(self._exchange)
+        self._aside = Aside(self._exchange, gateway.idle_timeout_s)
         self._tenants = tenants
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
@@ -97,14 +102,19 @@ class Proxy:
             if path in _COMPLETIONS:
                 _only(method, "POST")
                 await self._complete(scope, receive, send)
-            elif path in about.PATHS:
+            elif path in ASIDE:
+                _only(method, ASIDE[path])
+                await self._pass_on(scope, receive, send)
+            elif about.is_about(path):
                 _only(method, "GET")
                 await reply(send, *await self._about.answer(path, self._headers_of(path, scope["headers"])))
             elif path in PATHS:
                 _only(method, "GET")
                 await reply(send, *await self._dashboard.answer(path, scope["query_string"]))
             else:
-                raise Refused(404, f"No such path here; there are {', '.join(_COMPLETIONS)}", "path")
+                raise Refused(
+                    404, f"No such path here; there are {', '.join((*_COMPLETIONS, *ASIDE))}", "path"
+                )
         except Refused as refused:
             await refuse(send, refused)
         except Exception as error:  # its message might quote what somebody sent
@@ -112,17 +122,21 @@ class Proxy:
             await refuse(send, Refused(500, "The gateway failed", "unexpected"))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        ticking, probe = None, Probe(self._exchange, self.gateway.clock)
+        working: list[asyncio.Task[None]] = []
+        probe = Probe(self._exchange, self.gateway.clock)
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self._exchange.open()
-                ticking = asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick"))
+                working = [
+                    asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick")),
+                    asyncio.create_task(self._about.models.keep()),
+                ]
                 probe.begin()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                if ticking is not None:
-                    ticking.cancel()
+                for each in working:
+                    each.cancel()
                 await probe.end()
                 await self.close()
                 await send({"type": "lifespan.shutdown.complete"})
@@ -130,6 +144,7 @@ class Proxy:
 
     async def close(self) -> None:
         """Close the connections to upstreams."""
+        self._about.close()
         await self._exchange.close()
 
     # ------------------------------------------------------------------------------------------- completions
@@ -144,14 +159,14 @@ class Proxy:
                 content = await self._content(held, scope["headers"], receive)
                 if content is None:
                     return
-                body = self._read(content)
+                body = self._read(scope["path"], content)
+                headers = sent_on(scope["headers"], by_key)
+                places = await self._places(body.model)
             del content  # the body has it, as long as it is needed
-            passage = self.gateway.enter(tenant, body.prompt_tokens, sequences=body.sequences)
+            passage = self.gateway.enter(tenant, body.prompt_tokens, sequences=body.sequences, places=places)
             held.give_way = partial(self.gateway.displace, passage)
             passage.on_answer = partial(self._answered, held, body)
-            headers = sent_on(scope["headers"], by_key)
-            query = scope["query_string"].decode("latin-1")
-            url = f"{scope['path']}?{query}" if query else scope["path"]
+            url = sent_to(scope["path"], scope["query_string"])
             serving = asyncio.create_task(self._exchange.serve(Request(passage, url, headers, body), send))
             hung_up = asyncio.create_task(_hung_up(receive))
             try:
@@ -175,9 +190,54 @@ class Proxy:
         finally:
             self._held.release(held)
 
+    async def _places(self, model: str | None) -> frozenset[Upstream] | None:
+        """Upstreams that serve a model; None for all."""
+        try:
+            return await self._about.models.places(model)
+        except NoModel:
+            raise about.no_model(str(model)) from None
+
+    # ------------------------------------------------------------------------------------------------- others
+
+    async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
+        """A request that takes no place in a batch, from its arrival to its end."""
+        with self._turning_away():
+            tenant, by_key = self._tenant(scope["headers"])
+            held = HeldBody(tenant)
+        try:
+            with self._turning_away():
+                content = await self._content(held, scope["headers"], receive)
+                if content is None:
+                    return
+                headers = sent_on(scope["headers"], by_key)
+                places = await self._places(_model_of(content))
+            request = AsideRequest(
+                scope["method"],
+                sent_to(scope["path"], scope["query_string"]),
+                headers,
+                content,
+                places,
+                on_answer=partial(self._held.release, held),
+            )
+            serving = asyncio.create_task(self._aside.serve(request, send))
+            held.give_way = serving.cancel
+            hung_up = asyncio.create_task(_hung_up(receive))
+            try:
+                await asyncio.wait({serving, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                serving.cancel()  # does nothing where it is done
+                hung_up.cancel()
+            try:
+                await serving
+            except asyncio.CancelledError:
+                if held.lost and not hung_up.done():
+                    raise _displaced() from None
+        finally:
+            self._held.release(held)
+
     def _headers_of(self, path: str, headers: Headers) -> Headers:
         """Headers for upstreams: their models are for those who may send requests, the rest is for all."""
-        return sent_on(headers, self._tenant(headers)[1]) if path == "/v1/models" else []
+        return sent_on(headers, self._tenant(headers)[1]) if about.for_callers(path) else []
 
     @contextlib.contextmanager
     def _turning_away(self) -> Iterator[None]:
@@ -216,7 +276,6 @@ class Proxy:
 
         reading = asyncio.ensure_future(read())
         held.give_way = reading.cancel
-        displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
         try:
             whole = await asyncio.wait_for(reading, self._body_timeout_s)
         except asyncio.TimeoutError:
@@ -224,27 +283,35 @@ class Proxy:
         except asyncio.CancelledError:
             if not held.lost:
                 raise
-            raise displaced from None
+            raise _displaced() from None
         if held.lost:
-            raise displaced
+            raise _displaced()
         return b"".join(parts) if whole else None
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:
             raise Refused(413, f"A request may have {self._max_body_bytes} bytes", "body too large")
 
-    def _read(self, content: bytes) -> RequestBody:
+    def _read(self, path: str, content: bytes) -> RequestBody:
         try:
             body = RequestBody(content)
         except InputError as error:
             field = None if error.field == "body" else error.field
             where = "body" if field is None else field
             raise Refused(400, f"Invalid {where}: {error.reason}", "invalid body", param=field) from None
+        several = len(self.gateway.upstreams) > 1
+        if path == "/v1/responses" and body.keeps is not None and (several or body.keeps == "background"):
+            raise Refused(
+                501,
+                f"Invalid {body.keeps}: responses are not kept here for later requests",
+                "not supported",
+                param=body.keeps,
+            )
         most = self.gateway.max_sequences
         if body.sequences > most:
             raise Refused(
                 400,
-                f"Invalid {body.multiplied_by}: a request may ask for {most} sequences (prompts times n)",
+                f"Invalid {body.multiplied_by}: n times the prompts of a request may be {most} at most",
                 "too many sequences",
                 param=body.multiplied_by,
             )
@@ -259,6 +326,18 @@ class Proxy:
 def _only(method: str, expected: str) -> None:
     if method != expected:
         raise Refused(405, f"Expected {expected}", "method")
+
+
+def _displaced() -> Refused:
+    return Refused(429, "Others need its place here: try again later", "displaced", 1.0)
+
+
+def _model_of(content: bytes) -> str | None:
+    """The model that a body names, JSON or a form; None where it names none."""
+    try:
+        return RequestBody(content).model
+    except InputError:
+        return form_model(content)
 
 
 async def _hung_up(receive: Receive) -> None:

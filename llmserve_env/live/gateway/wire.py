@@ -12,8 +12,10 @@ from llmserve_env.errors import InputError
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _BYTES_PER_TOKEN = 4  # of English text, the usual rule of thumb
+_MAX_DEPTH = 8  # messages hold lists of parts that hold texts: 4
 _PROMPTS = ("prompt", "prompt_embeds", "input")
 """Fields that hold one prompt or a list of them."""
+_KEPT = ("background", "previous_response_id", "conversation")
 _ANSWERS = ("n", "best_of")
 """Fields that say how many sequences each prompt gets; vLLM's beam searches are as wide as `n`."""
 
@@ -53,7 +55,8 @@ class RequestBody:
         streamed: whether it asks for a stream.
         sequences: sequences that an engine runs for it: `n`, the width of a beam search, too, or `best_of`
             where that is more, for each of its prompts.
-        multiplied_by: field that asks for most of them: `prompt`, `n` or `best_of`.
+        keeps: field by which it asks the server to keep something between requests; None for none.
+        multiplied_by: field that asks for most of them, such as `prompt` or `n`.
 
     Raises:
         InputError: not a JSON object in UTF-8, or a number of sequences that is none. What was found is not
@@ -72,12 +75,14 @@ class RequestBody:
         self.model = model if isinstance(model, str) else None
         self.streamed = values.get("stream") is True
         self.prompt_tokens = max(
-            1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
+            1,
+            sum(_prompt_tokens(values.get(name)) for name in ("prompt", "messages", "input", "instructions")),
         )
-        prompts = max(1, sum(_prompts(values.get(name)) for name in _PROMPTS))
+        self.keeps = next((name for name in _KEPT if values.get(name)), None)
+        prompts = {name: _prompts(values.get(name)) for name in _PROMPTS}
         answers = {name: _count(name, values.get(name)) for name in _ANSWERS}
-        self.sequences = prompts * max(answers.values())
-        factors = {"prompt": prompts, **answers}
+        self.sequences = max(1, sum(prompts.values())) * max(answers.values())
+        factors = prompts | answers
         self.multiplied_by = max(factors, key=lambda name: factors[name])
 
     def forget(self) -> None:
@@ -132,16 +137,18 @@ def _expect(text: str, at: int, sign: str) -> int:
     return _skip(text, at + 1) if sign != '"' else at + 1
 
 
-def _prompt_tokens(prompt: Any) -> int:
-    """Of a prompt or several, or of messages."""
+def _prompt_tokens(prompt: Any, depth: int = 0) -> int:
+    """Of a prompt or several, or of messages; what is nested deeper than these are is nothing."""
+    if depth > _MAX_DEPTH:
+        return 0
     if isinstance(prompt, str):
         return -(-len(prompt.encode(errors="replace")) // _BYTES_PER_TOKEN)
     if isinstance(prompt, dict):
-        return _prompt_tokens(prompt.get("content") or prompt.get("text"))
+        return _prompt_tokens(prompt.get("content") or prompt.get("text"), depth + 1)
     if isinstance(prompt, list):
         if prompt and isinstance(prompt[0], int):
             return len(prompt)
-        return sum(_prompt_tokens(each) for each in prompt)
+        return sum(_prompt_tokens(each, depth + 1) for each in prompt)
     return 0
 
 

@@ -238,7 +238,7 @@ def read_decisions(
     for run, beginning in beginnings.items():
         try:
             stretches += _stretches(beginning, made.get(run, {}), results.get(run, {}))
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # their figures may be anything
             raise InputError(f"run {run} has records of another kind: {error}") from error
     return stretches
 

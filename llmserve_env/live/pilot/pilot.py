@@ -212,7 +212,7 @@ class Pilot:
     def fall_back(self, error: BaseException) -> Decision:
         """The safe configuration, because something around the agent failed."""
         self._failures.tell(error)
-        with suppress(OSError):
+        with suppress(Exception):  # the safe configuration comes first
             self._flush()
         return self._made(None, self.safe, "fallback", "exception", _line(error))
 

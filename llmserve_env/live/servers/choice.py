@@ -37,9 +37,7 @@ def choose(
         now_s: time of the gateway's clock (s).
         avoided: upstreams that have failed the request, for which others are waited for.
     """
-    fit = [each for each in pool if each.health.takes(now_s)]
-    if avoided:
-        fit = [each for each in fit if each not in avoided and not each.health.out] or fit
+    fit = _fit(pool, now_s, avoided)
     if not fit:
         left = [each for each in pool if not each.health.draining]
         return min(filter(has_room, left), key=lambda each: each.health.badness(), default=None)
@@ -53,10 +51,18 @@ def choose(
     return chosen
 
 
-def reachable(pool: Sequence[Upstream], now_s: float) -> Sequence[Upstream]:
+def reachable(
+    pool: Sequence[Upstream], now_s: float, avoided: Collection[Upstream] = ()
+) -> Sequence[Upstream]:
     """Upstreams that may get a request now; where all are out, all that do not drain."""
+    return _fit(pool, now_s, avoided) or [each for each in pool if not each.health.draining]
+
+
+def _fit(pool: Sequence[Upstream], now_s: float, avoided: Collection[Upstream]) -> list[Upstream]:
     fit = [each for each in pool if each.health.takes(now_s)]
-    return fit or [each for each in pool if not each.health.draining]
+    if avoided:
+        fit = [each for each in fit if each not in avoided and not each.health.out] or fit
+    return fit
 
 
 def another(pool: Sequence[Upstream], than: Collection[Upstream | None], now_s: float) -> bool:

@@ -61,7 +61,7 @@ class Health:
         cause: why it is not well; None where it is.
         since_s: since when it has been out, or well; nan at the start.
         ejections: how often it was ejected, by cause.
-        came_s: when something last came from it.
+        came_s: when a piece of an answer last came from it.
         busy_s: when it last got a request and had none.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,10 @@ async def stream_completion(
     return reader.usage
 
 
+_INDEX = re.compile(rb'"index": ?([0-9]{1,9})')
+"""Of the choice in a plain event: its first one, as the others are those of calls within it."""
+
+
 def _is_plain(event: bytes) -> bool:
     """Whether an event is a piece of an answer and tells no more, as nearly all do: for a tenth of the time.
 
@@ -108,8 +113,10 @@ class StreamReader:
 
     Args:
         max_event_bytes: Size of an event, at most.
+        apart: Whether sequences are told apart, of which the answer has several.
 
     Attributes:
+        sequences: Index of the sequence of each piece that came last, where they are told apart.
         events: Whole events with data so far. Comments, which keep connections open, are none.
         ended: Whether the answer said that it is complete: a finish reason, the end of a response, or [DONE].
         finished: Whether a choice told its finish reason, or a response its end.
@@ -118,7 +125,9 @@ class StreamReader:
         garbled: Whether the data of an event was no JSON object in UTF-8.
     """
 
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES, *, apart: bool = False) -> None:
+        self._apart = apart
+        self.sequences: list[int] = []
         self.events = 0
         self.ended = self.finished = False
         self.usage: dict[str, Any] = {}
@@ -166,11 +175,15 @@ class StreamReader:
 
     def _take(self, events: Sequence[Event], whole: bool = True) -> int:
         steps = 0
+        self.sequences = []
         for data, name in events:
             self.garbled = self.garbled or not _is_text(data)
             if whole and not name and _is_plain(data):
                 self.events += 1
                 steps += 1
+                if self._apart:
+                    found = _INDEX.search(data)
+                    self.sequences.append(0 if found is None else int(found[1]))
             elif stripped := data.strip():
                 self.events += 1
                 steps += self._event(stripped, name)
@@ -207,7 +220,10 @@ class StreamReader:
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
-                steps += self._choice(choice)
+                pieces, index = self._choice(choice), choice.get("index")
+                steps += pieces
+                if self._apart:
+                    self.sequences += [index if isinstance(index, int) else 0] * pieces
         return steps
 
     def _choice(self, choice: dict[str, Any]) -> int:

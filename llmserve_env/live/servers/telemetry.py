@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.servers.health import SILENT_S
 from llmserve_env.live.servers.metrics import (
     METRICS,
     Histogram,
@@ -170,7 +171,7 @@ class Replica:
         url: without /v1.
         last: its last answer.
         error: why the last scrape was lost; None where it was not.
-        moved_s: when what it told last changed, or nothing ran there (s of the scrapes' clock).
+        moved_s: when what it told of its engine last changed (s of the scrapes' clock).
     """
 
     def __init__(self, url: str, stale_after_s: float) -> None:
@@ -185,7 +186,7 @@ class Replica:
         """It answered."""
         before, self.last, self.error = self.last, scrape, None
         self._note_kv(scrape)
-        if before is None or not scrape.gauges.get("running") or _moves(scrape) != _moves(before):
+        if before is None or _moves(scrape) != _moves(before):
             self.moved_s = scrape.at_s
         if before is None:
             return
@@ -227,13 +228,14 @@ class Replica:
         return self.last is None or now_s - self.last.at_s > self.stale_after_s
 
     def still_s(self, now_s: float) -> float | None:
-        """Time for which nothing has moved while requests run there (s); None if none run, or nobody tells.
+        """Time for which nothing has moved there (s); None where nothing runs for so long, or nobody tells.
 
         The end of requests does not count, which an API server notes without its engine.
         """
-        if self.stale(now_s) or self.last is None or not self.last.gauges.get("running"):
+        if self.stale(now_s) or self.last is None:
             return None
-        return max(0.0, self.last.at_s - self.moved_s)
+        still_s = max(0.0, self.last.at_s - self.moved_s)
+        return still_s if self.last.gauges.get("running") or still_s < SILENT_S else None
 
     def window(self, now_s: float) -> TelemetryWindow:
         """What it did since this was last asked."""

@@ -30,7 +30,7 @@ class Upstream:
         engines: behind it; a batch cap is of each.
         control: folder of its `LiveScheduler`, None where it has none.
         in_engine: fields of an action that its engines apply themselves, so that nobody before them has to.
-        running: requests that it has now.
+        running: sequences of the requests that it has now.
         turn: number of the request that it got last; who is as little loaded and has waited longer is next.
         health: its state.
     """

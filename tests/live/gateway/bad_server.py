@@ -52,13 +52,16 @@ class BadServer:
         mode: key of `SAID`; may change.
         served: completions asked for in the mode.
         health: what it sends for a GET.
+        pause_s: time that it takes to answer when it is well (s).
     """
 
     mode: str = "well"
     served: int = 0
     port: int = 0
     health: bytes = answer(200)
+    pause_s: float = 0.0
     _writers: set = field(default_factory=set)
+    _tasks: set = field(default_factory=set)
 
     async def __aenter__(self):
         await self.listen()
@@ -66,6 +69,7 @@ class BadServer:
 
     async def __aexit__(self, *_):
         await self.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def url(self):
@@ -90,6 +94,7 @@ class BadServer:
 
     async def _serve(self, reader, writer):
         self._writers.add(writer)
+        self._tasks.add(asyncio.current_task())
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -100,17 +105,20 @@ class BadServer:
                 await reader.readexactly(int(length))
                 self.served += 1
                 mode = self.mode
+                if self.pause_s and mode == "well":
+                    await asyncio.sleep(self.pause_s)
                 writer.write(SAID[mode])
                 if mode in _HANGS_UP:
                     await writer.drain()
                     await asyncio.sleep(0)
                     writer.transport.abort()
                     return
-                if mode in _HOLDS:
+                if mode in (*_HOLDS, "pings"):
                     await reader.read()
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             self._writers.discard(writer)
+            self._tasks.discard(asyncio.current_task())
             writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -203,6 +204,53 @@ def test_a_silent_upstream_gives_its_requests_back_and_gets_none_until_something
             still[frozen.url] = 0.0
             pass_time(here, 0.1)
             assert frozen.health.state(here.clock.now_s) is State.WELL
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("moves", "out"), [(True, False), (False, True)])
+def test_answers_that_stop_are_failures_unless_counters_say_that_the_engine_goes_on(moves, out):
+    async def main():
+        async with standing("stall", "well", still_s=lambda upstream: 1.0 if moves else None) as here:
+            begun = [asyncio.create_task(ask(here)) for _ in range(8)]
+            await until(lambda: here.servers[0].served >= 3)
+            await until(lambda: sum(each.answered for each in here.gateway._at_upstreams) >= 3)
+            pass_time(here, SILENT_S + 1)
+            assert here.upstreams[0].health.out is out
+            await here.servers[0].close()
+            await asyncio.gather(*begun)
+
+    asyncio.run(main())
+
+
+def test_what_keeps_a_connection_open_is_no_sign_of_life(monkeypatch):
+    monkeypatch.setitem(SAID, "pings", STREAM + chunk(b": ping\n\n"))
+
+    async def main():
+        async with standing("pings", "well") as here:
+            asked = [asyncio.create_task(ask(here)) for _ in range(2)]
+            await until(lambda: here.servers[0].served == 1)
+            for _ in range(12):
+                for writer in here.servers[0]._writers:
+                    writer.write(chunk(b": ping\n\n"))
+                await turns()
+                pass_time(here, 1.0)
+            assert here.upstreams[0].health.cause is Cause.SILENT
+            assert all(map(is_whole, await asyncio.gather(*asked)))
+
+    asyncio.run(main())
+
+
+def test_a_packed_answer_passes_as_it_is(monkeypatch):
+    packed = gzip.compress(b'{"choices": [{"text": "a"}]}')
+    monkeypatch.setitem(SAID, "packed", answer(200, packed, headers=b"content-encoding: gzip\r\n"))
+
+    async def main():
+        async with standing("packed") as here:
+            body = {"prompt": "p"}
+            async with here.client.post("/v1/completions", json=body) as response:
+                assert (response.status, await response.json()) == (200, {"choices": [{"text": "a"}]})
+            assert here.gateway.window().completed == 1
 
     asyncio.run(main())
 

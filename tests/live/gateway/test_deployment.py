@@ -247,6 +247,17 @@ def test_an_engine_whose_counters_stand_still_while_it_runs_something_is_silent(
     assert here.window().engines_up == 2
 
 
+def test_an_engine_that_ran_nothing_when_it_froze_is_back_when_its_counters_move():
+    here = deployment(told=[[metrics("0.32-idle")] * 12])
+    (upstream,) = here.gateway.upstreams
+    upstream.health.silent(here.gateway.clock())
+    here.gateway.tick()
+    assert here.stale is not None  # its counters stand still, which of an idle engine says nothing
+    scrape(here.telemetry.replicas[0], BUSY[1])
+    here.gateway.tick()
+    assert here.stale is None
+
+
 def test_an_idle_engine_is_not_silent_however_long_nothing_changes():
     here = deployment(told=[[metrics("0.32-idle")] * 60])
     here.gateway.tick()
@@ -322,3 +333,20 @@ def test_an_upstream_is_read(tmp_path):
         "k",
         tmp_path,
     )
+
+
+def test_servers_of_one_folder_are_steered_as_one(tmp_path):
+    FolderEngine(tmp_path)
+
+    async def run():
+        async with deployment(Upstream(URL, control=tmp_path), Upstream(OTHER, control=tmp_path)) as here:
+            here.apply(WITHIN)
+            assert read_settings(tmp_path) == EngineSettings.of(WITHIN)
+            with pytest.raises(InputError, match="uses this folder"):
+                deployment(Upstream(URL, control=tmp_path))
+        assert read_settings(tmp_path) == EngineSettings()
+
+    asyncio.run(run())
+    with pytest.raises(InputError, match="expected an existing folder"):
+        deployment(Upstream(URL, control=tmp_path), Upstream(OTHER, control=tmp_path / "none"))
+    deployment(Upstream(URL, control=tmp_path))  # what was refused keeps nothing

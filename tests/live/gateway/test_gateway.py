@@ -524,7 +524,7 @@ def test_other_paths_and_methods():
             for method, path, status in (
                 ("GET", "/v1/completions", 405),
                 ("POST", "/v1/models", 405),
-                ("POST", "/v1/embeddings", 404),
+                ("POST", "/v1/files", 404),
             ):
                 async with here.client.request(method, path) as response:
                     assert response.status == status
@@ -694,7 +694,7 @@ def test_models_health_and_metrics_are_of_all_upstreams():
             ]
             endpoints[1].others["/v1/models"] = b"no JSON"
             status, got = await get("/v1/models")
-            assert (status, json.loads(got)["error"]["type"]) == (500, "server_error")
+            assert (status, [each["id"] for each in json.loads(got)["data"]]) == (200, ["base", "m0"])
             endpoints[1].others.update(others("m1", 1))
             await here.servers[0].kill()
             assert (await get("/health"))[0] == 200

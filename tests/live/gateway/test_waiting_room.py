@@ -25,6 +25,7 @@ EVENTS = st.lists(
         st.tuples(st.just("arrive"), st.integers(0, 3), st.sampled_from([1, 1, 1, 2, 3, 5, 9, 14])),
         st.tuples(st.just("complete"), _of, _of),
         st.tuples(st.just("give_up"), _of, _of),
+        st.tuples(st.just("reject"), _of, _of),
         st.tuples(st.just("unreachable"), _of, _of),
         st.tuples(st.just("displace"), _of, _of),
         st.tuples(st.just("wait"), st.floats(0, 40), _of),
@@ -47,7 +48,7 @@ class Model:
             queue_timeout_s=60.0,
             clock=lambda: self.now_s,
         )
-        self.passages, self.arrived = [], [0] * len(TENANTS)
+        self.passages, self.arrived, self.rejected = [], [0] * len(TENANTS), 0
 
     @property
     def routing(self):
@@ -64,13 +65,20 @@ class Model:
     def held(self, passages):
         return [sum(each.sequences for each in passages if each.tenant == i) for i in range(len(TENANTS))]
 
+    def enter(self, tenant, sequences):
+        """Its refusal, if it is refused."""
+        try:
+            self.passages.append(self.gateway.enter(tenant, 1, sequences=sequences))
+        except Refused as refused:
+            return refused
+        return None
+
     def arrive(self, tenant, sequences):
         before, held = self.waiting, self.held(self.waiting)
         self.arrived[tenant] += sequences
         own = held[tenant] + sequences
-        try:
-            self.passages.append(self.gateway.enter(tenant, 1, sequences=sequences))
-        except Refused as refused:
+        refused = self.enter(tenant, sequences)
+        if refused is not None:
             assert (refused.status, refused.reason) == (429, "queue full")
             assert refused.retry_after_s
             assert before == self.waiting  # nobody lost a place in vain
@@ -84,8 +92,10 @@ class Model:
             assert each.turn.exception().reason == "displaced"
             if self.routing:
                 assert each.priority >= PRIORITIES[tenant]
-            if not self.routing or each.priority == PRIORITIES[tenant]:
+            else:
                 assert held[each.tenant] > ROOM / len(TENANTS)
+            if not self.routing or each.priority == PRIORITIES[tenant]:
+                assert held[each.tenant] > own
             newer = [other for other in before if other.tenant == each.tenant and other.index > each.index]
             assert all(other.over for other in newer)
 
@@ -108,11 +118,15 @@ class Model:
                 if not each.waits:
                     self.gateway.fail(each, "queue timeout")
         else:
-            among = self.running if event in ("complete", "unreachable") else [*self.running, *self.waiting]
+            there = event in ("complete", "reject", "unreachable")
+            among = self.running if there else [*self.running, *self.waiting]
             if among:
                 passage = among[first % len(among)]
                 if event == "complete":
                     self.gateway.complete(passage, 3)
+                elif event == "reject":
+                    self.rejected += passage.sequences
+                    self.gateway.reject(passage, "http 400")
                 elif event == "give_up":
                     self.gateway.fail(passage, "client went away", given_up=True)
                 elif event == "unreachable":
@@ -131,7 +145,9 @@ class Model:
                 assert upstream.running <= gateway.action.batch_cap * upstream.engines or len(there) == 1
         if waiting := self.waiting:
             rank = (lambda each: (each.priority, each.index)) if self.routing else lambda each: each.index
-            assert gateway._free(min(waiting, key=rank).sequences) is None  # nobody waits without need
+            first = min(waiting, key=rank)
+            assert first.failed_at or gateway._free(first.sequences) is None  # nobody waits without need
+        assert gateway._turn(self.now_s).next(gateway._room) is None
         for i, totals in enumerate(gateway.ledger.totals):
             assert totals.arrived == self.arrived[i]
             assert totals.in_flight == self.held([*self.waiting, *self.running])[i]
@@ -146,9 +162,9 @@ class Model:
             self.gateway.complete(self.running[0], 1)
         assert not self.waiting
         record = self.gateway.window()
-        assert (record.in_flight, record.arrived) == (0, sum(self.arrived))
+        assert (record.in_flight, record.arrived + self.rejected) == (0, sum(self.arrived))
         assert record.completed + record.failed == record.arrived
-        assert sum(self.gateway.ledger.failures.values()) == record.failed
+        assert sum(self.gateway.ledger.failures.values()) == record.failed + self.rejected
 
 
 @given(st.booleans(), EVENTS)
@@ -160,7 +176,7 @@ def test_everybody_ends_once_and_nobody_gives_way_to_those_who_hold_more(routing
 
 
 def filled(routing, *sent, batch_cap=1, max_waiting=6):
-    """A gateway whose one upstream is busy, and the requests (tenant, sequences) that were sent to it then."""
+    """A gateway whose one upstream is full, and the requests (tenant, sequences) that it was sent then."""
     gateway = Gateway(
         [Upstream("http://up")],
         TENANTS,
@@ -323,6 +339,38 @@ def test_what_weighs_more_than_the_cap_goes_alone():
         assert heavy.upstream is not None
         assert gateway.upstreams[0].running == 7
         assert gateway.enter(0, 1).waits
+
+    run(main)
+
+
+def test_a_heavy_request_that_failed_at_the_only_upstream_with_room_for_it_goes_to_another_one():
+    def main():
+        small, large = Upstream("http://small"), Upstream("http://large", engines=2)
+        gateway = Gateway([small, large], TENANTS, ServeAction(batch_cap=2), clock=lambda: now_s[0])
+        heavy = gateway.enter(0, 1, sequences=3)
+        assert heavy.upstream is large
+        gateway.enter(0, 1)
+        gateway.unreachable(heavy)
+        now_s[0] += 5.0
+        gateway.tick()
+        gateway.complete(next(each for each in gateway._at_upstreams if each is not heavy), 1)
+        assert heavy.upstream is small
+
+    now_s = [1000.0]
+    run(main)
+
+
+def test_those_behind_a_heavy_request_that_gives_way_go_at_once():
+    def main():
+        gateway, (heavy, light, lighter, behind) = filled(
+            False, (3, 2), (1, 1), (1, 1), (1, 1), batch_cap=3, max_waiting=100
+        )
+        gateway.complete(next(iter(gateway._at_upstreams)), 1)
+        gateway.complete(light, 1)
+        gateway.complete(lighter, 1)
+        assert (heavy.overtaken, behind.upstream, gateway.upstreams[0].running) == (2, None, 2)
+        gateway.displace(heavy)
+        assert (heavy.over, behind.upstream is None) == (True, False)
 
     run(main)
 

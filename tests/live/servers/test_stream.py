@@ -56,6 +56,21 @@ def test_the_short_way_of_reading_finds_what_the_long_one_does(separators):
         assert all(getattr(short, name) == getattr(long, name) for name in TOLD), each
 
 
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_the_sequences_of_pieces_are_told_apart(separators):
+    def of(index, **choice):
+        said = {"id": "x", "choices": [{"index": index, **choice, "finish_reason": None}]}
+        return event(json.dumps(said, separators=separators))
+
+    call = {"delta": {"tool_calls": [{"index": 7, "function": {"arguments": '"index": 5'}}]}}
+    several = {"choices": [{"index": 4, "text": "a"}, {"index": "x", "text": "b"}, {"text": "c"}]}
+    stream = of(2, text='"index": 9') + of(0, text="a") + of(13, **call) + event(json.dumps(several))
+    reader = StreamReader(apart=True)
+    assert (reader.feed(stream), reader.sequences) == (6, [2, 0, 13, 4, 0, 0])
+    assert (reader.feed(of(3, text="a")[:-1]), reader.sequences) == (0, [])
+    assert (reader.finish(), reader.sequences) == (1, [3])
+
+
 @pytest.mark.parametrize(
     "said", ['{"error": {"message": "m"}}', '{"error": "m"}', '{"object": "error", "message": "m"}']
 )

@@ -261,6 +261,34 @@ def test_servers_are_scraped_in_the_background_and_one_that_hangs_holds_nobody()
     assert good.asked[0][:3] == ("GET", "/metrics", "Bearer k")
 
 
+UNREADABLE = [
+    "vllm:num_requests_running " + "8" * 400 + "\n",
+    'vllm:time_to_first_token_seconds_bucket{le="soon"} 1\nvllm:time_to_first_token_seconds_sum 1\n',
+    "vllm:num_requests_running{",
+]
+
+
+@pytest.mark.parametrize("bad", UNREADABLE)
+def test_a_scrape_that_cannot_be_read_is_not_the_last(bad, caplog):
+    server = RecordedServer({"/metrics": Reply(text(10))})
+
+    async def watch(url):
+        async with Telemetry([url], interval_s=0.01, stale_after_s=60.0) as telemetry:
+            (one,) = telemetry.replicas
+            await until(lambda: one.last)
+            server.answers["/metrics"] = Reply(bad)
+            await until(lambda: one.error)
+            server.answers["/metrics"] = Reply(text(25))
+            await until(lambda: one.error is None)
+            assert telemetry.windows()[0].output_tokens == 15
+
+    with serving(server) as url:
+        asyncio.run(watch(url.removesuffix("/v1")))
+    said = [record.getMessage() for record in caplog.records]
+    assert ["failed" in each for each in said] == [True, False]
+    assert "works again" in said[1]
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ class Passage(LiveRequest):
         failed_at: upstreams that failed it.
         retried: whether it was sent a second time for what failed.
         moving: it is taken from its upstream, to be sent to another one.
+        places: upstreams that serve its model; None for all.
         overtaken: sequences of requests behind it that went first, to the upstream that is kept for it.
     """
 
@@ -84,7 +85,14 @@ class Passage(LiveRequest):
     failed_at: frozenset[Upstream] = frozenset()
     retried: bool = False
     moving: bool = False
+    places: frozenset[Upstream] | None = None
     overtaken: int = 0
+
+    def pool(self, pool: Sequence[Upstream]) -> Sequence[Upstream]:
+        """Of a pool the upstreams that serve its model; where none of it does, all that do."""
+        if self.places is None:
+            return pool
+        return [each for each in pool if each in self.places] or list(self.places)
 
     @property
     def waits(self) -> bool:

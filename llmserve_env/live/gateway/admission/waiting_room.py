@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 
 from llmserve_env.live.gateway.admission.passage import Passage
 from llmserve_env.live.gateway.admission.sharing import gives_way
+
+_index = attrgetter("index")
 
 
 class WaitingRoom:
@@ -25,6 +28,14 @@ class WaitingRoom:
         self._priorities = tuple(priorities)
         self._max_sequences = max_sequences
         self._queues: list[OrderedDict[Passage, None]] = [OrderedDict() for _ in priorities]
+        # Queues of tenants that are alike, the most urgent first: with priorities, and without.
+        self._alike = {
+            True: [
+                [queue for queue, of in zip(self._queues, priorities, strict=True) if of == priority]
+                for priority in sorted(set(priorities))
+            ],
+            False: [self._queues],
+        }
         self._held = [0] * len(self._queues)
         self.sequences = 0
 
@@ -53,10 +64,10 @@ class WaitingRoom:
         Args:
             by_priority: the most urgent first; else by arrival.
         """
-        ranks = self._ranks(by_priority)
-        for rank in sorted(set(ranks)):
-            queues = [queue for queue, of in zip(self._queues, ranks, strict=True) if of == rank and queue]
-            for passage in heapq.merge(*queues, key=lambda passage: passage.index):
+        for alike in self._alike[by_priority]:
+            queues = [queue for queue in alike if queue]
+            merged: Iterable[Passage] = queues[0] if len(queues) == 1 else heapq.merge(*queues, key=_index)
+            for passage in merged:
                 if passage.waits:
                     yield passage
 

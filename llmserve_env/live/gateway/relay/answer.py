@@ -18,7 +18,7 @@ from llmserve_env.live.gateway.relay.reply import JSON, error_of, passed_on, ref
 from llmserve_env.live.gateway.wire import as_error, error_event
 from llmserve_env.live.servers.events import begins_as_events
 from llmserve_env.live.servers.fault import Owner, fault_of
-from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
+from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status, usage_of_response
 
 if TYPE_CHECKING:
     import aiohttp
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LATER = (429, 503)
 """Refusals that are worth another attempt, so that a time is told for it."""
-_HOLDS = {"/v1/completions": "choices", "/v1/chat/completions": "choices"}
+_HOLDS = {"/v1/completions": "choices", "/v1/chat/completions": "choices", "/v1/responses": "output"}
 """What an answer holds, by path; of others nothing is known but that they are JSON objects."""
 _MAX_COMMENTS_BYTES = 1 << 20
 """Of comments before the first event of a stream, which are held back; what comes after them is an answer."""
@@ -70,7 +70,7 @@ class Answer:
         self._passage = passage
         self._path = path
         self._send = send
-        self._reader = StreamReader()
+        self._reader = StreamReader(apart=passage.sequences > 1)
         self._started = False
 
     async def take(self, response: aiohttp.ClientResponse, most: int) -> None:
@@ -100,7 +100,8 @@ class Answer:
         if streamed:  # some proxies send it under another content type
             await self._stream(response, first, headers)
         else:
-            await self._whole(await self._body(response, first, most), headers)
+            packed = response.headers.get("content-encoding", "identity").lower() != "identity"
+            await self._whole(await self._body(response, first, most), headers, packed=packed)
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         chunk = await response.content.readany()
@@ -114,12 +115,14 @@ class Answer:
         """Pass a stream on, whole events only, each when it comes."""
         gateway, passage, reader = self._gateway, self._passage, self._reader
         proving = gateway.held_back(passage)  # nothing is passed on yet: another upstream can still answer
-        held, untold, more = b"", 0, True  # what is not passed on; pieces of the answer that are not counted
+        held, more = b"", True  # what is not passed on
+        untold, of = 0, list[int]()  # pieces of the answer that are not counted, and their sequences
         while more:
             chunk = first or await response.content.readany()
             first, more, events = b"", bool(chunk), reader.events
             try:
                 untold += reader.feed(chunk) if chunk else reader.finish()
+                of += reader.sequences
             except RequestFailed:
                 raise UpstreamFailed(
                     Refused(502, "An event of the upstream is too long", "event too long")
@@ -129,8 +132,8 @@ class Answer:
                 raise _no_completion()
             if self._started:
                 if came:
-                    gateway.got(passage, untold)
-                    untold = 0
+                    gateway.got(passage, untold, of)
+                    untold, of = 0, []
                 if reader.whole:
                     await self._part(reader.whole)
                 continue
@@ -143,8 +146,8 @@ class Answer:
             # Of a single event nothing is known if it is no piece of an answer.
             known = untold or reader.finished or reader.events > 1 or len(held) > _MAX_COMMENTS_BYTES
             if known and not proving and more:
-                gateway.got(passage, untold)
-                untold = 0
+                gateway.got(passage, untold, of)
+                untold, of = 0, []
                 await self._start(200, headers)
                 await self._part(held)
                 held = b""
@@ -155,7 +158,7 @@ class Answer:
         empty = not (passage.steps or untold or reader.finished)
         if empty and not self._started:
             raise _no_completion()
-        gateway.got(passage, untold)
+        gateway.got(passage, untold, of)
         if reader.error is not None:
             gateway.fail(passage, "error in the stream")
         elif empty:
@@ -189,19 +192,39 @@ class Answer:
                 raise UpstreamFailed(Refused(502, "The upstream's answer is too long", "answer too long"))
         return b"".join(parts)
 
-    async def _whole(self, body: bytes, headers: Headers) -> None:
-        """Pass an answer on that is not streamed; its first token comes with the last."""
+    def _told(self, body: bytes) -> tuple[Any, bool]:
+        """What a whole answer tells of its tokens, and whether it says that it failed.
+
+        Raises:
+            UpstreamFailed: it is no completion.
+        """
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
         held = _HOLDS.get(self._path)
         if not isinstance(answer, dict) or (
-            held is not None and not (isinstance(answer.get(held), list) and answer[held])
+            held is not None
+            and not (isinstance(answer.get(held), list) and (answer[held] or held == "output"))
         ):
             raise _no_completion()
+        if held == "output":
+            return usage_of_response(answer), answer.get("status") == "failed"
+        return answer.get("usage"), False
+
+    async def _whole(self, body: bytes, headers: Headers, *, packed: bool) -> None:
+        """Pass an answer on that is not streamed; its first token comes with the last.
+
+        Args:
+            body: the whole answer.
+            headers: headers for the client.
+            packed: whether it is compressed, though nobody asked for that: it is not read then.
+        """
+        usage, failed = (None, False) if packed else self._told(body)
         self._gateway.got(self._passage, 1)
-        self._gateway.complete(self._passage, _count(answer.get("usage")))
+        if failed:
+            self._gateway.fail(self._passage, "error in the stream")
+        self._gateway.complete(self._passage, _count(usage))
         self._passage.answered = self._started = True
         self._passage.on_answer()
         await reply(self._send, 200, headers, body)

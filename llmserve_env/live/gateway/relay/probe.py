@@ -69,17 +69,20 @@ class Probe:
     async def ask(self, upstream: Upstream) -> None:
         """Ask one upstream once."""
         reason = cause = None
+        health = upstream.health
         try:
             status = await asyncio.wait_for(self._status(upstream), self._timeout_s)
             if status >= 500:
                 reason = f"HTTP {status}"
         except asyncio.TimeoutError:
+            if self._clock() - health.came_s < self._timeout_s:
+                return  # it is busy, and its answers go on
             reason = f"no answer within {self._timeout_s:g} s"
         except aiohttp.ClientConnectorError:
             reason, cause = "it takes no connection", Cause.UNREACHABLE
         except LOST as error:
             reason = type(error).__name__
-        health, now_s = upstream.health, self._clock()
+        now_s = self._clock()
         if cause is not None and not health.out:
             health.failed(cause, now_s)
         health.answered(reason is None, now_s)

@@ -15,7 +15,8 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON: Headers = [(b"content-type", b"application/json")]
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 404: "NotFoundError", 429: "rate_limit_error"}
+"""Types of errors, 404 as vLLM calls it."""
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade".split()

@@ -65,36 +65,39 @@ class Watch:
             at_upstreams: requests at upstreams.
             now_s: time of the gateway's clock (s).
         """
-        for upstream in self._upstreams:
-            self._listen(upstream, waiting, at_upstreams, now_s)
+        moving = {each for each in self._upstreams if self._listen(each, waiting, at_upstreams, now_s)}
         for passage in tuple(at_upstreams):
-            self._look_after(passage, pool, now_s)
+            self._look_after(passage, pool, passage.upstream in moving, now_s)
         self._tell()
 
     def _listen(
         self, upstream: Upstream, waiting: Iterable[Passage], at_upstreams: Collection[Passage], now_s: float
-    ) -> None:
-        """Find out whether anything moves at an upstream."""
+    ) -> bool:
+        """Find out whether anything moves at an upstream; whether its counters do."""
         health, still_s = upstream.health, self.still_s(upstream)
         if still_s is not None and still_s < SILENT_S:
             health.moved(now_s)
-            return
+            return True
         if upstream.running:
             quiet_s = now_s - max(health.came_s, health.busy_s)
             # Without counters that say so, an answer that takes its time to begin looks the same.
             patience_s = SILENT_S if still_s is not None else max(SILENT_S, 2 * self.first_bytes.slowest_s)
             if quiet_s < patience_s:
-                return
+                return False
             if all(each.writing for each in at_upstreams if each.upstream is upstream):
-                return  # it is the clients who do not read
+                return False  # it is the clients who do not read
         elif still_s is None:
-            return
+            return False
         health.silent(now_s)
         for passage in (*waiting, *at_upstreams):
             passage.excused |= passage.upstream is None or passage.upstream is upstream
+        return False
 
-    def _look_after(self, passage: Passage, pool: Sequence[Upstream], now_s: float) -> None:
-        """Time limits of a request at an upstream."""
+    def _look_after(self, passage: Passage, pool: Sequence[Upstream], moving: bool, now_s: float) -> None:
+        """Time limits of a request at an upstream.
+
+        Where the upstream's counters move, it has reasons of its own to let an answer wait: it preempts.
+        """
         if passage.cut is None or passage.upstream is None:
             return
         quiet_s = now_s - passage.since_s
@@ -104,14 +107,18 @@ class Watch:
             passage.cut()
             return
         health = passage.upstream.health
-        if quiet_s > SILENT_S and passage.began and not (passage.writing or passage.stalled or passage.probe):
+        if (
+            quiet_s > SILENT_S
+            and passage.began
+            and not (moving or passage.writing or passage.stalled or passage.probe)
+        ):
             passage.stalled = True
             health.failed(Cause.STALLED, now_s)
         if passage.answered or passage.retried or passage.moving or not health.out:
             return
         probe_s = max(HELD_S, 2 * self.first_bytes.slowest_s)
         if health.cause is Cause.SILENT or (passage.probe and quiet_s > probe_s):
-            elsewhere = another(pool, (*passage.failed_at, passage.upstream), now_s)
+            elsewhere = another(passage.pool(pool), (*passage.failed_at, passage.upstream), now_s)
             if elsewhere and self._budget.spend(now_s):
                 passage.moving = True
                 passage.cut()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -83,7 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_websocket_route("/ws", websocket)
 
     errors.add_handlers(app)
-    protect(app, settings)
+    protect(app, service)
     app.state.service = service
     _run_with(app, service)
     service.answer_mcp = mount_mcp(app, service).answer
@@ -162,6 +163,7 @@ def main() -> None:
     # uvicorn raises the signal again when it is done, which is the end that was asked for.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
     Server(config).run(sockets=sockets)
 
 

@@ -39,7 +39,8 @@ R = TypeVar("R")
 AnswerMcp = Callable[[Any, Session], Awaitable[dict[str, Any]]]
 
 _log = logging.getLogger(__name__)
-_TRIM_AFTER = 16  # sessions
+_TRIM_AFTER_BYTES = 32 << 20
+_SESSION_BYTES = 2 << 20
 
 
 class Service:
@@ -68,7 +69,7 @@ class Service:
         self.baselines = Baselines(self.guard)
         self.stopping = False  # sessions that close then are those that a restart restores
         self.answer_mcp: AnswerMcp | None = None  # what MCP messages of a WebSocket are answered by
-        self._freed = 0  # sessions whose memory has not been given back
+        self._freed_bytes = 0  # which have not been given back to the system
         self.answering = 0  # messages of WebSockets that are not answered yet
         self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
         # A live window is waited for in a thread: one for each session, so that nobody waits for another's.
@@ -233,12 +234,16 @@ class Service:
         """Close sessions that timed out, and give back what closed ones held."""
         self.sessions.sweep()
         self._journal.sweep()
-        if self._freed >= _TRIM_AFTER:
-            self._freed = 0
+        if self._freed_bytes >= _TRIM_AFTER_BYTES:
+            self._freed_bytes = 0
             await asyncio.to_thread(return_memory)
 
+    def note_freed(self, size: int) -> None:
+        """Note that so many bytes were held, and are no more."""
+        self._freed_bytes += size
+
     def _closed(self, session: Session) -> None:
-        self._freed += 1
+        self.note_freed(_SESSION_BYTES)
         if not self.stopping:
             self._journal.end(session.id)
 

@@ -36,7 +36,7 @@ class Settings:
     """Port to listen on, 8000 unless given; give it again for more."""
     allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name that clients may ask the service by, *.NAME for all below one; give it again for more (default:
-    any, and where only this machine can connect localhost). Addresses are always good."""
+    any, and none where only this machine can connect). Addresses and names without a dot are always good."""
     api_key: str | None = field(default=None, repr=False)
     """Key for what costs the owner: /baseline?mode=openai, and in mode real all that plays (default:
     LLMSERVE_API_KEY; without one the first is off, and the second only for who is on this machine)."""

@@ -97,7 +97,8 @@ def gateway(
         host: address to listen on.
         port: port to listen on; 0 for a free one.
         allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
-            (default: any, and where only this machine can connect localhost). Addresses are always good.
+            (default: any, and none where only this machine can connect). Addresses and names without a dot
+            are always good.
         cors_origin: origin of web pages that may use the gateway from a browser, SCHEME://HOST[:PORT], or *
             for all; once for each (default: none).
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
@@ -273,6 +274,7 @@ def _serve(
 ) -> None:
     """Serve until a signal comes, and steer meanwhile."""
     import asyncio
+    import gc
     import logging
     import signal
 
@@ -283,6 +285,7 @@ def _serve(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
+            gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
             print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
             self.steering = asyncio.create_task(windows)
             self.steering.add_done_callback(self.steered)

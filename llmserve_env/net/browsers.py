@@ -34,8 +34,8 @@ class BrowserRules:
 
     Args:
         app: what is protected.
-        hosts: names that the server is asked by, `*.NAME` for all below one; None for any. Addresses and
-            localhost are always good: nobody else can let them point here.
+        hosts: names that the server is asked by, `*.NAME` for all below one; None for any. Addresses,
+            localhost and names without a dot are always good: nobody can buy one and let it point here.
         origins: origins of other sites that may send requests, "*" for all.
         guarded: beginnings of paths where GET is more than reading.
         error_body: body of refusals, from message and status (default: `{"detail": message}`).
@@ -143,9 +143,11 @@ def is_cross_origin(headers: MutableMapping[bytes, str], origins: Collection[str
 
 
 def is_host(host: str, hosts: Collection[str]) -> bool:
-    """Whether a Host header names one of these, an address, or localhost; one that is empty does."""
+    """Whether a Host header names one of these, an address, localhost, or what has no dot."""
     name = (_place(host, "http")[0] or "").removesuffix(".")
-    if not name or name == "localhost" or name.endswith(".localhost") or _is_address(name):
+    if "[" in name:  # an address that is none
+        return False
+    if "." not in name or name.endswith(".localhost") or _is_address(name):
         return True
     above = ("*." + name.split(".", number)[-1] for number in range(1, name.count(".") + 1))
     return name in hosts or any(each in hosts for each in above)

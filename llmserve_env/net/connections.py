@@ -27,7 +27,7 @@ class ConnectionLimits:
         write_timeout_s: time in which a client has to read something of what is sent to it (s).
     """
 
-    max_connections: int = 2048
+    max_connections: int = 4096
     max_header_bytes: int = 64 << 10
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0

@@ -177,6 +177,14 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """The client has sent something."""
+        most = self.pool.limits.max_header_bytes
+        if len(data) <= most:
+            self._receive(data)
+            return
+        for begin in range(0, len(data), most):  # so that no more headers are parsed than there may be
+            self._receive(data[begin : begin + most])
+
+    def _receive(self, data: bytes) -> None:
         if self._is_over:
             self._ignored_bytes += len(data)
             if self._ignored_bytes > _LINGER_BYTES:

@@ -11,7 +11,7 @@ from server.wire.keys import KeyRequired
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from server.settings import Settings
+    from server.service import Service
 
 _GUARDED = ("/baseline", "/web/gradio_api/")
 """Paths where GET is more than reading: it plays, or opens a stream of a visitor's."""
@@ -30,9 +30,12 @@ _DOCS = (
 """For FastAPI's pages of the interface, whose scripts are another host's."""
 
 
-def protect(app: FastAPI, settings: Settings) -> None:
-    """Put everything before an application that its settings ask for; the last that is added comes first."""
-    app.add_middleware(BodyLimit, most=settings.max_body_bytes, other_json=("/mcp",))
+def protect(app: FastAPI, service: Service) -> None:
+    """Put before a service's application what its settings ask for; the last that is added comes first."""
+    settings = service.settings
+    app.add_middleware(
+        BodyLimit, most=settings.max_body_bytes, other_json=("/mcp",), dropped=service.note_freed
+    )
     if settings.mode == "real" and settings.key is not None:
         app.add_middleware(KeyRequired, key=settings.key)
     hosts = settings.allowed_host or (() if settings.is_local else None)

@@ -69,7 +69,16 @@ OURS = {"llm.example", "*.apps.example"}
     "host",
     [
         *("llm.example", "LLM.example:8000", "llm.example.", "a.apps.example", "a.b.apps.example:1"),
-        *("localhost", "localhost:8000", "a.localhost", "127.0.0.1:8000", "10.1.2.3", "[::1]:8000", ""),
+        *(
+            "localhost",
+            "localhost:8000",
+            "a.localhost",
+            "127.0.0.1:8000",
+            "10.1.2.3",
+            "[::1]:8000",
+            "",
+            "service:8000",
+        ),
     ],
 )
 def test_names_of_ours_and_addresses_are_good(host):
@@ -79,7 +88,7 @@ def test_names_of_ours_and_addresses_are_good(host):
 @pytest.mark.parametrize(
     "host",
     [
-        *("other.example", "a.llm.example", "apps.example", "llm.example.other.example", "notlocalhost"),
+        *("other.example", "a.llm.example", "apps.example", "llm.example.other.example", "not.local.host"),
         *("127.0.0.1.other.example", "llm.example:8000:1", "[::1", "xapps.example"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -144,7 +145,9 @@ def judged(response: Response, asked: Asked | None = None) -> Verdict:
     if asked is None:
         raise Violation(f"answered with {response.body[:80]!r}")
     if not asked.stream:
-        _complete(asked, _choices(_json(response.body)))
+        packed = response.headers.get("content-encoding") == "gzip"
+        body = gzip.decompress(response.body) if packed else response.body
+        _complete(asked, _choices(_json(body)))
         return "answer"
     return _stream(response, asked)
 

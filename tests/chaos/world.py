@@ -27,7 +27,7 @@ from llmserve_env.net.protocols import bounded
 from llmserve_env.schema import ServeAction
 from tests.live.endpoint_server import Running
 
-from .answers import Asked, Response, Violation
+from .answers import Asked, Response, Violation, judged
 from .clients import CLIENTS, MAX_BODY_BYTES, PATIENCE_S, Client, Connection, Tally
 from .schedule import PHASE_S, Schedule, Visit
 from .upstream_server import UpstreamServer
@@ -262,15 +262,15 @@ class World:
         self.violations.append(text)
 
     def _check_page(self, path: str, response: Response, took_s: float) -> None:
-        if response.status not in (200, 503):
-            self._note(f"GET {path}: HTTP {response.status} {response.body[:80]!r}")
         if path == "/health" and took_s > 1.0:
             self._note(f"GET {path}: took {took_s:.1f} s")
-        if path in ("/health", "/v1/models") or path.startswith("/dashboard"):
-            try:
+        try:
+            if response.status != 200 and path != "/health":
+                judged(response)
+            elif "metrics" not in path:
                 json.loads(response.body)
-            except ValueError:
-                self._note(f"GET {path}: no JSON: {response.body[:80]!r}")
+        except (Violation, ValueError) as error:
+            self._note(f"GET {path}: HTTP {response.status}: {error}")
 
     def _check_memory(self, requests: int, blocks: int) -> None:
         gc.collect()

@@ -10,6 +10,11 @@ SEEDS = 3
 """Schedules that are played unless more are asked for: one of each number of upstreams."""
 
 
+BESIDE = 100
+"""Requests for each kind of a bad upstream beside a good one, unless more is asked for."""
+MANY_BESIDE = 2000
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("chaos")
     group.addoption("--chaos-seed", type=int, help="play the schedule of this seed only")
@@ -30,3 +35,9 @@ def pytest_generate_tests(metafunc):
 def replay(request):
     """The command that plays what a test played once more."""
     return f"pytest tests/chaos --chaos-seed {request.node.callspec.params['seed']}"
+
+
+@pytest.fixture
+def beside(pytestconfig):
+    """Requests for each kind of a bad upstream beside a good one."""
+    return BESIDE if pytestconfig.getoption("--chaos-minutes", None) is None else MANY_BESIDE

@@ -6,48 +6,52 @@ import asyncio
 
 import pytest
 
-from .answers import Asked, Violation
-from .clients import Client, Connection, Tally
+from .answers import Asked
+from .clients import Connection
 from .faults import SERVING
 from .schedule import KINDS
+from .service import Service
 from .virtual_time import run
-from .world import TENANTS, World
 
+OF_CLIENTS = ("status_401", "status_404", "endless_body")
+"""Kinds that say nothing of an upstream: its client may have asked for what cannot be, or for too much."""
 FIRST = 20
 """Requests in which a bad upstream is found out."""
+BACK_S = 10.0
+"""Time that one which is well again has until it serves (s)."""
 
 
-async def served(world: World, count: int, at_once: int = 8) -> list[bool]:
-    """Of so many requests, by clients who come one after the other, which were answered."""
-    found, numbers = [], iter(range(count))
+async def served(service: Service, count: int, at_once: int) -> list[bool]:
+    """Which of so many requests were answered, in the order in which their clients sent them."""
+    found, numbers = [False] * count, iter(range(count))
 
-    async def client() -> None:
-        connection = await Connection.to(world.running.port)
+    async def ask() -> None:
+        connection = await Connection.to(service.port)
         for number in numbers:
-            asked = Asked(f"{len(found)}-{number}", stream=bool(number % 2), tokens=3)
-            one = Client(world.running.port, asked, TENANTS[0].key, Tally(), world.turned_away)
-            await connection.send(one.request())
-            found.append(await one.told(connection) == "answer")
+            asked = Asked(f"r{number}", stream=bool(number % 2), tokens=3)
+            client = service.client(asked)
+            await connection.send(client.request())
+            found[number] = await client.told(connection) == "answer"
         await connection.close()
 
-    await asyncio.gather(*(client() for _ in range(at_once)))
+    await asyncio.gather(*(ask() for _ in range(at_once)))
     return found
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SERVING])
-def test_the_good_one_serves_and_the_bad_one_comes_back(kind, chaos_requests):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*SERVING, *OF_CLIENTS)])
+def test_the_good_one_goes_on_serving_and_the_bad_one_comes_back(kind, beside):
     async def main():
-        async with World.of(2) as world:
-            bad = world.upstreams[1]
+        loop = asyncio.get_running_loop()
+        async with Service(2) as service:
+            bad = service.upstreams[1]
             await bad.become(kind)
-            found = await served(world, FIRST + chaos_requests)
-            later = found[FIRST:]
-            assert later.count(True) >= 0.99 * len(later)
-            await bad.become("good")
+            found = await served(service, FIRST + beside, at_once=8)
+            assert sum(found[FIRST:]) >= 0.99 * beside
             bad.met.clear()
-            began_s = asyncio.get_running_loop().time()
-            while not bad.met and asyncio.get_running_loop().time() - began_s < 10.0:
-                assert all(await served(world, 4, at_once=2))
+            await bad.become("good")
+            well_s = loop.time()
+            while not bad.met and loop.time() < well_s + BACK_S:
+                assert all(await served(service, 4, at_once=2))
                 await asyncio.sleep(0.5)
             assert bad.met
 

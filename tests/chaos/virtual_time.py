@@ -17,8 +17,6 @@ T = TypeVar("T")
 
 _TURN_S = 20e-6
 """What a turn of the loop takes of its time (s): a loop that is never idle has time limits, too."""
-_GRACE_S = 50e-6
-"""Real time that the kernel has to hand over what was just written (s)."""
 _THREADS_S = 60.0
 """Real time that work in threads has (s)."""
 
@@ -34,13 +32,11 @@ class _Selector(selectors.DefaultSelector):
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
-        if self.threads:
+        if self.threads or timeout is None:
             return super().select(_THREADS_S)
-        sleep(_GRACE_S)
+        sleep(0)  # so that the kernel can hand over what was just written
         ready = super().select(0)
         if not ready:
-            if timeout is None:
-                raise RuntimeError("nothing is left to wait for")
             self.now_s += timeout
         return ready
 

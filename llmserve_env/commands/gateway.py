@@ -136,7 +136,7 @@ def gateway(
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
-    from llmserve_env.live.gateway.proxy import Proxy
+    from llmserve_env.live.gateway.proxy import MAX_HELD_BYTES, Proxy
     from llmserve_env.live.gateway.wire import error_json
     from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.telemetry import Telemetry
@@ -195,9 +195,10 @@ def gateway(
     limits = replace(
         connections,
         max_connections=room_for(connections.max_connections, 2),  # each may have one to an upstream
-        # The gateway's own bounds come first: it counts what it turns away.
+        # The gateway's own bounds come first: it counts what it turns away, and knows whose bodies it holds.
         body_timeout_s=connections.body_timeout_s + 5,
         write_timeout_s=max(connections.write_timeout_s, idle_timeout_s),
+        max_unfinished_bytes=connections.max_unfinished_bytes + MAX_HELD_BYTES,
     )
 
     def error_body(message: str, status: int) -> bytes:

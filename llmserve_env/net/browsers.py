@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -88,7 +89,7 @@ class BrowserRules:
 
 
 class ResponseHeaders:
-    """ASGI middleware: headers that bound what browsers do with answers; those that an answer has stay.
+    """ASGI middleware: headers that bound what browsers do with answers.
 
     Args:
         app: what answers.
@@ -107,13 +108,12 @@ class ResponseHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = list(message.get("headers", ()))
-                given = {name.lower(): value for name, value in headers}
-                more = {b"x-content-type-options": b"nosniff"}
-                if given.get(b"content-type", b"").startswith(b"text/html"):
-                    more[b"content-security-policy"] = self._policy(scope["path"]).encode()
-                    more[b"referrer-policy"] = b"same-origin"
-                headers += [each for each in more.items() if each[0] not in given]
+                headers = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+                if any(
+                    name.lower() == b"content-type" and value[:9] == b"text/html" for name, value in headers
+                ):
+                    headers.append((b"content-security-policy", self._policy(scope["path"]).encode()))
+                    headers.append((b"referrer-policy", b"same-origin"))
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -142,7 +142,8 @@ def is_cross_origin(headers: MutableMapping[bytes, str], origins: Collection[str
     return _place(own, scheme) not in [_place(each.strip(), scheme) for each in named if each.strip()]
 
 
-def is_host(host: str, hosts: Collection[str]) -> bool:
+@lru_cache(maxsize=64)  # most requests name the same
+def is_host(host: str, hosts: frozenset[str]) -> bool:
     """Whether a Host header names one of these, an address, localhost, or what has no dot."""
     name = (_place(host, "http")[0] or "").removesuffix(".")
     if "[" in name:  # an address that is none

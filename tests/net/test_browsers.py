@@ -62,7 +62,7 @@ def test_origins_that_were_named_may():
     assert is_cross_origin(sent, ["http://other.example"])
 
 
-OURS = {"llm.example", "*.apps.example"}
+OURS = frozenset({"llm.example", "*.apps.example"})
 
 
 @pytest.mark.parametrize(

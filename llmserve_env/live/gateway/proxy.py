@@ -38,6 +38,8 @@ from llmserve_env.net.loops import forever
 
 LOG = logging.getLogger(__name__)
 
+MAX_HELD_BYTES = 512 << 20
+"""Most bytes of all bodies that are held, if nothing else is said."""
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _TICK_S = 0.1
 _LAST_WORDS_S = 1.0
@@ -68,7 +70,7 @@ class Proxy:
         *,
         history: History | None = None,
         max_body_bytes: int = 8 << 20,
-        max_held_bytes: int = 512 << 20,
+        max_held_bytes: int = MAX_HELD_BYTES,
         max_answer_bytes: int = 64 << 20,
         body_timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
@@ -161,7 +163,7 @@ class Proxy:
                     return
                 body = self._read(scope["path"], content)
                 headers = sent_on(scope["headers"], by_key)
-                places = await self._places(body.model)
+                places = await self._places(body.model, held)
             del content  # the body has it, as long as it is needed
             passage = self.gateway.enter(tenant, body.prompt_tokens, sequences=body.sequences, places=places)
             held.give_way = partial(self.gateway.displace, passage)
@@ -190,12 +192,15 @@ class Proxy:
         finally:
             self._held.release(held)
 
-    async def _places(self, model: str | None) -> frozenset[Upstream] | None:
-        """Upstreams that serve a model; None for all."""
+    async def _places(self, model: str | None, held: HeldBody) -> frozenset[Upstream] | None:
+        """Upstreams that serve the model of a request, whose body is held meanwhile; None for all."""
         try:
-            return await self._about.models.places(model)
+            places = await self._about.models.places(model)
         except NoModel:
             raise about.no_model(str(model)) from None
+        if held.lost:
+            raise _displaced()
+        return places
 
     # ------------------------------------------------------------------------------------------------- others
 
@@ -210,7 +215,7 @@ class Proxy:
                 if content is None:
                     return
                 headers = sent_on(scope["headers"], by_key)
-                places = await self._places(_model_of(content))
+                places = await self._places(_model_of(content), held)
             request = AsideRequest(
                 scope["method"],
                 sent_to(scope["path"], scope["query_string"]),

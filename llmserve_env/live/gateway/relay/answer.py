@@ -107,7 +107,8 @@ class Answer:
         chunk = await response.content.readany()
         if chunk:
             self.began = True
-            self._gateway.got(self._passage)
+            if not chunk.isspace():  # which some proxies send while they wait
+                self._gateway.got(self._passage)
         return chunk
 
     async def _stream(self, response: aiohttp.ClientResponse, first: bytes, headers: Headers) -> None:
@@ -118,7 +119,7 @@ class Answer:
         untold, of = 0, list[int]()  # pieces of the answer that are not counted, and their sequences
         while more:
             chunk = first or await response.content.readany()
-            first, more = b"", bool(chunk)
+            first, more, events = b"", bool(chunk), reader.events
             try:
                 untold += reader.feed(chunk) if chunk else reader.finish()
                 of += reader.sequences
@@ -126,9 +127,13 @@ class Answer:
                 raise UpstreamFailed(
                     Refused(502, "An event of the upstream is too long", "event too long")
                 ) from None
+            came = reader.events > events or reader.within_event  # comments are sent while an engine hangs
+            if more and reader.garbled and reader.error is None:
+                raise _no_completion()
             if self._started:
-                gateway.got(passage, untold, of)
-                untold, of = 0, []
+                if came:
+                    gateway.got(passage, untold, of)
+                    untold, of = 0, []
                 if reader.whole:
                     await self._part(reader.whole)
                 continue
@@ -146,7 +151,7 @@ class Answer:
                 await self._start(200, headers)
                 await self._part(held)
                 held = b""
-            elif more:
+            elif came:
                 gateway.got(passage)
         if reader.error is None and not reader.ended:
             raise UpstreamFailed(Refused(502, "The upstream broke its answer off", "stream broken off"))
@@ -261,7 +266,7 @@ def _refusal(passage: Passage, response: aiohttp.ClientResponse, body: bytes) ->
         message = "The upstream does not take the gateway's key"
         return UpstreamFailed(Refused(502, message, "key refused"))
     reason = f"http {status}"
-    if status < 400:
+    if not 400 <= status <= 599:  # neither an answer nor an error
         return UpstreamFailed(Refused(502, f"The upstream answered with HTTP {status}", reason))
     headers = passed_on(_raw(response), b"content-length", b"content-type") + JSON
     told = response.headers.get("retry-after")

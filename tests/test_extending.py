@@ -51,7 +51,9 @@ values = {name: [value] for name, value in task.start.model_dump().items()}
 grid = ActionGrid({**values, "clock_mhz": [4, 500, 2000]})
 assert ActionGrid(task.grid.values).values == task.grid.values
 saving = load_task("static_workload", horizon_s=20.0, extra_groups=["energy"])
-slow = EpisodeBatch(task)
+slow = EpisodeBatch(
+    load_task("static_workload", horizon_s=20.0, controls=task.controls | {"clock_mhz": [4, 500, 2000]})
+)
 slow.reset([1])
 running = []
 for clock in (2000, 4):

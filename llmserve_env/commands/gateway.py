@@ -126,11 +126,10 @@ def gateway(
     try:
         import aiohttp  # noqa: F401
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise missing_package(error) from error
     import logging
-    import math
 
     from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
@@ -138,14 +137,11 @@ def gateway(
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
     from llmserve_env.live.gateway.proxy import MAX_HELD_BYTES, Proxy
-    from llmserve_env.live.gateway.wire import error_json
     from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
-    from llmserve_env.net.browsers import BrowserRules
     from llmserve_env.net.connections import room_for
     from llmserve_env.net.cors import CrossOrigin, origin_of
-    from llmserve_env.net.protocols import bounded
     from llmserve_env.net.sockets import is_local, listen
 
     check_outputs({"decisions": steering.decisions}, task=steering.task, tenants=tenants)
@@ -203,9 +199,6 @@ def gateway(
         max_unfinished_bytes=connections.max_unfinished_bytes + MAX_HELD_BYTES,
     )
 
-    def error_body(message: str, status: int) -> bytes:
-        return error_json(message, "invalid_request_error" if status < 500 else "server_error", status)
-
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -216,29 +209,47 @@ def gateway(
         teller.tell(record, decision)
         history.add(record, decision, reward)
 
-    # No access log: it is a line of work for every request.
-    config = uvicorn.Config(
-        BrowserRules(
-            CrossOrigin(proxy, origins),
-            hosts=allowed_host or (() if is_local(host) else None),
-            origins=origins,
-            error_body=error_body,
-        ),
-        **bounded(limits, error_body) | {"ws": "none"},
-        log_level="warning",
-        access_log=False,
-        headers=[("x-content-type-options", "nosniff")],
-        proxy_headers=False,
-        server_header=False,  # the upstream's pass
-        date_header=False,
-        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
-    )
+    # Where only this machine can connect, it is asked by this machine's names.
+    hosts = allowed_host or (() if is_local(host) else None)
+    config = _config(CrossOrigin(proxy, origins), limits, hosts, origins, drain_timeout_s)
     try:
         drains = None if drained is None else DrainFile(drained, upstreams)
         _serve(config, listening, here, _windows(deployment, action, window_s, pilot, told, drains=drains))
     finally:
         if pilot is not None:
             pilot.close()
+
+
+def _config(
+    app: Any,
+    limits: ConnectionLimits,
+    hosts: tuple[str, ...] | None,
+    origins: list[str],
+    drain_timeout_s: float,
+) -> uvicorn.Config:
+    """How the application is served: within bounds, and to no page of another site that was not named."""
+    import math
+
+    import uvicorn
+
+    from llmserve_env.live.gateway.wire import error_json
+    from llmserve_env.net.browsers import BrowserRules
+    from llmserve_env.net.protocols import bounded
+
+    def error_body(message: str, status: int) -> bytes:
+        return error_json(message, "invalid_request_error" if status < 500 else "server_error", status)
+
+    return uvicorn.Config(
+        BrowserRules(app, hosts=hosts, origins=origins, error_body=error_body),
+        **bounded(limits, error_body) | {"ws": "none"},
+        log_level="warning",
+        access_log=False,  # it is a line of work for every request
+        headers=[("x-content-type-options", "nosniff")],
+        proxy_headers=False,
+        server_header=False,  # the upstream's pass
+        date_header=False,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+    )
 
 
 async def _windows(

@@ -9,7 +9,7 @@ from llmserve_env.files import read_bytes
 
 FILE_BYTES = 4 * 2**30
 """Longest trace that is read; it takes several times as much memory."""
-LINE_BYTES = 64 * 2**20
+LINE_BYTES = 256 * 2**20
 """Longest line of a trace."""
 
 

@@ -137,7 +137,7 @@ def test_an_agent_steers_until_a_signal_and_what_was_found_returns(tmp_path, num
     (kept,) = read_decisions([log])
     assert kept.before.batch_cap == 100
     assert kept.decisions[0].applied.kv_budget_fraction == 0.8
-    assert kept.beginning.capabilities["batch_cap"].startswith("gateway: requests at each engine")
+    assert kept.beginning.capabilities["batch_cap"].startswith("gateway: sequences at each engine")
     assert set(kept.decisions[0].not_applied) == {"quantization_tier", "prefill_decode_split"}
     assert kept.windows["completed"].sum() == 1
 

@@ -30,12 +30,14 @@ UNPACKED_BYTES = 64 * 2**20
 """What a file may come to when it is unpacked, however small it is."""
 
 _PART_BYTES = 2**20
+_ZSTD_PART_BYTES = 2**10
 _GZIP = b"\x1f\x8b"
-_OTHER_PACKERS = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_OTHER_PACKERS = {b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 
 
 def read_bytes(
-    path: Path | str, most: int, *, gzipped: bool | None = False, longest_line: int | None = None
+    path: Path | str, most: int, *, packed: bool | None = False, longest_line: int | None = None
 ) -> bytes:
     """What a file holds, if that is no more than there may be: nothing beyond it is read or unpacked.
 
@@ -43,32 +45,34 @@ def read_bytes(
         path: the file; a pipe will do.
         most: bytes that it may hold, unpacked. What is packed may also be no more than `UNPACKED_RATIO` times
             its size, or `UNPACKED_BYTES`.
-        gzipped: whether it is gzip; None: if it begins as such.
+        packed: whether it is gzip or zstd; None: if it begins as such.
         longest_line: bytes that a line may have (default: any number).
 
     Raises:
-        InputError: it cannot be read, is damaged gzip, or holds more.
+        InputError: it cannot be read, is damaged, or holds more.
     """
     name = str(path)
     try:
         with Path(path).open("rb") as file:
             begins = file.peek(8)[:8]
-            if gzipped is None:
-                gzipped = begins.startswith(_GZIP)
+            if packed is None:
+                packed = begins.startswith((_GZIP, _ZSTD))
                 for magic, packer in _OTHER_PACKERS.items():
                     if begins.startswith(magic):
                         raise InputError(
-                            f"is packed with {packer}: unpack it, or pack it with gzip", file=name
+                            f"is packed with {packer}: unpack it, or pack it with gzip or zstd", file=name
                         )
             size = os.fstat(file.fileno()).st_size  # 0 of a pipe
-            if not gzipped:
+            if not packed:
                 return _within(file, most, longest_line, name, size)
             if not begins:
                 return b""
             most = min(most, max(UNPACKED_RATIO * size, UNPACKED_BYTES))
-            return _within(cast("IO[bytes]", gzip.GzipFile(fileobj=file)), most, longest_line, name)
+            unpacked = _Zstd(file) if begins.startswith(_ZSTD) else gzip.GzipFile(fileobj=file)
+            return _within(cast("IO[bytes]", unpacked), most, longest_line, name)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"cannot be read: damaged or truncated gzip: {error}", file=name) from error
+        kind = "zstd" if begins.startswith(_ZSTD) else "gzip"
+        raise InputError(f"cannot be read: damaged or truncated {kind}: {error}", file=name) from error
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", file=name) from error
     except MemoryError as error:
@@ -77,6 +81,43 @@ def read_bytes(
         raise
     except ValueError as error:  # a NUL in the path
         raise InputError(f"cannot be read: {error}", file=name) from error
+
+
+class _Zstd:
+    """What a zstd file holds, a piece at a time: a thousand packed bytes may be many millions.
+
+    Args:
+        file: the packed bytes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import zstandard
+
+        self._file = file
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame = self._decompressor.decompressobj()
+        self._left = b""
+
+    def read(self, _: int) -> bytes:
+        """The next piece; b"" at the end.
+
+        Raises:
+            EOFError: it is damaged, or ends within a frame.
+        """
+        while part := self._left or self._file.read(_ZSTD_PART_BYTES):
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                found = self._frame.decompress(part)
+            except self._error as error:
+                raise EOFError(error) from error
+            self._left = self._frame.unused_data if self._frame.eof else b""
+            if found:
+                return bytes(found)
+        if not self._frame.eof:
+            raise EOFError("it ends within a frame")
+        return b""
 
 
 def _within(

@@ -94,7 +94,7 @@ def read_log(path: str | Path, *, max_windows: int = MAX_WINDOWS) -> EpisodeLog:
     """
     path = Path(path)
     most = SETTINGS_BYTES + max_windows * _WINDOW_BYTES
-    content = read_bytes(path, most, gzipped=path.suffix == ".gz")
+    content = read_bytes(path, most, packed=path.suffix == ".gz")
     try:
         table = from_json(content)
     except ValueError as error:

@@ -24,7 +24,7 @@ def read_text(path: Path | str, longest_line: int | None = None) -> str:
         InputError: the file cannot be opened, is damaged gzip, is not UTF-8 text, is empty, or is too long.
     """
     name = str(path)
-    data = read_bytes(path, FILE_BYTES, gzipped=None, longest_line=longest_line)
+    data = read_bytes(path, FILE_BYTES, packed=None, longest_line=longest_line)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

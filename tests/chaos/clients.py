@@ -40,8 +40,12 @@ class Connection:
             self.writer.write(content)
             await self.writer.drain()
 
-    async def response(self) -> Response | None:
-        """The next one; None where the connection ends before it begins."""
+    async def response(self, version: str = "1.1") -> Response | None:
+        """The next one; None where the connection ends before it begins.
+
+        Args:
+            version: version of HTTP that the client knows.
+        """
         status, headers = 100, {}
         while 100 <= status < 200:
             try:
@@ -58,6 +62,8 @@ class Connection:
                 name.strip().lower(): value.strip()
                 for name, _, value in (each.partition(":") for each in lines)
             }
+        if version == "1.0" and "transfer-encoding" in headers:
+            raise Violation("chunks to a client of HTTP/1.0")
         response = Response(status, headers)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await self._body(response)
@@ -152,12 +158,12 @@ class Client:
         finally:
             await connection.close()
 
-    async def told(self, connection: Connection, asked: Asked | None = None) -> Verdict:
+    async def told(self, connection: Connection, asked: Asked | None = None, version: str = "1.1") -> Verdict:
         """What the next response on a connection is, counted."""
         asked = asked or self.asked
         verdict: Verdict = "violation"
         try:
-            response = await connection.response()
+            response = await connection.response(version)
             if response is None:
                 raise Violation("hung up without a word")
             verdict = judged(response, asked)
@@ -213,11 +219,11 @@ async def chatting(client):
 
 @kind
 async def old(client):
-    """HTTP/1.0: the connection ends with the answer."""
+    """HTTP/1.0, which has no chunks: the answer ends with the connection."""
     client.asked = replace(client.asked, stream=True)
     async with client.connected() as connection:
         await connection.send(client.request(version="1.0"))
-        await client.told(connection)
+        await client.told(connection, version="1.0")
         if not await connection.ended():
             raise Violation("goes on after the answer")
 

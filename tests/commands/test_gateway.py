@@ -23,14 +23,17 @@ SECRET = "xyzzy-secret"
 
 @asynccontextmanager
 async def started(upstream, *options, control=None):
-    """The command before this upstream, and what it said first."""
+    """The command before this upstream, and where it says that it listens."""
     server = f"{upstream.url}/v1,tier=INT8" + ("" if control is None else f",control={control}")
     command = ["-m", "llmserve_env", "gateway", "--upstream", server, "--port", "0"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     try:
-        yield process, await line(process)
+        said = await line(process)
+        while said and not said.startswith("listening"):  # it may have to compile first, and says so
+            said = await line(process)
+        yield process, said
     finally:
         if process.returncode is None:
             process.kill()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .accounts import Counts, differences
 from .answers import Asked, Violation
-from .clients import CLIENTS, MAX_BODY_BYTES, Client, Connection, Tally
+from .clients import CLIENTS, MAX_BODY_BYTES, Client, Tally
+from .connection import Connection
 from .schedule import draw
 from .service import TENANTS
 from .upstream_server import UpstreamServer

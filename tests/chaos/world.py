@@ -17,7 +17,8 @@ from llmserve_env.live.gateway.relay.answer import Answer
 
 from .accounts import Counts, differences
 from .answers import Asked, Response, Violation, judged
-from .clients import CLIENTS, PATIENCE_S, Connection
+from .clients import CLIENTS, PATIENCE_S
+from .connection import Connection
 from .schedule import PHASE_S, Schedule, Visit
 from .service import START, TENANTS, Service
 

@@ -11,7 +11,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+"""Folder of the checkout that measures."""
 _START_S = 120
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -61,11 +64,25 @@ class Service:
             return error.code
 
 
+def command_of(checkout: Path, module: str, *options: str) -> dict[str, Any]:
+    """Arguments of `subprocess.Popen` for a module of a checkout."""
+    if not (checkout / "llmserve_env").is_dir():
+        raise SystemExit(f"--against: expected the folder of a checkout, found {checkout}")
+    environment = os.environ | {"PYTHONPATH": str(checkout)}  # before what is installed
+    return {
+        "args": [sys.executable, "-m", module, *options],
+        "cwd": checkout,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+
+
 @contextmanager
-def started(*options: str) -> Iterator[Service]:
-    """The service with these options, on a free port, until the end of the block."""
-    command = [sys.executable, "-m", "server.app", "--port", "0", "--no-web", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def started(*options: str, checkout: Path = CHECKOUT) -> Iterator[Service]:
+    """The service of a checkout with these options, on a free port, until the end of the block."""
+    given = command_of(checkout, "server.app", "--port", "0", "--no-web", *options)
+    with subprocess.Popen(**given) as process:
         try:
             assert process.stdout is not None
             url = process.stdout.readline().removeprefix("listening on ").strip()

@@ -1,11 +1,13 @@
 """Measure what the gateway costs: the same streams with it and without.
 
     python -m benchmarks.gateway_load [--json FILE]
+    python -m benchmarks.gateway_load --against FOLDER
 
 An endpoint, the gateway and the clients are processes of their own on this machine. The endpoint answers as
 an engine does: all streams get a token in the same step, a step every so many milliseconds, and each token
 carries the time at which it was sent. Rounds with and without the gateway alternate; clients are closed-loop.
-The gateway's limits are out of reach.
+The gateway's limits are out of reach. `--against` takes turns with the gateway of another checkout, such as
+`git worktree add ../before main`, and tells how the two compare.
 """
 
 from __future__ import annotations
@@ -18,10 +20,9 @@ import re
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from benchmarks._server_process import Service
+from benchmarks._server_process import CHECKOUT, Service, command_of
 from llmserve_env.files import write_atomic
 from llmserve_env.report.provenance import made_by
 
@@ -44,6 +45,7 @@ def gateway_load(
     seconds: float = 10.0,
     rounds: int = 5,
     prompt_bytes: int = 2000,
+    against: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Measure the gateway's cost.
@@ -52,24 +54,30 @@ def gateway_load(
         streams: streams at once.
         tokens: tokens of an answer.
         step_ms: time between two tokens of a stream (ms).
-        seconds: length of a round, one with the gateway and one without (s).
-        rounds: rounds of both kinds.
+        seconds: length of a round (s).
+        rounds: rounds of each kind: without a gateway, with it, with the other checkout's.
         prompt_bytes: size of a prompt.
+        against: folder of another checkout, whose gateway is measured in turn with this one's.
         json: file for the figures.
     """
     report: dict[str, Any] = {"made_by": made_by(), "load_before": os.getloadavg()}
-    found: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    checkouts = {"with": CHECKOUT} | ({} if against is None else {"against": against.resolve()})
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("without", *checkouts)}
     context = multiprocessing.get_context("spawn")
-    with _endpoint(context, step_ms / 1e3) as endpoint, _gateway(endpoint) as gateway:
-        urls = {"without": endpoint, "with": gateway.url}
-        for number in tqdm(range(2 * (rounds + 1)), unit="round"):
-            name = ("without", "with")[(number + number // 2) % 2]  # each as often the first of a pair
-            cpu_s = gateway.cpu_s()
-            with context.Pool(1) as pool:
-                result = pool.apply(_clients, (urls[name], streams, tokens, seconds, prompt_bytes))
-            result["gateway_cpu_us"] = 1e6 * (gateway.cpu_s() - cpu_s) / result.pop("tokens")  # of each token
-            if number > 1:  # the first of each warms up
-                found[name].append(result)
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(_endpoint(context, step_ms / 1e3))
+        gateways = {name: stack.enter_context(_gateway(endpoint, each)) for name, each in checkouts.items()}
+        for number in tqdm(range(rounds + 1), unit="round"):
+            for name in list(found)[:: (1, -1)[number % 2]]:  # each as often before the others as after them
+                gateway = gateways.get(name)
+                cpu_s = 0.0 if gateway is None else gateway.cpu_s()
+                with context.Pool(1) as pool:
+                    url = endpoint if gateway is None else gateway.url
+                    result = pool.apply(_clients, (url, streams, tokens, seconds, prompt_bytes))
+                spent_s = 0.0 if gateway is None else gateway.cpu_s() - cpu_s
+                result["gateway_cpu_us"] = 1e6 * spent_s / result.pop("tokens")  # of each token
+                if number:  # the first of each warms up
+                    found[name].append(result)
     report |= {"rounds": found, "load_after": os.getloadavg()}
     median = {
         name: {key: statistics.median(each[key] for each in results) for key in results[0]}
@@ -83,6 +91,11 @@ def gateway_load(
     print(f"{'':22}{'without':>10}{'with':>10}{'difference':>12}")
     for key, without in median["without"].items():
         print(f"{key:22}{without:10.2f}{median['with'][key]:10.2f}{median['with'][key] - without:12.2f}")
+    if against is not None:
+        report["ratio"] = {key: value / median["against"][key] for key, value in median["with"].items()}
+        print(f"\n{'':22}{'this':>10}{'against':>10}{'ratio':>12}")
+        for key, ratio in report["ratio"].items():
+            print(f"{key:22}{median['with'][key]:10.2f}{median['against'][key]:10.2f}{ratio:12.3f}")
     print(f"throughput with the gateway: {report['ratio_of_throughput']:.1%} of that without")
     print(
         f"\nmedians of {rounds} rounds of {seconds:g} s, {streams} streams, a token every {step_ms:g} ms; "
@@ -112,10 +125,9 @@ def _endpoint(context: Any, step_s: float) -> Iterator[str]:
 
 
 @contextmanager
-def _gateway(upstream: str) -> Iterator[Service]:
-    command = [sys.executable, "-m", "llmserve_env", "gateway", "--upstream", upstream, "--port", "0"]
-    options = ["--batch-cap", "512", "--window-s", "3600"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+def _gateway(upstream: str, checkout: Path) -> Iterator[Service]:
+    options = ["--upstream", upstream, "--port", "0", "--batch-cap", "512", "--window-s", "3600"]
+    process = subprocess.Popen(**command_of(checkout, "llmserve_env", "gateway", *options))
     try:
         assert process.stdout is not None
         yield Service(process.stdout.readline().removeprefix("listening on ").strip(), process.pid)

@@ -2,10 +2,12 @@
 
     python -m benchmarks.server_load [--json FILE]
     python -m benchmarks.server_load --only soak --episodes 100000
+    python -m benchmarks.server_load --against FOLDER
 
 It starts the service itself, a new one for each part; clients run in processes of their own on this machine,
 and parse every answer. Actions are random ones of the whole schema. `--url` measures a service that runs
-already, with the parts that need no watching from outside: one, many.
+already, with the parts that need no watching from outside: one, many. `--against` measures these two of this
+checkout and of another one, such as `git worktree add ../before main`, in turn, and tells how they compare.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,8 @@ from llmserve_env.schema import ServeAction
 
 Part = Literal["one", "many", "sessions", "soak", "expiry", "killed", "abuse"]
 _ALL: tuple[Part, ...] = ("one", "many", "sessions", "soak", "expiry", "killed", "abuse")
+_SPEED: tuple[Part, ...] = ("one", "many")
+_OTHER = ", other checkout"
 Row = tuple[str, str, str]
 """What was measured, the figure, how."""
 
@@ -42,6 +46,7 @@ Row = tuple[str, str, str]
 def server_load(
     *,
     url: str | None = None,
+    against: Path | None = None,
     only: tuple[Part, ...] = _ALL,
     runs: int = 5,
     connections: int = 64,
@@ -54,6 +59,7 @@ def server_load(
 
     Args:
         url: URL of a service that runs (default: one is started for each part).
+        against: folder of another checkout, whose service is measured in turn with this one's.
         only: parts to measure.
         runs: repetitions of the speed measurements.
         connections: connections at once, in `many`.
@@ -62,13 +68,17 @@ def server_load(
         episodes: episodes of the test of memory, half of them over one connection.
         json: file for the figures.
     """
-    if url is not None and not set(only) <= {"one", "many"}:
+    if against is not None and only == _ALL:
+        only = _SPEED
+    if url is not None and not set(only) <= set(_SPEED):
         raise SystemExit("--url: expected --only one many, what the other parts watch is on this machine")
+    if against is not None and (url is not None or not set(only) <= set(_SPEED)):
+        raise SystemExit("--against: expected no --url, and no other parts than one and many")
     rows: list[Row] = []
     report: dict[str, Any] = {"made_by": made_by(), "load_before": os.getloadavg(), "parts": {}}
     parts: dict[Part, Callable[[], dict[str, Any]]] = {
-        "one": lambda: _one(url, runs, rows),
-        "many": lambda: _many(url, connections, seconds, runs, rows),
+        "one": lambda: _one(url, against, runs, rows),
+        "many": lambda: _many(url, against, connections=connections, seconds=seconds, runs=runs, rows=rows),
         "sessions": lambda: _sessions(sessions, rows),
         "soak": lambda: _soak(episodes, rows),
         "expiry": lambda: _expiry(rows),
@@ -88,90 +98,137 @@ def server_load(
 
 
 @contextmanager
-def _service(url: str | None, *options: str) -> Iterator[Service]:
+def _services(url: str | None, against: Path | None) -> Iterator[dict[str, Service]]:
+    """What is measured, by what is said of it: nothing where it is one service alone."""
     if url is not None:
         _server_client.warm_up(Service(url).ws_url)
-        yield Service(url)
+        yield {"": Service(url)}
         return
-    with started(*options) as service:
-        yield service
+    with ExitStack() as stack:
+        services = {"": stack.enter_context(started())}
+        if against is not None:
+            services[_OTHER] = stack.enter_context(started(checkout=against.resolve()))
+        yield services
 
 
-def _one(url: str | None, runs: int, rows: list[Row]) -> dict[str, Any]:
+def _in_turn(
+    services: dict[str, Service], runs: int, measured: Callable[[Service, int], dict[str, Any]], what: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of so many runs of each service; each is as often before the others as after them."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in services}
+    for run in tqdm(range(runs), desc=what, leave=False):
+        for name in list(services)[:: (1, -1)[run % 2]]:
+            cpu = services[name].cpu_s()
+            result = measured(services[name], run)
+            result["server_cpu_s"] = services[name].cpu_s() - cpu
+            results[name].append(result)
+    return results
+
+
+def _compared(what: str, results: dict[str, list[dict[str, Any]]], rows: list[Row]) -> None:
+    """A line for the ratio of two services, if there are two."""
+    if len(results) < 2:
+        return
+    rates = [statistics.median(_rates(each)) for each in results.values()]
+    cpus = [_per_step(each, "server_cpu_s") for each in results.values()]
+    rows.append(
+        (f"{what}, ratio", f"{rates[0] / rates[1]:.3f}", f"of steps/s; of CPU a step {cpus[0] / cpus[1]:.3f}")
+    )
+
+
+def _rates(results: list[dict[str, Any]]) -> list[float]:
+    return [each["windows"] / each["seconds"] for each in results]
+
+
+def _one(url: str | None, against: Path | None, runs: int, rows: list[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with _service(url) as service:
+    with _services(url, against) as services:
         for together in (1, 50):
             for task in list_tasks():
                 episodes = max(1, (1500 if together == 1 else 6000) // load_task(task).windows)
-                results = []
-                for run in tqdm(range(runs), desc=f"one client, {task}", leave=False):
-                    cpu = service.cpu_s()
-                    result = _server_client.in_process(
-                        _server_client.one, service.ws_url, task, episodes, 1000 * run, together
+
+                def measured(
+                    service: Service, run: int, task: str = task, n: int = episodes, together: int = together
+                ) -> dict[str, Any]:
+                    return _server_client.in_process(
+                        _server_client.one, service.ws_url, task, n, 1000 * run, together
                     )
-                    result["server_cpu_s"] = service.cpu_s() - cpu
-                    results.append(result)
-                rates = [each["windows"] / each["seconds"] for each in results]
+
+                results = _in_turn(services, runs, measured, f"one client, {task}")
                 kind = "steps" if together == 1 else f"step_n({together})"
-                rows.append(
-                    (
-                        f"one client, {kind}, {task}",
-                        f"{statistics.median(rates):,.0f} steps/s",
-                        f"{min(rates):,.0f} to {max(rates):,.0f} in {runs} runs; {_cpu(results)}",
+                for name, each in results.items():
+                    rates = _rates(each)
+                    rows.append(
+                        (
+                            f"one client, {kind}, {task}{name}",
+                            f"{statistics.median(rates):,.0f} steps/s",
+                            f"{min(rates):,.0f} to {max(rates):,.0f} in {runs} runs; {_cpu(each)}",
+                        )
                     )
-                )
-                found[f"{kind} {task}"] = results
+                    found[f"{kind} {task}{name}"] = each
+                _compared(f"one client, {kind}, {task}", results, rows)
     return found
 
 
 def _cpu(results: list[dict[str, Any]]) -> str:
     server, client = (_per_step(results, name) for name in ("server_cpu_s", "client_cpu_s"))
-    return f"CPU a step: server {server} us, client {client} us"
+    return f"CPU a step: server {server:.0f} us, client {client:.0f} us"
 
 
-def _per_step(results: list[dict[str, Any]], name: str) -> str:
-    return f"{statistics.median(1e6 * each[name] / each['windows'] for each in results):.0f}"
+def _per_step(results: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(1e6 * each[name] / each["windows"] for each in results)
 
 
-def _many(url: str | None, connections: int, seconds: float, runs: int, rows: list[Row]) -> dict[str, Any]:
-    results = []
-    with _service(url) as service:
-        for run in tqdm(range(runs), desc=f"{connections} connections", leave=False):
-            cpu = service.cpu_s()
-            result = _server_client.in_process(
-                _server_client.many, service.ws_url, connections, seconds, 1_000_000 * run
-            )
-            result["server_cpu_s"] = service.cpu_s() - cpu
-            for name in ("steps_s", "resets_s"):
-                latencies = np.array(result.pop(name)) * 1e3
-                result[name.replace("_s", "_ms")] = {
-                    "p50": float(np.quantile(latencies, 0.5)),
-                    "p99": float(np.quantile(latencies, 0.99)),
-                    "max": float(latencies.max()),
-                    "count": len(latencies),
-                }
-            results.append(result)
-    rates = [each["windows"] / each["seconds"] for each in results]
-    p99s = [each["steps_ms"]["p99"] for each in results]
-    median = {
-        name: statistics.median(each["steps_ms"][name] for each in results) for name in ("p50", "p99", "max")
-    }
+def _many(
+    url: str | None,
+    against: Path | None,
+    *,
+    connections: int,
+    seconds: float,
+    runs: int,
+    rows: list[Row],
+) -> dict[str, Any]:
+    def measured(service: Service, run: int) -> dict[str, Any]:
+        result = _server_client.in_process(
+            _server_client.many, service.ws_url, connections, seconds, 1_000_000 * run
+        )
+        for name in ("steps_s", "resets_s"):
+            latencies = np.array(result.pop(name)) * 1e3
+            result[name.replace("_s", "_ms")] = {
+                "p50": float(np.quantile(latencies, 0.5)),
+                "p99": float(np.quantile(latencies, 0.99)),
+                "max": float(latencies.max()),
+                "count": len(latencies),
+            }
+        return result
+
+    with _services(url, against) as services:
+        found = _in_turn(services, runs, measured, f"{connections} connections")
     what = f"{connections} connections, all tasks in turn"
-    rows.append(
-        (
-            what,
-            f"{statistics.median(rates):,.0f} steps/s",
-            f"{min(rates):,.0f} to {max(rates):,.0f} in {runs} runs of {seconds:g} s; {_cpu(results)}",
+    for name, results in found.items():
+        rates = _rates(results)
+        p99s = [each["steps_ms"]["p99"] for each in results]
+        median = {
+            which: statistics.median(each["steps_ms"][which] for each in results)
+            for which in ("p50", "p99", "max")
+        }
+        rows.append(
+            (
+                f"{what}{name}",
+                f"{statistics.median(rates):,.0f} steps/s",
+                f"{min(rates):,.0f} to {max(rates):,.0f} in {runs} runs of {seconds:g} s; {_cpu(results)}",
+            )
         )
-    )
-    rows.append(
-        (
-            f"{what}, latency of a step",
-            f"p50 {median['p50']:.0f}, p99 {median['p99']:.0f} ms",
-            f"p99 {min(p99s):.0f} to {max(p99s):.0f} ms, longest {median['max']:.0f} ms",
+        rows.append(
+            (
+                f"{what}{name}, latency of a step",
+                f"p50 {median['p50']:.0f}, p99 {median['p99']:.0f} ms",
+                f"p99 {min(p99s):.0f} to {max(p99s):.0f} ms, longest {median['max']:.0f} ms",
+            )
         )
-    )
-    return {"runs": results}
+    _compared(what, found, rows)
+    own = {"runs": found[""]}
+    return own if against is None else own | {"against": found[_OTHER]}
 
 
 def _sessions(count: int, rows: list[Row]) -> dict[str, Any]:

@@ -39,8 +39,10 @@ def open_session(**options: Any) -> aiohttp.ClientSession:
         import aiohttp
     except ImportError as error:
         raise missing_package(error) from error
+    from llmserve_env.net.connector import QuietConnector
+
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S),
+        connector=QuietConnector(limit=0, keepalive_timeout=_KEPT_S),
         **{"timeout": aiohttp.ClientTimeout(total=None), **options},
     )
 

@@ -326,7 +326,7 @@ class Running:
     """
 
     def __init__(self, app, port=0, lifespan="off", **options):
-        self._socket = socket.socket()
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)  # so that asyncio sends at once
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
         self.port = self._socket.getsockname()[1]

@@ -13,6 +13,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from llmserve_env.errors import InputError
 from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.net.protocols import bounded
 from tests.live.endpoint_server import Running
@@ -162,6 +163,25 @@ def test_what_is_within_the_bounds_passes():
             chunks = POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n"
             assert await answer(connection, chunks) == (200, b"50000")
             connection[1].close()
+
+    asyncio.run(main())
+
+
+def test_an_answer_of_unstated_length_ends_with_the_connection_for_who_knows_no_chunks():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"one ", b"", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def main():
+        async with standing(app) as here:
+            reader, writer = await opened(here, b"GET / HTTP/1.0\r\nHost: h\r\n\r\n")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert body == b"one two"
+            assert b"connection: close" in head
+            assert b"transfer-encoding" not in head
 
     asyncio.run(main())
 
@@ -377,6 +397,12 @@ def test_a_websocket_that_talks_keeps_its_place():
                     connection[1].close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_bound_that_is_none_is_refused_by_its_name(value):
+    with pytest.raises(InputError, match=r"field 'header_timeout_s': expected a number above 0"):
+        ConnectionLimits(header_timeout_s=value)
 
 
 def test_there_is_room_for_as_many_connections_as_files_may_be_open():

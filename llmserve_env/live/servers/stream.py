@@ -97,6 +97,17 @@ def _is_plain(event: bytes) -> bool:
     )
 
 
+def _is_text(data: bytes) -> bool:
+    """Whether it is UTF-8."""
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class StreamReader:
     """Reads along in a streamed completion, chat completion or response, a stream of server-sent events.
 
@@ -111,7 +122,7 @@ class StreamReader:
         finished: Whether a choice told its finish reason, or a response its end.
         usage: Token counts of the engine, if it told them, by the names of completions.
         error: Error object of the first event that held one.
-        garbled: Whether the data of an event was no JSON object.
+        garbled: Whether the data of an event was no JSON object in UTF-8.
     """
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES, *, apart: bool = False) -> None:
@@ -166,6 +177,7 @@ class StreamReader:
         steps = 0
         self.sequences = []
         for data, name in events:
+            self.garbled = self.garbled or not _is_text(data)
             if whole and not name and _is_plain(data):
                 self.events += 1
                 steps += 1

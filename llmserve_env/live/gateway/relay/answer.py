@@ -109,7 +109,8 @@ class Answer:
         chunk = await response.content.readany()
         if chunk:
             self.began = True
-            self._gateway.got(self._passage)
+            if not chunk.isspace():  # which some proxies send while they wait
+                self._gateway.got(self._passage)
         return chunk
 
     async def _stream(self, response: aiohttp.ClientResponse, first: bytes, headers: Headers) -> None:
@@ -118,7 +119,13 @@ class Answer:
         if await self._begin(response, first, headers):
             read, got, part = response.content.readany, gateway.got, self._part
             while chunk := await read():  # here nearly all of a gateway's time goes
-                got(passage, reader.feed(chunk), reader.sequences)
+                events = reader.events
+                if came := reader.feed(chunk):
+                    got(passage, came, reader.sequences)
+                elif reader.events > events or reader.within_event:
+                    got(passage)
+                if reader.garbled and reader.error is None:
+                    raise _no_completion()
                 if whole := reader.whole:
                     await part(whole)
             got(passage, reader.finish(), reader.sequences)
@@ -142,12 +149,15 @@ class Answer:
         untold, of = 0, list[int]()  # pieces of the answer that are not counted yet, and their sequences
         while more:
             chunk = first or await response.content.readany()
-            first, more = b"", bool(chunk)
+            first, more, events = b"", bool(chunk), reader.events
             untold += reader.feed(chunk) if chunk else reader.finish()
             of += reader.sequences
+            if more and reader.garbled and reader.error is None:
+                raise _no_completion()
             held += reader.whole
             self.began = self.began or more
-            gateway.got(passage)
+            if reader.events > events or reader.within_event:  # comments are sent while an engine hangs
+                gateway.got(passage)
             self._check(untold, proving)
             if proving and (untold >= _PROOF_PIECES or len(held) >= _PROOF_BYTES):
                 gateway.proven(passage)
@@ -261,7 +271,7 @@ def _refusal(passage: Passage, response: aiohttp.ClientResponse, body: bytes) ->
         message = "The upstream does not take the gateway's key"
         return UpstreamFailed(Refused(502, message, "key refused"))
     reason = f"http {status}"
-    if status < 400:
+    if not 400 <= status <= 599:  # neither an answer nor an error
         return UpstreamFailed(Refused(502, f"The upstream answered with HTTP {status}", reason))
     headers = passed_on(_raw(response), b"content-length", b"content-type") + JSON
     told = response.headers.get("retry-after")

@@ -117,13 +117,12 @@ class Answer:
         """Pass a stream on, whole events only, each when it comes."""
         gateway, passage, reader = self._gateway, self._passage, self._reader
         if await self._begin(response, first, headers):
-            read, got, part, events = response.content.readany, gateway.got, self._part, reader.events
+            read, got, part = response.content.readany, gateway.got, self._part
             while chunk := await read():  # here nearly all of a gateway's time goes
-                steps = reader.feed(chunk)
-                if reader.events != events:
-                    events = reader.events
-                    got(passage, steps, reader.sequences)
-                elif reader.within_event:  # comments are no progress: proxies send them while an engine hangs
+                events = reader.events
+                if came := reader.feed(chunk):
+                    got(passage, came, reader.sequences)
+                elif reader.events > events or reader.within_event:
                     got(passage)
                 if reader.garbled and reader.error is None:
                     raise _no_completion()
@@ -153,12 +152,12 @@ class Answer:
             first, more, events = b"", bool(chunk), reader.events
             untold += reader.feed(chunk) if chunk else reader.finish()
             of += reader.sequences
-            held += reader.whole
-            self.began = self.began or more
-            if reader.events != events or reader.within_event:
-                gateway.got(passage)
             if more and reader.garbled and reader.error is None:
                 raise _no_completion()
+            held += reader.whole
+            self.began = self.began or more
+            if reader.events > events or reader.within_event:  # comments are sent while an engine hangs
+                gateway.got(passage)
             self._check(untold, proving)
             if proving and (untold >= _PROOF_PIECES or len(held) >= _PROOF_BYTES):
                 gateway.proven(passage)

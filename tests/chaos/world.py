@@ -50,7 +50,7 @@ class World:
         fds = _fds()
         tasks = asyncio.all_tasks()
         phases = self.schedule.phases
-        async with Service(self.schedule.upstreams) as self.service:
+        async with Service(self.schedule.upstreams, steered=True) as self.service:
             probing = asyncio.create_task(self._probe())
             await self._phases(phases[: len(phases) // 2])
             await self._rest()
@@ -154,8 +154,11 @@ class World:
         kept = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, OF_REQUESTS))
         if kept:
             self._note(f"at rest: {kept} are kept")
-        if self.service.steering.done():
-            self._note(f"no windows any more: {self.service.steering!r}")
+        history = self.service.history
+        if self.service.steering.done() or history.decisions.total() != history.windows:
+            self._note(f"{history.windows} windows, decisions {history.decisions}: {self.service.steering!r}")
+        if history.last is None or history.last.by == "fallback":
+            self._note(f"at rest: the agent is not trusted: {history.last}")
         for replica in self.service.deployment.telemetry.replicas:
             if replica.error is not None or replica.stale(loop.time()):
                 self._note(f"at rest: no metrics of {replica.url}: {replica.error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +223,13 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.np_random = generator
 
     def _info(self) -> dict[str, Any]:
-        return self.batch.info()
+        # A control that is not set is infinite here, as in an ACTION record: libraries that stack infos want
+        # numbers of one type.
+        info = self.batch.info()
+        info["action"] = {
+            name: math.inf if value is None else value for name, value in info["action"].items()
+        }
+        return info
 
 
 def _control_table() -> str:

@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import nn
 from torch.distributions import Categorical
+from tqdm import trange
 
 import llmserve_env  # noqa: F401 - registers the ids
 
@@ -51,7 +52,8 @@ def main(arguments: Arguments) -> list[float]:
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=1e-3)
     scores: list[float] = []
     observations = torch.from_numpy(env.reset(seed=arguments.seed)[0])
-    for _ in range(arguments.steps // (arguments.envs * arguments.rollout)):
+    print(f"learning {arguments.task_id} from {arguments.steps} windows", flush=True)
+    for _ in trange(arguments.steps // (arguments.envs * arguments.rollout), unit="update"):
         log_probs, entropies, values, rewards, goes_on = [], [], [], [], []
         for _ in range(arguments.rollout):
             heads = [Categorical(logits=part) for part in actor(observations).split(sizes, dim=1)]

@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import nn
 from torch.nn import functional
+from tqdm import trange
 
 from llmserve_env.commands.dataset import dataset
 
@@ -45,6 +46,7 @@ def main(arguments: Arguments) -> dict[str, float]:
     """Record, clone, play; returns the teacher's and the clone's scores and how often they agree."""
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.out or Path(folder)
+        print(f"recording {arguments.episodes} episodes of {arguments.agent}, then cloning it", flush=True)
         name = f"llmserve/{arguments.task_id}/{arguments.agent}-v0"
         dataset(
             task=arguments.task_id, agent=arguments.agent, episodes=arguments.episodes, name=name, out=out
@@ -61,7 +63,7 @@ def clone(data: minari.MinariDataset, epochs: int) -> dict[str, float]:
     sizes = data.action_space.nvec.tolist()
     network = nn.Sequential(nn.Linear(seen.shape[1], 64), nn.Tanh(), nn.Linear(64, sum(sizes)))
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for _ in range(epochs):
+    for _ in trange(epochs, unit="epoch"):
         for part in torch.randperm(len(seen)).split(256):
             heads = network(seen[part]).split(sizes, dim=1)
             loss = sum(functional.cross_entropy(head, done[part, i]) for i, head in enumerate(heads))

@@ -43,6 +43,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Train, and print the mean reward of a window, which is the score of episodes."""
+    print(f"starting Ray ({arguments.ray}), then {arguments.iterations} iterations", flush=True)
     local = {"include_dashboard": False} if arguments.ray == "local" else {}  # it takes longer than a lesson
     ray.init(arguments.ray, log_to_driver=False, logging_level="ERROR", **local)
     config = (

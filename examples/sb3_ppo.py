@@ -63,8 +63,9 @@ def main(arguments: Arguments) -> tuple[PPO, list[float]]:
         seed=arguments.seed,
         device="cpu",
     )
+    print(f"learning {arguments.task_id} from {arguments.steps} windows", flush=True)
     scores = [score(model, arguments.task_id, 1_000_000, 8)]
-    model.learn(arguments.steps)
+    model.learn(arguments.steps, progress_bar=True)
     scores.append(score(model, arguments.task_id, 1_000_000, 8))
     print(f"score {scores[0]:.3f} before, {scores[1]:.3f} after {model.num_timesteps} windows")
     return model, scores

@@ -32,13 +32,13 @@ class Figure:
         kind: what its number is: a sum over the window (count), the state at its end (gauge), a mean or a
             percentile over it, or its place in time (time).
         group: group of figures, which a task has or not.
-        unit: unit of the number.
+        unit: unit of the number, if it has one.
         axes: axes of an array: "tenant", "tier", or both.
     """
 
     kind: Literal["count", "gauge", "mean", "percentile", "time"]
     group: str
-    unit: str
+    unit: str = ""
     axes: tuple[str, ...] = ()
 
 

@@ -121,7 +121,7 @@ class Rewards:
         return rewards
 
 
-@entry
+@entry("a few seconds")
 def _add(digest: int) -> Callable[..., None]:
     """Compiled `Rewards.add`."""
 
@@ -143,7 +143,7 @@ def _add(digest: int) -> Callable[..., None]:
     return _add
 
 
-@entry
+@entry("a few seconds")
 def _fill(digest: int) -> Callable[..., None]:
     """Compiled `Rewards.of`."""
 

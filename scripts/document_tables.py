@@ -57,10 +57,8 @@ def figures() -> list[str]:
     rows = ["| figure | group | kind | unit | axes | meaning |", "|---|---|---|---|---|---|"]
     meanings = figure_meanings()
     for name, figure in FIGURES.items():
-        axes = ", ".join(figure.axes) or "–"
-        rows.append(
-            f"| `{name}` | {figure.group} | {figure.kind} | {figure.unit} | {axes} | {meanings[name]} |"
-        )
+        unit, axes = figure.unit or "–", ", ".join(figure.axes) or "–"
+        rows.append(f"| `{name}` | {figure.group} | {figure.kind} | {unit} | {axes} | {meanings[name]} |")
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from llmserve_env.backend import FIGURES, MAX_TENANTS, WINDOW, figure_meanings
 from llmserve_env.controls import CONTROLS
 from llmserve_env.errors import InputError
 from llmserve_env.observation import FEATURES, TENANT_SLOTS, Observer, Reader, feature_names, features
+from llmserve_env.observation.features import distinct
 from llmserve_env.recording import record_bytes
 from llmserve_env.schema import EXTRA_GROUPS, GROUPS
 from llmserve_env.tasks import load_task
@@ -152,3 +154,9 @@ def test_a_digest_holds_the_figures_of_the_groups_alone():
     count = sum(figure.group == "memory" for figure in FIGURES.values())
     assert len(record_bytes(windows[0], memory)) == 8 * count
     assert len(record_bytes(windows[0], TASK)) < WINDOW.itemsize
+
+
+def test_two_features_of_one_name_are_refused_with_what_both_read():
+    one = FEATURES[0]
+    with pytest.raises(ValueError, match=rf"called {one.name}: of .*{one.reads[0]}.* and another_control"):
+        distinct((*FEATURES, replace(one, reads=("another_control",))))

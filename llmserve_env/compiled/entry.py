@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from numba import config
@@ -28,11 +29,13 @@ class Entry:
 
     Args:
         factory: makes the Python function for the digest that it has to name.
+        duration: about how long it takes to compile, for people.
     """
 
-    def __init__(self, factory: Callable[[int], Callable[..., Any]]) -> None:
+    def __init__(self, factory: Callable[[int], Callable[..., Any]], duration: str) -> None:
         self.__doc__, self.__module__ = factory.__doc__, factory.__module__
         self._factory = factory
+        self._duration = duration
         self._lock = threading.Lock()
         self._run: Callable[..., Any] = self._first
 
@@ -57,7 +60,7 @@ class Entry:
         with self._lock:
             if self._run == self._first:
                 dispatcher, kept = self._dispatcher()
-                with _told(self._factory.__name__, kept), _no_collection():
+                with _told(self._factory.__name__, self._duration, kept), _no_collection():
                     dispatcher.compile(tuple(dispatcher.typeof_pyval(arg) for arg in args))
                 self._run = dispatcher
         return self._run(*args)
@@ -74,17 +77,21 @@ class Entry:
         return dispatcher, f"kept in {dispatcher.stats.cache_path}"
 
 
-def entry(factory: Callable[[int], Callable[..., Any]]) -> Entry:
-    """Decorates a function that takes a digest and returns the one to compile, which must name the digest."""
-    return Entry(factory)
+def entry(duration: str) -> Callable[[Callable[[int], Callable[..., Any]]], Entry]:
+    """Decorates a function that takes a digest and returns the one to compile, which must name the digest.
+
+    Args:
+        duration: about how long it takes to compile, for people.
+    """
+    return partial(Entry, duration=duration)
 
 
 @contextmanager
-def _told(name: str, kept: str) -> Iterator[None]:
+def _told(name: str, duration: str, kept: str) -> Iterator[None]:
     """Say what is going on where it takes longer than somebody waits without wondering."""
 
     def tell() -> None:
-        text = f"llmserve: compiling the simulator ({name}), some 15 s, once on this machine; {kept}"
+        text = f"llmserve: compiling the simulator ({name}), {duration}, once on this machine; {kept}"
         if sys.stderr is not None:  # print would take stdout
             print(text, file=sys.stderr, flush=True)
 

@@ -13,6 +13,7 @@ import llvmlite
 import numba
 import numpy as np
 from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +72,8 @@ def _text(name: str, value: Any) -> str:
     """Text of a constant, equal for equal ones and for no others."""
     if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in ("math", "numpy"):
         return value.__name__
+    if isinstance(value, _Intrinsic) and value._defn.__module__ == f"{__package__}.atomic":
+        return f"{value!r}"  # the file is in the digest
     if isinstance(value, type) and hasattr(value, "_fields"):
         return f"{value.__qualname__}{value._fields}"
     if isinstance(value, tuple):

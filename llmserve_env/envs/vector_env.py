@@ -14,7 +14,7 @@ from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed, op
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.rewards import COMPONENTS
-from llmserve_env.sim.simulator import checked_threads
+from llmserve_env.sim.kernel import checked_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -269,27 +269,6 @@ def tensor_parallel(fitted: Fit, base: Model, model: Model, count: int, source: 
     )
 
 
-def dense_factors(
-    latency: Latency, base: dict[str, dict[int, float]], quantized: dict[str, dict[int, float]]
-) -> dict[int, float]:
-    """What another weight precision multiplies dense times by, at each point's tokens.
-
-    The whole difference between the two predictions is put down to the dense layers: attention, the cache and
-    the LM head stay in bf16.
-
-    Args:
-        latency: bf16 on that GPU.
-        base: bf16 points of one engine.
-        quantized: the same engine's points with quantized weights.
-    """
-    factors = {}
-    for kind in ("decode", "prefill"):
-        for tokens in sorted(base[kind].keys() & quantized[kind].keys()):
-            dense = np.interp(tokens, latency.dense_tokens, latency.dense_us) * 1e-3
-            factors[tokens] = float(1 + (quantized[kind][tokens] - base[kind][tokens]) / dense)
-    return factors
-
-
 def fit_error(latency: Latency, predictions: Predictions) -> FitError:
     """How far iterations put together again are from the predicted ones, by regime."""
     decode = [

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llmserve_env.hardware.constants import constants
-from llmserve_env.hardware.profile import Model, Profile, Record, Source, Tier, TierName, Tiers
+from llmserve_env.hardware.profile import Model, Record, Source, Tier, TierName, Tiers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,12 +74,6 @@ def tiers_for(gpu: str, model: Model, bf16_source: str) -> Tiers:
                 source=f"{factors.format}; {assumed}{factors.source}; quality: {score.source}",
             )
     return Tiers(**tiers)
-
-
-def with_tiers(profile: Profile) -> Profile:
-    """The profile with all precisions that factors are known for on its GPU."""
-    tiers = tiers_for(profile.gpu.name, profile.model, profile.tiers.FP16.source)
-    return profile.model_copy(update={"tiers": tiers})
 
 
 def linear_parameters(model: Model) -> int:

@@ -351,14 +351,29 @@ def _settings(spec: ControlSpec) -> list[Feature]:
     ]
 
 
-FEATURES: tuple[Feature, ...] = (
-    *_CELL,
-    *(feature for spec in SPECS.values() for feature in _settings(spec)),
-    *(
-        replace(each, name=f"tenant_{slot}_{each.name}", meaning=f"tenant {slot}: {each.meaning}", slot=slot)
-        for slot in range(TENANT_SLOTS)
-        for each in _TENANT
-    ),
+def distinct(features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+    """The features, of which no two have one name: policies read them by it."""
+    first: dict[str, Feature] = {}
+    for feature in features:
+        other = first.setdefault(feature.name, feature)
+        if other is not feature:
+            of = " and ".join(f"{', '.join(each.reads)} ({each.meaning})" for each in (other, feature))
+            raise ValueError(f"two features are called {feature.name}: of {of}")
+    return features
+
+
+FEATURES: tuple[Feature, ...] = distinct(
+    (
+        *_CELL,
+        *(feature for spec in SPECS.values() for feature in _settings(spec)),
+        *(
+            replace(
+                each, name=f"tenant_{slot}_{each.name}", meaning=f"tenant {slot}: {each.meaning}", slot=slot
+            )
+            for slot in range(TENANT_SLOTS)
+            for each in _TENANT
+        ),
+    )
 )
 """All features in order: of the cell, of what is set, of the tenants. The slots of tenants that a task does
 not have are 0."""

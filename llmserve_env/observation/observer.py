@@ -131,7 +131,7 @@ def _places(feature: Feature, names: Sequence[str], tenants: int) -> list[int]:
     return places
 
 
-@entry
+@entry("a few seconds")
 def _fill(digest: int) -> Callable[..., None]:
     """Compiled `Observer.of`; sums, float64[2, _ROWS], is room for what features read."""
 

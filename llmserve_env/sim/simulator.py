@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -43,7 +42,10 @@ from llmserve_env.sim.tables import (
     cost_of,
     empty_slots,
     idle_engines,
+    idle_window,
     prefix_tokens_of,
+    set_link,
+    set_switching,
     shortest_wait_ps,
     small_ids,
     tenant_rows,
@@ -121,7 +123,7 @@ class SimulatorBatch:
         if not workloads:
             raise InputError("expected at least one", field="workloads")
         self.profile = profile
-        self.threads = checked_threads(threads)
+        self.threads = kernel.checked_threads(threads)
         self._tenants = workloads[0].tenants
         self._records: Batch | None = None
         self.tenants, self._accept, drafting = tenant_rows(workloads[0])
@@ -147,7 +149,9 @@ class SimulatorBatch:
             raise InputError(f"expected 1..{engines - 1}, found {prefill_engines}", field="prefill_engines")
         self.cells["burst_ps"] = round(constants().admission.burst_s * PS_PER_S)
         self.cells["shortest_wait_ps"] = shortest_wait_ps(self.tenants)
-        self._set_switching()
+        set_switching(self.cells, profile)
+        self._no_split = set_link(self.cells, profile, engines)
+        self.cells["can_split"] = not self._no_split
         self._prefix_tokens = prefix_tokens_of(workloads) if prefix_cache else 0
         self.cells["blocks_per_id"] = self._prefix_tokens // BLOCK_TOKENS
         self.slots = np.zeros(self.engines.size, SLOTS)
@@ -255,34 +259,6 @@ class SimulatorBatch:
         self._over[episode] = False
         self._start(episode)
 
-    def _set_switching(self) -> None:
-        shared, profile = constants(), self.profile
-        self.cells["restart_ps"] = round(shared.switching.restart_s * PS_PER_S)
-        for index, name in enumerate(TIERS):
-            tier = profile.tier(name)
-            if tier is not None:
-                load_s = tier.weight_bytes / (shared.switching.weight_load_gb_per_s * 1e9)
-                self.cells["load_ps"][:, index] = round(load_s * PS_PER_S)
-                self.cells["weight_bytes"][:, index] = tier.weight_bytes
-                self.cells["has_tier"][:, index] = True
-        self._no_split = self._set_link()
-        self.cells["can_split"] = not self._no_split
-
-    def _set_link(self) -> str:
-        """Set what a KV transfer takes; returns why the cell cannot split, "" if it can."""
-        if self.engines.shape[1] == 1:
-            return "a cell of one engine cannot be split"
-        gpu = self.profile.gpu
-        try:
-            link = constants().kv_link(gpu.name)
-        except InputError as error:
-            return str(error)
-        latency_s = link.duration_s(0)
-        token_s = link.duration_s(self.profile.model.kv_bytes_per_token, gpu.count) - latency_s
-        self.cells["transfer_latency_ps"] = round(latency_s * PS_PER_S)
-        self.cells["transfer_ps_per_token"] = round(token_s * PS_PER_S)
-        return ""
-
     def _start(self, episode: int) -> None:
         """Put a cell in the configuration that it starts with, at no cost."""
         engines, cell, action = self.engines[episode], self.cells[episode], self._own_action
@@ -297,14 +273,7 @@ class SimulatorBatch:
         roles = np.where(np.arange(len(engines)) < cell["prefill_engines"], PREFILL, DECODE)
         engines["role"] = engines["next_role"] = roles if cell["split"] else COLOCATED
         engines["tier"] = engines["next_tier"] = cell["tier"]
-        window: Any = np.zeros(1, WINDOW)[0]
-        for name in ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "p50_gap_s", "p99_gap_s"):
-            window[name] = np.nan
-        window["engines_up"] = len(engines)
-        window["engines_tier"][cell["tier"]] = len(engines)
-        window["engines_split"] = len(engines) * cell["split"]
-        window["gpu_memory_gb"] = len(engines) * cell["weight_bytes"][cell["tier"]] / 1e9
-        self.windows[episode] = window
+        self.windows[episode] = idle_window(cell, len(engines))
 
     def not_applied(self, action: ServeAction) -> dict[str, str]:
         """Fields of an action that have no effect on these cells, with the reason."""
@@ -387,10 +356,7 @@ class SimulatorBatch:
         batch = self._records
         if not actions.flags.carray:
             actions = np.array(actions)  # the kernel is compiled for one layout
-        if self.threads == 1 or len(self.cells) == 1:
-            kernel.serve(batch, actions, start_ps, until_ps, 0, len(self.cells))
-        else:
-            kernel.serve_on_threads(self.threads, batch, actions, start_ps, until_ps)
+        kernel.serve_batch(batch, actions, start_ps, until_ps)
         return self.windows
 
     def _batch(self) -> Batch:
@@ -417,6 +383,10 @@ class SimulatorBatch:
             transfers=self.transfers,
             retries=self.retries,
             cost=self._cost,
+            actions=np.zeros(episodes, ACTION),
+            start_ps=np.zeros(episodes, np.int64),
+            until_ps=np.zeros(episodes, np.int64),
+            board=kernel.new_board(min(self.threads, episodes), episodes),
         )
 
     def serve_each(self, actions: Sequence[ServeAction], window_s: float) -> list[WindowRecord]:
@@ -489,16 +459,3 @@ class Simulator:
     def outcomes(self) -> Outcomes:
         """What became of each request so far."""
         return self.batch.outcomes_of(0)
-
-
-def checked_threads(threads: int | None) -> int:
-    """A number of threads, at least one; None: as many as this process has cores.
-
-    Raises:
-        InputError: it is less than 1.
-    """
-    if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads < 1:
-        raise InputError(f"expected 1 or more, found {threads}", field="threads")
-    return threads

@@ -100,6 +100,7 @@ ENGINE = np.dtype(
         ("tier", np.int64),
         ("reload_ps", np.int64),  # length of the reload that follows the drain
         ("next_tier", np.int64),
+        ("forbidden", np.int64),  # changes of condition that were tried and are none: a fault of the kernel
         # longest batches, for the worst gap between a request's tokens
         ("batches", np.int64),  # scheduled so far
         ("gaps_head", np.int64),
@@ -308,6 +309,10 @@ class Batch(NamedTuple):
     transfers: NDArray[np.void]  # TIMER[n], as requests; none where there is one engine
     retries: NDArray[np.void]  # TIMER[n]; none where nobody comes back
     cost: Cost
+    actions: NDArray[np.void]  # ACTION[episode], of the window that is served
+    start_ps: NDArray[np.int64]  # [episode]: where that window starts
+    until_ps: NDArray[np.int64]  # [episode]: where it ends; negative: the episode is left alone
+    board: NDArray[np.int64]  # what the threads tell each other (kernel.serve)
 
 
 class Service(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmserve_env.backend import MAX_TENANTS
+from llmserve_env.backend import MAX_TENANTS, WINDOW
 from llmserve_env.errors import InputError
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.latency import compile_latency
@@ -31,6 +31,7 @@ from llmserve_env.sim.state import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -160,3 +161,45 @@ def block_records(
         np.zeros((engines, blocks if shared else 0), NODE),
         np.zeros((engines, table), PLACE),
     )
+
+
+def idle_window(cell: Any, engines: int) -> NDArray[np.void]:
+    """WINDOW of a cell in which nothing has happened yet, as its record CELL says."""
+    window: Any = np.zeros(1, WINDOW)[0]
+    for name in ("mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "p50_gap_s", "p99_gap_s"):
+        window[name] = np.nan
+    window["engines_up"] = engines
+    window["engines_tier"][cell["tier"]] = engines
+    window["engines_split"] = engines * cell["split"]
+    window["gpu_memory_gb"] = engines * cell["weight_bytes"][cell["tier"]] / 1e9
+    found: NDArray[np.void] = window
+    return found
+
+
+def set_switching(cells: NDArray[np.void], profile: Profile) -> None:
+    """Set in CELL[n] what a change of precision takes."""
+    shared = constants()
+    cells["restart_ps"] = round(shared.switching.restart_s * PS_PER_S)
+    for index, name in enumerate(TIERS):
+        tier = profile.tier(name)
+        if tier is not None:
+            load_s = tier.weight_bytes / (shared.switching.weight_load_gb_per_s * 1e9)
+            cells["load_ps"][:, index] = round(load_s * PS_PER_S)
+            cells["weight_bytes"][:, index] = tier.weight_bytes
+            cells["has_tier"][:, index] = True
+
+
+def set_link(cells: NDArray[np.void], profile: Profile, engines: int) -> str:
+    """Set in CELL[n] what a KV transfer takes; returns why a cell cannot split, "" if it can."""
+    if engines == 1:
+        return "a cell of one engine cannot be split"
+    gpu = profile.gpu
+    try:
+        link = constants().kv_link(gpu.name)
+    except InputError as error:
+        return str(error)
+    latency_s = link.duration_s(0)
+    token_s = link.duration_s(profile.model.kv_bytes_per_token, gpu.count) - latency_s
+    cells["transfer_latency_ps"] = round(latency_s * PS_PER_S)
+    cells["transfer_ps_per_token"] = round(token_s * PS_PER_S)
+    return ""

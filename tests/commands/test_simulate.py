@@ -163,7 +163,7 @@ def test_settings_reach_the_engines(tmp_path):
     )
     assert simulate(tmp_path, *args.split(), "--json", str(tmp_path / "out.json")) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["cell"] == {
+    given = {
         "engines": 3,
         "tensor_parallel_size": 1,
         "max_num_seqs": 64,
@@ -177,6 +177,7 @@ def test_settings_reach_the_engines(tmp_path):
         "admission_rate": 5.5,
         "prefix_cache": False,
     }
+    assert found["cell"].items() >= given.items()
     assert found["speculation"]["drafted_tokens"] > 0
     assert found["prefix_cache"]["cached_tokens"] == 0
 

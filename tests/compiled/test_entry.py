@@ -30,11 +30,11 @@ def test_a_copy_of_an_entry_is_the_entry(copied):
 
 def test_where_there_is_no_stderr_nothing_is_told_on_stdout(monkeypatch, capsys):
     monkeypatch.setattr(threading, "Timer", Now)
-    with _told("serve", "kept"):
+    with _told("serve", "some 15 s", "kept"):
         pass
     assert "compiling" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", None)
-    with _told("serve", "kept"):
+    with _told("serve", "some 15 s", "kept"):
         pass
     assert capsys.readouterr().out == ""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from llmserve_env.hardware.constants import constants
 from llmserve_env.hardware.latency import compile_latency, iteration_time
-from llmserve_env.hardware.predictions import dense_factors, read_points
+from llmserve_env.hardware.predictions import read_points
 from llmserve_env.hardware.profile import TIERS, list_profiles, load_profile
-from llmserve_env.hardware.tiers import linear_parameters, tier_factors, tiers_for, with_tiers
+from llmserve_env.hardware.tiers import linear_parameters, tier_factors, tiers_for
 
 MEASURED = {
     ("INT8", "NVIDIA H100 80GB HBM3"): ("h100-llama-3.1-8b", "h100_sxm", "vllm", "fp8"),
@@ -36,7 +37,7 @@ def test_every_profile_has_three_tiers_of_falling_size_and_quality(name):
 @pytest.mark.parametrize("name", list_profiles())
 def test_profiles_have_the_tiers_of_the_data_file(name):
     profile = load_profile(name)
-    assert with_tiers(profile) == profile
+    assert tiers_for(profile.gpu.name, profile.model, profile.tiers.FP16.source) == profile.tiers
 
 
 def test_embedding_and_head_stay_in_bf16():
@@ -70,6 +71,25 @@ def test_fewer_bits_help_small_batches_and_weight_only_int4_hurts_prefill(name):
     assert prefill[2] > prefill[0]
     if not name.startswith("a100"):  # which has no 8-bit floating point: its INT8 is weight-only
         assert prefill[1] < prefill[0]
+
+
+def dense_factors(latency, base, quantized):
+    """What another weight precision multiplies dense times by, at each point's tokens.
+
+    The whole difference between the two predictions is put down to the dense layers: attention, the cache and
+    the LM head stay in bf16.
+
+    Args:
+        latency: bf16 on that GPU.
+        base: bf16 points of one engine.
+        quantized: the same engine's points with quantized weights.
+    """
+    factors = {}
+    for kind in ("decode", "prefill"):
+        for tokens in sorted(base[kind].keys() & quantized[kind].keys()):
+            dense = np.interp(tokens, latency.dense_tokens, latency.dense_us) * 1e-3
+            factors[tokens] = float(1 + (quantized[kind][tokens] - base[kind][tokens]) / dense)
+    return factors
 
 
 @pytest.mark.needs_shared

@@ -56,10 +56,10 @@ def test_no_reward_can_leave_the_declared_range(scripts):
     assert manifest.reward.range == (0.0, longest)
 
 
-def test_the_plan_sets_every_control_and_reaches_the_end(scripts):
+def test_the_plan_changes_what_it_sets_and_reaches_the_end(scripts):
     _, plan = scripts.checkout.read_manifest(ROOT)
     actions = [llmserve_env.ServeAction.model_validate(action) for action in plan.actions]
-    for control in llmserve_env.ServeAction.model_fields:
+    for control in set().union(*plan.actions):
         assert len({getattr(action, control) for action in actions}) > 1, control
     task = llmserve_env.load_task(plan.reset.options["task_id"], horizon_s=plan.reset.options["horizon_s"])
     assert task.windows == len(actions)

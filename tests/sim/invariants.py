@@ -86,6 +86,7 @@ class _Engine:
         self.e = {name: batch.engines[episode, index][name] for name in batch.engines.dtype.names}
         self.e |= {name: batch.slots[self.g][name] for name in batch.slots.dtype.names}
         assert self.e["row"] == self.g
+        assert self.e["forbidden"] == 0, "no condition was to change in a way that the table does not know"
         self.low = batch._first[episode]
         self.high = self.low + batch.cells["requests"][episode]
         self.episode = episode

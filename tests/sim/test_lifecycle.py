@@ -15,7 +15,7 @@ ALLOWED = {(UP, DRAINING), (DRAINING, RELOADING), (RELOADING, UP)}
 
 
 def engine(condition, **fields):
-    changing = {"role": DECODE, "tier": 0, "next_role": PREFILL, "next_tier": 2}
+    changing = {"forbidden": 0, "role": DECODE, "tier": 0, "next_role": PREFILL, "next_tier": 2}
     return SimpleNamespace(condition=condition, **{**changing, **fields})
 
 
@@ -24,7 +24,7 @@ def engine(condition, **fields):
 def test_a_condition_changes_only_where_the_table_allows_it(start, end):
     e = engine(start)
     lifecycle.move.py_func(e, end)
-    assert e.condition == (end if (start, end) in ALLOWED else start)
+    assert (e.condition, e.forbidden) == ((end, 0) if (start, end) in ALLOWED else (start, 1))
 
 
 def test_every_table_has_a_row_for_every_condition():

@@ -15,9 +15,10 @@ running sequences. tests/alignment holds the same scheduler written plainly, and
 by request.
 
 From below: timing, calendar, blocks, sequences, queue, clients, lifecycle, batches, scheduler, routing,
-cell, record, serve.
+cell, record, serve, threads.
 """
 
-from llmserve_env.sim.kernel.serve import serve, serve_on_threads
+from llmserve_env.sim.kernel.serve import serve
+from llmserve_env.sim.kernel.threads import checked_threads, new_board, serve_batch
 
-__all__ = ["serve", "serve_on_threads"]
+__all__ = ["checked_threads", "new_board", "serve", "serve_batch"]

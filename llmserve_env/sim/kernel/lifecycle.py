@@ -1,6 +1,7 @@
 """The conditions of an engine, and what it is and will be in each.
 
-A condition changes only in `move`, along TRANSITIONS:
+A condition changes only in `move`, along TRANSITIONS. An engine's `forbidden` counts the attempts at any
+other change, of which there must be none:
 
     UP ──drain──▶ DRAINING ──its last sequence has ended──▶ RELOADING ──weights and role are there──▶ UP
 """
@@ -23,9 +24,11 @@ LOADED = np.array([True, True, False])
 
 @part
 def move(e, condition):
-    """Change an engine's condition, where the table allows it."""
+    """Change an engine's condition, where the table allows it, and count what it does not."""
     if TRANSITIONS[e.condition, condition]:
         e.condition = condition
+    else:
+        e.forbidden += 1
 
 
 @part

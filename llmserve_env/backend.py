@@ -244,12 +244,15 @@ class Backend(Protocol):
         unmeasured: fields of a `ServeObservation` that the last window's records do not tell, or not quite,
             with what they hold instead; empty where everything is measured.
         stale: why the last window's records cannot be trusted, None if they can.
+        excused: requests of the last window that were late, or failed, because what serves was silent, which
+            says nothing of the action in force.
     """
 
     windows: NDArray[np.void]
     workloads: list[Workload]
     replayable: bool
     stale: str | None
+    excused: int
 
     @property
     def unmeasured(self) -> Mapping[str, str]:

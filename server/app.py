@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from llmserve_env.episode import prepare
-from llmserve_env.errors import InputError
+from llmserve_env.errors import InputError, missing_package
+from llmserve_env.net.connections import room_for
 from llmserve_env.net.sockets import listen
 from server.settings import Settings
 
@@ -52,8 +55,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     from server.messages.models import ServiceAction, ServiceObservation, ServiceState
     from server.service import Service
     from server.wire import http, ws
-    from server.wire.bodies import BodyLimit
     from server.wire.mcp import mount_mcp
+    from server.wire.protection import protect
 
     service = Service(settings)
     factory = partial(ServeEnvironment, service)
@@ -81,7 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_websocket_route("/ws", websocket)
 
     errors.add_handlers(app)
-    app.add_middleware(BodyLimit, most=settings.max_body_bytes, other_json=("/mcp",))
+    protect(app, service)
     app.state.service = service
     _run_with(app, service)
     service.answer_mcp = mount_mcp(app, service).answer
@@ -116,22 +119,30 @@ def _run_with(app: FastAPI, service: Service) -> None:
 
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C; requests under way are answered first."""
-    import uvicorn
-
     settings = tyro.cli(Settings, prog="python -m server.app", description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request to an endpoint
     sys.setswitchinterval(5e-4)  # a replay in a thread holds up everybody else's steps for as long
     try:
+        if settings.mode == "real" and not settings.is_local:
+            _check_key(settings)
+        import uvicorn
+
+        from llmserve_env.net.protocols import bounded
+
         app = create_app(settings)
         prepare()  # who is told that the server listens is not to wait for a compilation
         sockets = [listen(settings.host, port) for port in settings.ports]
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: {missing_package(error)}") from None
     for listening in sockets:
         print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
+    limits = settings.connections
     config = uvicorn.Config(
         app,
+        **bounded(replace(limits, max_connections=room_for(limits.max_connections))),
         log_level="warning",
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,  # costs more than it spares on one machine
@@ -152,12 +163,22 @@ def main() -> None:
     # uvicorn raises the signal again when it is done, which is the end that was asked for.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
+    gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
     Server(config).run(sockets=sockets)
+
+
+def _check_key(settings: Settings) -> None:
+    if settings.key is None:
+        reason = "expected a key (or LLMSERVE_API_KEY): in mode real whoever can connect loads the engines"
+        raise InputError(reason, field="api_key")
 
 
 def __getattr__(name: str) -> Any:
     if name == "app":  # made when an ASGI server asks for it, and not for `main`, which has other settings
-        globals()["app"] = create_app()
+        settings = Settings(allowed_host=("*",))  # only that server knows who can connect
+        if settings.mode == "real":
+            _check_key(settings)
+        globals()["app"] = create_app(settings)
         return globals()["app"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

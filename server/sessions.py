@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from llmserve_env.tasks import Task
     from server.settings import Settings
 
+_log = logging.getLogger(__name__)
 _BEFORE_RESET = "no episode has begun: reset first"
 
 
@@ -206,6 +208,7 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
+        self._most = settings.max_live_sessions if settings.mode == "real" else settings.max_sessions
         self._make_episode = make_episode
         self._clock = clock
         self._open: dict[str, Session] = {}
@@ -214,20 +217,30 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, *, session_id: str | None = None) -> Session:
-        """A new session.
-
-        Args:
-            session_id: its name, for one that is restored (default: one that cannot be guessed).
+    def open(self) -> Session:
+        """A new session, of a name that cannot be guessed.
 
         Raises:
             AtCapacity: there is no room.
         """
-        if len(self._open) >= self._settings.max_sessions:
+        if self.full:
             self._make_room()
-        session = Session(session_id or secrets.token_urlsafe(24), self._make_episode, self._clock)
-        self._open[session.id] = session
+        session = self.make(secrets.token_urlsafe(24))
+        self.add(session)
         return session
+
+    def make(self, session_id: str) -> Session:
+        """A session of a name that is not open yet: one that is being restored."""
+        return Session(session_id, self._make_episode, self._clock)
+
+    def add(self, session: Session) -> None:
+        """Open a session that was made."""
+        self._open[session.id] = session
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many as there may be."""
+        return len(self._open) >= self._most
 
     def get(self, session_id: str) -> Session:
         """The session of a name.
@@ -247,17 +260,22 @@ class Sessions:
         """End a session and free what it holds; one that has ended already stays so."""
         if self._open.pop(session.id, None) is None:
             return
-        session.close()
-        self.on_close(session)
-        if session.hang_up is not None:
-            session.hang_up()
+        try:
+            session.close()
+        finally:
+            self.on_close(session)
+            if session.hang_up is not None:
+                session.hang_up()
 
     def sweep(self) -> int:
         """Close the sessions that nobody used for too long; returns how many."""
         oldest = self._clock() - self._settings.session_timeout_s
         stale = [each for each in self._open.values() if each.last_used < oldest and not each.lock.locked()]
         for session in stale:
-            self.close(session)
+            try:
+                self.close(session)
+            except Exception:  # it is closed, and the others' time is over, too
+                _log.exception("a session was closed, but not all of what it held was freed")
         return len(stale)
 
     def _make_room(self) -> None:

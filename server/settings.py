@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import tyro
 
 from llmserve_env.live.settings import EndpointSettings
+from llmserve_env.net.connections import ConnectionLimits
+from llmserve_env.net.sockets import is_local
 
 
 def _mode() -> Literal["simulated", "real"]:
@@ -32,6 +34,12 @@ class Settings:
     """Address to listen on."""
     port: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
     """Port to listen on, 8000 unless given; give it again for more."""
+    allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Name that clients may ask the service by, *.NAME for all below one; give it again for more (default:
+    any, and none where only this machine can connect). Addresses and names without a dot are always good."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key for what costs the owner: /baseline?mode=openai, and in mode real all that plays (default:
+    LLMSERVE_API_KEY; without one the first is off, and the second only for who is on this machine)."""
     web: bool = True
     """Whether the page at /web is served."""
     mode: Literal["simulated", "real"] = field(default_factory=_mode)
@@ -42,6 +50,8 @@ class Settings:
     """Folder in which open sessions are recorded, and from which a restart restores them."""
     max_sessions: int = 1024
     """Sessions open at once."""
+    max_live_sessions: int = 16
+    """Sessions open at once in mode real, where each has a thread."""
     session_timeout_s: float = 3600.0
     """Time after which an unused session is closed (s). Set it far above the slowest policy."""
     reclaim_after_s: float = 300.0
@@ -56,12 +66,24 @@ class Settings:
     """Windows of an episode that a client shaped, or whose log it posted."""
     max_requests: int = 100_000
     """Requests of an episode that a client shaped, or whose log it posted."""
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    """Bounds of connections, before anything else sees what they send."""
     guard_timeout_s: float = 20.0
     """Time in which what a client sent must be looked through (s)."""
     guard_memory_gb: float = 1.0
     """Memory that looking through it may take (GB)."""
     guard_queue: int = 32
     """Clients that may wait for that at once."""
+
+    @property
+    def key(self) -> str | None:
+        """The service's key, if it has one."""
+        return self.api_key or os.environ.get("LLMSERVE_API_KEY") or None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        return is_local(self.host)
 
     @property
     def ports(self) -> tuple[int, ...]:

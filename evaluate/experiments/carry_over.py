@@ -37,6 +37,7 @@ from llmserve_env.agents.constant import ConstantAgent
 from llmserve_env.agents.policy import PolicyAgent, load_policy
 from llmserve_env.agents.shield import RULES
 from llmserve_env.controls import to_action
+from llmserve_env.disk.append_log import AppendLog, read_lines
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.files import write_atomic
 from llmserve_env.live.episode import LiveEpisode
@@ -386,18 +387,29 @@ def _key(agent: Entrant, task: Task, settings: EndpointSettings) -> str:
 
 
 def _keep(path: Path, result: LiveResult) -> None:
-    kept = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomic(path, kept + json.dumps(asdict(result)) + "\n")
+    try:
+        with AppendLog(path) as log:
+            log.append(json.dumps(asdict(result)).encode())
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror or error}", file=str(path)) from error
 
 
 def _lines(path: Path) -> Iterator[LiveResult]:
     if not path.exists():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            yield LiveResult(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise InputError("is no episode of this command", file=str(path), line=number) from error
+    try:
+        for line in read_lines(path):
+            if line.whole:  # else a process was killed that wrote it
+                yield _result(line.content, path, line.number)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from error
+
+
+def _result(line: bytes, path: Path, number: int) -> LiveResult:
+    try:
+        return LiveResult(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError("is no episode of this command", file=str(path), line=number) from error
 
 
 def _json(model: BaseModel) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from llmserve_env.commands.shared.controls import options
+from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
     from llmserve_env.backend import WindowRecord
     from llmserve_env.live.gateway.deployment import Deployment
+    from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.steering import Told
     from llmserve_env.live.pilot.decisions import Decision
     from llmserve_env.live.pilot.pilot import Pilot
+    from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.upstreams import Upstream
     from llmserve_env.tasks import Task
 
@@ -64,13 +67,20 @@ def gateway(
     *,
     host: str = "127.0.0.1",
     port: int = 8200,
+    allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    cors_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     tenants: Path | None = None,
     window_s: float | None = None,
     metrics: bool = True,
     max_waiting: int = 1000,
+    max_sequences: int | None = None,
     max_body_mb: float = 8.0,
     queue_timeout_s: float = 60.0,
+    first_byte_timeout_s: float = 300.0,
     idle_timeout_s: float = 300.0,
+    drained: Path | None = None,
+    drain_timeout_s: float = 30.0,
+    connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - immutable
 ) -> None:
     """Serve OpenAI's interface for completions and chats before one vLLM server or several.
 
@@ -86,14 +96,26 @@ def gateway(
         safe: configuration for when the agent cannot be relied on.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
+        allowed_host: name that clients may ask the gateway by, *.NAME for all below one; once for each
+            (default: any, and none where only this machine can connect). Addresses and names without a dot
+            are always good.
+        cors_origin: origin of web pages that may use the gateway from a browser, SCHEME://HOST[:PORT], or *
+            for all; once for each (default: none).
         tenants: TOML file of the callers (default: everybody, as one tenant; with a task of several, each by
             its name in the header x-tenant).
         window_s: length of a window (s; default: the task's, without one 10).
         metrics: whether the servers' metrics are read.
-        max_waiting: requests in the queue, at most.
+        max_waiting: sequences in the queue, at most.
+        max_sequences: sequences of a request (n times its prompts), at most (default: as many as the batch
+            cap lets run at the largest upstream, with an agent the largest cap that it may set).
         max_body_mb: size of a request, at most (MB).
         queue_timeout_s: time after which a waiting request is refused (s).
+        first_byte_timeout_s: time that an upstream has to begin its answer (s); one that is not streamed
+            begins with its end. Then another upstream is tried.
         idle_timeout_s: time after which a request is ended whose upstream or client does nothing (s).
+        drained: file of the URLs of upstreams that get no new requests, a line each; read once a second.
+        drain_timeout_s: time that requests under way have at the gateway's end (s).
+        connections: bounds of connections, before anything else sees what clients send.
 
     Raises:
         InputError: an upstream, the tenants' file, the task, the agent, the log, a bound or the address
@@ -108,20 +130,32 @@ def gateway(
     except ImportError as error:
         raise missing_package(error) from error
     import logging
+    import math
 
     from llmserve_env.live.gateway.callers import Callers, load_tenants, task_tenants
     from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
     from llmserve_env.live.gateway.gateway import Gateway
     from llmserve_env.live.gateway.history import History
-    from llmserve_env.live.gateway.proxy import Proxy
+    from llmserve_env.live.gateway.proxy import MAX_HELD_BYTES, Proxy
+    from llmserve_env.live.gateway.wire import error_json
+    from llmserve_env.live.servers.drain import DrainFile
     from llmserve_env.live.servers.telemetry import Telemetry
     from llmserve_env.live.servers.upstreams import parse_upstream
-    from llmserve_env.net.sockets import listen
+    from llmserve_env.net.browsers import BrowserRules
+    from llmserve_env.net.connections import room_for
+    from llmserve_env.net.cors import CrossOrigin, origin_of
+    from llmserve_env.net.protocols import bounded
+    from llmserve_env.net.sockets import is_local, listen
 
     upstreams = [parse_upstream(each) for each in upstream]
+    origins = [each if each == "*" else origin_of(each) for each in cors_origin]
     task = _task(steering, action, window_s, upstreams)
     window_s = task.window_s if task is not None else 10.0 if window_s is None else window_s
-    for name, value in (("window_s", window_s), ("max_body_mb", max_body_mb)):
+    for name, value in (
+        ("window_s", window_s),
+        ("max_body_mb", max_body_mb),
+        ("drain_timeout_s", drain_timeout_s),
+    ):
         if not value > 0:
             raise InputError(f"expected more than 0, found {value}", field=name)
     if tenants is not None:
@@ -133,8 +167,10 @@ def gateway(
         known.all,
         action,
         max_waiting=max_waiting,
+        max_sequences=_most_sequences(task, upstreams) if max_sequences is None else max_sequences,
         queue_timeout_s=queue_timeout_s,
         idle_timeout_s=idle_timeout_s,
+        first_byte_timeout_s=first_byte_timeout_s,
     )
     telemetry = None
     if metrics:
@@ -149,7 +185,25 @@ def gateway(
         task=None if task is None else task.id,
         dry_run=steering.dry_run,
     )
-    proxy = Proxy(here, known, history=history, max_body_bytes=int(max_body_mb * 1e6))
+    proxy = Proxy(
+        here,
+        known,
+        history=history,
+        max_body_bytes=int(max_body_mb * 1e6),
+        body_timeout_s=connections.body_timeout_s,
+    )
+    limits = replace(
+        connections,
+        max_connections=room_for(connections.max_connections, 2),  # each may have one to an upstream
+        # The gateway's own bounds come first: it counts what it turns away, and knows whose bodies it holds.
+        body_timeout_s=connections.body_timeout_s + 5,
+        write_timeout_s=max(connections.write_timeout_s, idle_timeout_s),
+        max_unfinished_bytes=connections.max_unfinished_bytes + MAX_HELD_BYTES,
+    )
+
+    def error_body(message: str, status: int) -> bytes:
+        return error_json(message, "invalid_request_error" if status < 500 else "server_error", status)
+
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -162,32 +216,51 @@ def gateway(
 
     # No access log: it is a line of work for every request.
     config = uvicorn.Config(
-        proxy,
+        BrowserRules(
+            CrossOrigin(proxy, origins),
+            hosts=allowed_host or (() if is_local(host) else None),
+            origins=origins,
+            error_body=error_body,
+        ),
+        **bounded(limits, error_body) | {"ws": "none"},
         log_level="warning",
         access_log=False,
-        ws="none",
+        headers=[("x-content-type-options", "nosniff")],
         proxy_headers=False,
         server_header=False,  # the upstream's pass
         date_header=False,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
     )
     try:
-        _serve(config, listening, _windows(deployment, action, window_s, pilot, told))
+        drains = None if drained is None else DrainFile(drained, upstreams)
+        _serve(config, listening, here, _windows(deployment, action, window_s, pilot, told, drains=drains))
     finally:
         if pilot is not None:
             pilot.close()
 
 
 async def _windows(
-    deployment: Deployment, action: ServeAction, window_s: float, pilot: Pilot | None, told: Told
+    deployment: Deployment,
+    action: ServeAction,
+    window_s: float,
+    pilot: Pilot | None,
+    told: Told,
+    *,
+    drains: DrainFile | None,
 ) -> None:
     """Steer until cancelled; the settings that were found return."""
     import asyncio
+    from contextlib import AsyncExitStack
 
     from llmserve_env.live.gateway.deployment import SCRAPE_S
     from llmserve_env.live.gateway.steering import steer
+    from llmserve_env.net.loops import forever
 
-    async with deployment:
+    async with AsyncExitStack() as stack:
+        if drains is not None:
+            looking = asyncio.create_task(forever(drains.look, 1.0, "the file of drained upstreams"))
+            stack.callback(looking.cancel)
+        await stack.enter_async_context(deployment)
         deployment.apply(action)
         await asyncio.sleep(2 * SCRAPE_S)
         if pilot is not None:
@@ -197,9 +270,12 @@ async def _windows(
         await steer(deployment, window_s, pilot, told)
 
 
-def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[Any, Any, None]) -> None:
+def _serve(
+    config: uvicorn.Config, listening: socket.socket, here: Gateway, windows: Coroutine[Any, Any, None]
+) -> None:
     """Serve until a signal comes, and steer meanwhile."""
     import asyncio
+    import gc
     import logging
     import signal
 
@@ -210,6 +286,7 @@ def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
+            gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
             print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
             self.steering = asyncio.create_task(windows)
             self.steering.add_done_callback(self.steered)
@@ -227,7 +304,14 @@ def _serve(config: uvicorn.Config, listening: socket.socket, windows: Coroutine[
             except Exception as error:
                 logging.getLogger(__name__).error("steering failed", exc_info=error)
                 self.failure = error
+            if here.in_flight:
+                limit_s = config.timeout_graceful_shutdown
+                print(f"draining: {here.in_flight} requests under way have up to {limit_s} s", flush=True)
+            failures = here.ledger.failures
             await super().shutdown(sockets=sockets)
+            await asyncio.sleep(0)  # what is left has been cancelled, and tells its client
+            if cut := here.in_flight + failures["gateway stopped"]:
+                print(f"ended {cut} requests that were still under way", flush=True)
 
     # uvicorn raises the signal again when it is done, which is the end that was asked for.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -264,6 +348,13 @@ def _task(
     start = task.start.model_dump(mode="json") | {name: given[name] for name in task.grid.granted}
     changes = {} if window_s is None else {"window_s": window_s}
     return load_task(steering.task, cell=cell, start=start, **changes)
+
+
+def _most_sequences(task: Task | None, upstreams: list[Upstream]) -> int | None:
+    """Sequences that the largest upstream may run under the largest cap of an agent; None without one."""
+    if task is None or "batch_cap" not in task.grid.granted:
+        return None
+    return int(task.grid.ends("batch_cap")[1]) * max(each.engines for each in upstreams)
 
 
 def _pilot(steering: Steering, safe: Safe, action: ServeAction, task: Task) -> Pilot:

@@ -208,7 +208,7 @@ class _Run:
             self._action = to_action(actions[0])
             return actions
         backend = self.episode.batch.backend
-        applied = self._pilot.decide(windows[0].copy(), backend.stale).applied
+        applied = self._pilot.decide(windows[0].copy(), backend.stale, backend.excused).applied
         self._decision = self._pilot.applied(backend.not_applied(applied))
         self._action = applied
         return to_array([applied])

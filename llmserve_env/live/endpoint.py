@@ -56,8 +56,8 @@ class EndpointBackend:
         cuts: what they took.
         record: the last window, with its histograms and what was not applied; None before the first.
         unmeasured: fields of an observation that the last window does not tell, or not quite: what they hold.
-        stale: why the servers' metrics could not be trusted at the last window's end; None where they could,
-            or where there are none.
+        stale: why the last window's figures could not be trusted at its end; None where they could.
+        excused: requests of the last window that were late, or failed, because a server was silent.
 
     Raises:
         InputError: a control folder cannot be used; a package is missing.
@@ -116,6 +116,7 @@ class EndpointBackend:
         self.record: WindowRecord | None = None
         self.unmeasured: Mapping[str, str] = dict(UNMEASURED)
         self.stale: str | None = None
+        self.excused = 0
 
     def serve(
         self, actions: NDArray[np.void], window_s: float, which: NDArray[np.bool_] | None = None
@@ -139,6 +140,7 @@ class EndpointBackend:
             deployment = self._sender.deployment
             self.windows = deployment.row.reshape(1)
             self.unmeasured, self.stale = dict(deployment.unmeasured), deployment.stale
+            self.excused = deployment.excused
         return self.windows
 
     def not_applied(self, action: ServeAction) -> dict[str, str]:

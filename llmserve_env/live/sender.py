@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
-from llmserve_env.live.gateway.gateway import Gateway, Passage, Refused
+from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.servers.metrics import Scrape, read_metrics
 from llmserve_env.live.servers.stream import RequestFailed, stream_completion
-from llmserve_env.live.servers.telemetry import Telemetry
+from llmserve_env.live.servers.telemetry import MAX_BYTES, Telemetry
 from llmserve_env.live.traffic import Prompts
-from llmserve_env.net.http import bearer, open_session
+from llmserve_env.net.http import bearer, fetch, open_session
+from llmserve_env.net.loops import forever
 
 if TYPE_CHECKING:
     import aiohttp
@@ -101,7 +102,7 @@ class Sender:
                     replica.took(scrape)
         self.deployment = Deployment(self.gateway, telemetry)
         await self.deployment.__aenter__()
-        self._ticking = asyncio.create_task(self._tick())
+        self._ticking = asyncio.create_task(forever(self.gateway.tick, _TICK_S, "the gateway's tick"))
 
     async def capabilities(self) -> dict[str, str]:
         """As `Deployment.capabilities`."""
@@ -143,11 +144,6 @@ class Sender:
             if hasattr(self, "deployment"):
                 await self.deployment.__aexit__()
             await asyncio.get_running_loop().shutdown_asyncgens()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            self.gateway.tick()
 
     def _arrive(self, index: int, due_s: float) -> None:
         tenant = int(self._workload.tenant[index])
@@ -259,21 +255,15 @@ class Sender:
         assert self._session is not None
         at_s = time.monotonic()
         url = f"{upstream.url}/metrics"
+        asking = fetch(self._session, url, bearer(url, upstream.key), max_bytes=MAX_BYTES)
         try:
-            async with self._session.get(
-                url,
-                headers=bearer(url, upstream.key),
-                timeout=aiohttp.ClientTimeout(total=_PROBE_S),
-                allow_redirects=False,
-            ) as answer:
-                text = await answer.text(errors="replace")
+            status, content = await asyncio.wait_for(asking, _PROBE_S)
+            if status != 200:
+                return False
+            scrape = read_metrics(content.decode(errors="replace"), at_s)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return True
-        if answer.status != 200:
-            return False
-        try:
-            scrape = read_metrics(text, at_s)
-        except InputError:
+        except Exception:  # whatever it says, it is not vLLM that says it
             return False
         return scrape if scrape.gauges else False
 

@@ -1,1 +1,1 @@
-"""URLs, sockets and HTTP clients."""
+"""URLs, sockets, HTTP clients, and loops in the background."""

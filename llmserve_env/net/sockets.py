@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from llmserve_env.errors import InputError
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can connect to an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -88,6 +88,7 @@ class SimulatorBatch:
 
     replayable = True
     stale: str | None = None
+    excused = 0
     unmeasured: Mapping[str, str] = MappingProxyType({})
 
     def __init__(

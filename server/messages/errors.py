@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from openenv.core.env_server.types import WSErrorCode
 from pydantic import ValidationError
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 
 from llmserve_env.errors import InputError
 from server.messages.refusals import AtCapacity, Conflict, NotFound, Refusal
@@ -38,6 +39,10 @@ def add_handlers(app: FastAPI) -> None:
         assert isinstance(error, InputError | RequestValidationError)
         return _response(UNUSABLE, details(error), {})
 
+    async def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # which nobody reads
+
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(InputError, unusable)
     app.add_exception_handler(RequestValidationError, unusable)

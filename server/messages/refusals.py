@@ -19,6 +19,18 @@ class Refusal(Exception):
         self.detail = detail
 
 
+class Unauthorized(Refusal):
+    """The service's key is missing, or another one."""
+
+    status = 401
+
+
+class Forbidden(Refusal):
+    """Not for anybody here."""
+
+    status = 403
+
+
 class NotFound(Refusal):
     """A session or task that there is not."""
 

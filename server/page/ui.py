@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
+from gradio.route_utils import CustomCORSMiddleware
 from openenv.core.env_server.web_interface import create_web_interface_app
 from starlette.responses import PlainTextResponse, RedirectResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 
 from server.page.ui_playground import Playground
 from server.page.ui_tab import PlayTab
@@ -21,13 +22,19 @@ from server.page.ui_visitors import Visitors
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from server.service import Service
 
 _SHARED = ("/web/reset", "/web/step", "/web/state", "/ws/ui")
 """OpenEnv's routes to the one environment that all visitors of its page would share."""
-_STORING = "/gradio_api/upload"
-"""Gradio's route that would store files of anybody: our tab reads logs in the browser."""
+_USED = ("/static/", "/assets/", "/gradio_api/heartbeat/")
+_USED_WHOLE = (
+    *("", "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
+    *("/gradio_api/app_id", "/gradio_api/queue/join", "/gradio_api/queue/data"),
+)
+"""Gradio's routes that the page uses. Others store files of anybody, read files, fetch from other hosts, run
+functions without the queue, or tell of other visitors."""
 
 
 _WORDS = {
@@ -98,7 +105,9 @@ def create_page_app(
 
 def _settle(page: Any, most_visitors: int) -> None:
     """Add our style to Gradio's mounted application, and take out what a public page should not have."""
-    page.router.routes.insert(0, Route(_STORING, _not_found, methods=["POST"]))
+    # Its own CORS would let any page read answers. The last that is added comes first.
+    page.user_middleware[:] = [each for each in page.user_middleware if each.cls is not CustomCORSMiddleware]
+    page.add_middleware(_UsedRoutes)
     blocks = page.get_blocks()
     blocks.css = (blocks.css or "") + Path(__file__).with_name("ui.css").read_text(encoding="utf-8")
     blocks.stylesheets = []  # fonts of another host; the theme names local ones to fall back to
@@ -113,5 +122,16 @@ def _settle(page: Any, most_visitors: int) -> None:
     blocks.config = blocks.get_config_file()
 
 
-async def _not_found(_: Any) -> PlainTextResponse:
-    return PlainTextResponse("Not Found", 404)
+class _UsedRoutes:
+    """ASGI middleware: answers 404 to what the page does not ask for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if path not in _USED_WHOLE and not path.startswith(_USED):
+                await PlainTextResponse("Not Found", 404)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

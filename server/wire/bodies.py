@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json, to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -46,15 +48,22 @@ class BodyLimit:
         most: bytes.
         exempt: beginnings of paths that it does not hold for.
         other_json: beginnings of paths that say themselves what is wrong with JSON.
+        dropped: told the size of a body of which nothing came (bytes).
     """
 
     def __init__(
-        self, app: ASGIApp, most: int, exempt: tuple[str, ...] = (), other_json: tuple[str, ...] = ()
+        self,
+        app: ASGIApp,
+        most: int,
+        exempt: tuple[str, ...] = (),
+        other_json: tuple[str, ...] = (),
+        dropped: Callable[[int], object] = lambda size: None,
     ) -> None:
         self._app = app
         self._most = most
         self._exempt = exempt
         self._other_json = other_json
+        self._dropped = dropped
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -66,10 +75,12 @@ class BodyLimit:
         while more:
             part = await receive()
             if part["type"] != "http.request":  # the client has gone
+                self._dropped(len(body))
                 return
             body += part.get("body", b"")
             more = part.get("more_body", False)
             if len(body) > self._most:
+                self._dropped(len(body))
                 await _refuse(send, 413, f"expected a body of at most {self._most:,} bytes")
                 return
         if body and _is_json(scope) and not scope["path"].startswith(self._other_json):

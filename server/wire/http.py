@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Body, Query, Request
 from fastapi.responses import RedirectResponse, Response
+from starlette.requests import ClientDisconnect
 
 from llmserve_env.schema import EpisodeLog, GradeResult
 from server.hosted import task_list
@@ -18,12 +20,18 @@ from server.messages.models import (
     single,
     steps,
 )
-from server.messages.refusals import NotFound
+from server.messages.refusals import Forbidden, NotFound, Unauthorized
 from server.messages.requests import GradeRequest, ResetRequest, StepRequest, StepsRequest
+from server.wire.keys import bears
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from llmserve_env.schema import ServeAction, ServeObservation
     from server.service import Service
     from server.sessions import Session
+
+R = TypeVar("R")
 
 HEADER = "X-Session-Id"
 COOKIE = "llmserve_session"
@@ -31,6 +39,8 @@ COOKIE = "llmserve_session"
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     meanings = {
+        401: "Wants the service's key",
+        403: "Is off here, or asked for by a page of another site",
         404: "No such session or task",
         409: "Not in this state of the episode",
         413: "Body too large",
@@ -69,18 +79,22 @@ def router(service: Service) -> APIRouter:
             _set_cookie(request, response, session)
         return response  # type: ignore[return-value] # made already; the annotation documents it
 
+    async def play(request: Request, session: Session, actions: list[ServeAction]) -> list[ServeObservation]:
+        serving = service.step(session, actions)
+        return await (while_connected(request, serving) if service.live else serving)
+
     @routes.post("/step", tags=["Environment Control"], responses=_errors(404, 409, 413, 422))
     async def step(request: Request, wanted: StepRequest) -> ObservationResponse:
         """Serve one window."""
         session = find(request, wanted.session_id)
-        observations = await service.step(session, [wanted.action])
+        observations = await play(request, session, [wanted.action])
         return _answer(session, single(observations[0]))  # type: ignore[return-value]
 
     @routes.post("/step_n", tags=["Environment Control"], responses=_errors(404, 409, 413, 422))
     async def step_n(request: Request, wanted: StepsRequest) -> StepsResponse:
         """Serve a window for each action, or fewer where the episode ends before."""
         session = find(request, wanted.session_id)
-        observations = await service.step(session, wanted.actions)
+        observations = await play(request, session, wanted.actions)
         return _answer(session, steps(observations, wanted.every))  # type: ignore[return-value]
 
     @routes.get("/state", tags=["State Management"], responses=_errors(404))
@@ -113,14 +127,21 @@ def router(service: Service) -> APIRouter:
         """What can be played."""
         return Response(json_bytes(task_list()), media_type="application/json")  # type: ignore[return-value]
 
-    @routes.get("/baseline", tags=["Grading"], responses=_errors(404, 422, 429))
+    @routes.get("/baseline", tags=["Grading"], responses=_errors(401, 403, 404, 422, 429))
     async def baseline(
+        request: Request,
         mode: Literal["deterministic", "openai"] = "deterministic",
         task_id: Annotated[str | None, Query(max_length=255)] = None,
         episodes: Annotated[int, Query(ge=1, le=10)] = 3,
     ) -> dict[str, Any]:
-        """Scores of the reference agents and the trained policy on evaluation seeds, played here and now."""
-        return await service.baseline(mode, task_id, episodes)
+        """Scores of the reference agents and the trained policy on evaluation seeds, played here and now.
+
+        With `mode=openai` those of a language model at the owner's cost, for who has the service's key.
+        """
+        if mode == "deterministic":
+            return await service.baselines.content(mode, task_id, episodes)
+        _check_key(request, service.settings.key)
+        return await while_connected(request, service.baselines.content(mode, task_id, episodes))
 
     @routes.get("/demo", include_in_schema=False)
     async def demo() -> RedirectResponse:
@@ -128,6 +149,36 @@ def router(service: Service) -> APIRouter:
         return RedirectResponse("/web/")
 
     return routes
+
+
+def _check_key(request: Request, key: str | None) -> None:
+    if key is None:
+        raise Forbidden("mode=openai costs the owner, and is off: the service has no --api-key")
+    if not bears(request.headers.raw, key):
+        raise Unauthorized("mode=openai costs the owner: expected Authorization: Bearer KEY, of the service")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, R]) -> R:
+    """The result of some work, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: it has.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        gone.cancel()
+        working.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _own(service: Service, request: Request) -> Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from llmserve_env.live.pilot.decision_log import read_decisions
 from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings, write_settings
 from llmserve_env.schema import ServeAction
 from tests.live.control_folder import FolderEngine
-from tests.live.endpoint_server import Running, ScriptedEndpoint, event, piece
+from tests.live.endpoint_server import WAIT, Running, ScriptedEndpoint, closed_url, event, piece
 
 SECRET = "xyzzy-secret"
 
@@ -196,3 +197,137 @@ AGENT = ["--agent", "defaults", "--task", "static_workload"]
 def test_an_agent_that_cannot_steer_is_refused(capsys, options, told):
     assert main(["gateway", "--upstream", "http://h", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_it_says_which_upstreams_are_dead_and_ends_what_does_not_end_in_time(tmp_path):
+    dead = closed_url().removesuffix("/v1")
+    options = ["--upstream", dead, "--drain-timeout-s", "1", "--drained", str(tmp_path / "drained")]
+
+    async def run():
+        endpoint = ScriptedEndpoint(lambda asked: [event(piece("a")), WAIT])
+        async with (
+            Running(endpoint) as upstream,
+            started(upstream, *options) as (process, listening),
+            aiohttp.ClientSession(url(listening)) as client,
+        ):
+            while f"{dead} is down at the start" not in (said := await line(process)):
+                assert said
+            response = await client.post("/v1/completions", json={"prompt": "p", "stream": True})
+            assert await response.content.readany() == event(piece("a"))
+            process.send_signal(signal.SIGTERM)
+            rest = await asyncio.wait_for(response.content.read(), 60)
+            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            return process.returncode, rest, said.decode()
+
+    status, rest, said = asyncio.run(run())
+    assert (status, json.loads(rest.removeprefix(b"data: "))["error"]["code"]) == (0, 503)
+    assert "draining: 1 requests under way have up to 1 s" in said
+    assert "ended 1 requests that were still under way" in said
+
+
+def test_an_upstream_is_drained_by_a_file(tmp_path):
+    drained = tmp_path / "drained"
+
+    async def run():
+        endpoint = ScriptedEndpoint(lambda asked: [event(piece("a", "length"))])
+        async with Running(endpoint) as upstream, Running(endpoint) as other:
+            drained.write_text(f"{other.url}\n")
+            options = ["--upstream", other.url, "--drained", str(drained)]
+            async with (
+                started(upstream, *options) as (_, listening),
+                aiohttp.ClientSession(url(listening)) as client,
+            ):
+
+                async def until(states):
+                    found = None
+                    while found != states:
+                        async with client.get("/health") as response:
+                            found = [each["state"] for each in (await response.json())["upstreams"]]
+
+                await asyncio.wait_for(until(["well", "draining"]), 60)
+                drained.unlink()
+                await asyncio.wait_for(until(["well", "well"]), 60)
+
+    asyncio.run(run())
+
+
+def test_what_anybody_may_send_is_bounded_and_pages_of_other_sites_may_send_nothing():
+    endpoint = ScriptedEndpoint(lambda asked: [event(piece("a", "length")), event("[DONE]")])
+    body = {"prompt": "a", "stream": True}
+
+    async def run():
+        async with Running(endpoint) as upstream, started(upstream) as (process, listening):
+            async with aiohttp.ClientSession(url(listening)) as client:
+                for other in ({"origin": "https://other.example"}, {"sec-fetch-site": "cross-site"}):
+                    async with client.post("/v1/completions", json=body, headers=other) as response:
+                        assert response.status == 403
+                        assert "other sites" in (await response.json())["error"]["message"]
+                for own in ({}, {"sec-fetch-site": "same-origin"}):
+                    async with client.post("/v1/completions", json=body, headers=own) as response:
+                        assert response.status == 200
+                async with client.get("/dashboard", headers={"host": "rebound.example"}) as response:
+                    assert response.status == 400
+                async with client.get("/dashboard") as response:
+                    assert response.headers.getall("x-content-type-options") == ["nosniff"]
+                    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+            place = url(listening).rpartition(":")
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(place[2].rstrip("/")))
+            writer.write(b"GET /health HTTP/1.1\r\nX: " + b"a" * 100_000)
+            assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 431 ")
+            assert b'"error": {' in await asyncio.wait_for(reader.read(), 60)
+            writer.close()
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(process.communicate(), 60)
+
+    asyncio.run(run())
+    assert len(endpoint.asked) == 2
+
+
+def test_pages_of_stated_origins_may_ask_and_requests_go_where_their_model_is(tmp_path):
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[[tenants]]\nname = "a"\nkey = "{SECRET}"\n', encoding="utf-8")
+    page = {"origin": "http://ui.example"}
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+
+    def endpoint(name):
+        return ScriptedEndpoint(
+            lambda asked: [event(piece("a", "length")), event("[DONE]")],
+            headers={"access-control-allow-origin": "*"},
+            others={"/v1/models": f'{{"data": [{{"id": "{name}"}}]}}'.encode(), "/health": b""},
+        )
+
+    async def run():
+        first, second = endpoint("m1"), endpoint("m2")
+        async with Running(first) as one, Running(second) as two:
+            options = ["--upstream", two.url, "--tenants", str(tenants), "--cors-origin", "http://ui.example"]
+            async with (
+                started(one, *options) as (process, said),
+                aiohttp.ClientSession(url(said)) as client,
+            ):
+                while "listening on" not in said:
+                    said = await line(process)
+                async with client.options("/v1/completions", headers=page | preflight) as answer:
+                    assert answer.status == 204
+                    assert answer.headers["access-control-allow-origin"] == "http://ui.example"
+                    assert answer.headers["access-control-allow-headers"] == "authorization,content-type"
+                key = {"authorization": f"Bearer {SECRET}"}
+                for origin, status, allowed in (
+                    ("http://ui.example", 200, "http://ui.example"),
+                    ("http://other.example", 403, None),
+                ):
+                    body = {"model": "m2", "prompt": "p"}
+                    sent = client.post("/v1/completions", json=body, headers={"origin": origin} | key)
+                    async with sent as answer:
+                        assert answer.status == status
+                        assert answer.headers.get("access-control-allow-origin") == allowed
+            assert (len(first.asked), len(second.asked)) == (0, 1)
+
+    asyncio.run(run())
+
+
+def test_what_is_no_origin_is_named(capsys):
+    assert main(["gateway", "--upstream", "http://127.0.0.1:1", "--cors-origin", "ui.example"]) != 0
+    assert "cors-origin" in capsys.readouterr().err

@@ -315,11 +315,17 @@ class ScriptedEndpoint:
 class Running:
     """An ASGI application's server in this event loop.
 
+    Args:
+        app: the application.
+        port: 0 for a free one.
+        lifespan: as uvicorn has it.
+        options: further arguments of `uvicorn.Config`.
+
     Attributes:
         url: of it, without /v1.
     """
 
-    def __init__(self, app, port=0, lifespan="off"):
+    def __init__(self, app, port=0, lifespan="off", **options):
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -332,6 +338,7 @@ class Running:
             timeout_graceful_shutdown=1,
             timeout_keep_alive=600,  # no client has to be quick to use a connection again
             server_header=False,
+            **options,
         )
         self._server = _Server(config)
         self._server.capture_signals = nullcontext

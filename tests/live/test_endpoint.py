@@ -263,7 +263,6 @@ ERROR = json.dumps({"error": {"message": "queue is full", "code": 503}})
         ([piece("a")], "stream broken off"),
         ([], "stream broken off"),
         (["[DONE]"], "empty answer"),
-        ([piece("", "stop"), "[DONE]"], "empty answer"),
         ([piece("a"), "{"], "stream without JSON"),
         (["[1]"], "stream without JSON"),
         (['{"choices": [1]}'], "stream broken off"),
@@ -277,6 +276,14 @@ def test_errors_in_the_stream_are_failures(live, lines, reason):
         assert here.told()["failures"] == {reason: 1}
     assert (total(records, "completed"), total(records, "failed")) == (0, 1)
     assert sum(record.tenant_failed[0] for record in records) == 1
+
+
+def test_an_answer_may_end_with_its_first_token(live):
+    with serving(CompletionEndpoint(lines=lambda body: [piece("", "stop"), "[DONE]"])) as url:
+        here = live(url, requests(0.0))
+        records = served_out(here)
+        assert here.told()["failures"] == {}
+    assert (total(records, "completed"), total(records, "failed")) == (1, 0)
 
 
 def test_what_nobody_foresaw_is_a_failure_too(live, monkeypatch):

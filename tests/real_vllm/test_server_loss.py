@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 import aiohttp
 
 from llmserve_env.live.servers.engine_settings import EngineSettings, read_settings
+from llmserve_env.live.servers.fault import Cause
 from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.schema import ServeAction
 
@@ -56,18 +57,20 @@ def test_a_frozen_server_is_told_and_serves_on_when_it_thaws(server):
                     await until(lambda: len(here.gateway._at_upstreams) == 2)
                     await until(lambda: here.deployment.stale is not None)
                     # Only now is anybody in a hurry: what comes from the server comes from there at once.
-                    here.gateway._idle_timeout_s = 1.0
+                    limits = here.gateway._watch
+                    limits.idle_timeout_s = limits.first_byte_timeout_s = 1.0
                     assert here.gateway.kv_usage(here.gateway.upstreams[0]) is None
                     here.deployment.window()
                     assert {"preemptions", "kv_cache_occupancy"} <= set(here.deployment.unmeasured)
                     (told,) = here.deployment.telemetry.windows()
                     assert (told.stale, told.running, told.output_tokens) == (1, None, None)
-                    assert not await well(here)
+                    while await well(here):  # two answers of /health that do not come
+                        pass
                     assert await ended_in(begun) == 504
                     status, _, body = await asked
                     assert (status, json.loads(body)["error"]["code"]) == (504, 504)
                     assert failures(here) == {"upstream silent": 2}
-                    here.gateway._idle_timeout_s = START_S
+                    limits.idle_timeout_s = limits.first_byte_timeout_s = START_S
                 finally:
                     server.signal(signal.SIGCONT)
             await until(lambda: here.deployment.stale is None)
@@ -80,6 +83,33 @@ def test_a_frozen_server_is_told_and_serves_on_when_it_thaws(server):
             assert (told.stale, told.restarts) == (0, 0)
             while not await well(here):
                 pass
+
+    asyncio.run(main())
+
+
+def test_a_frozen_engine_is_silent_until_it_thaws(server):
+    """Its API server goes on answering, with the figures of the last moment."""
+
+    async def main():
+        async with standing(server) as here:
+            (upstream,) = here.gateway.upstreams
+            async with held(here) as begun:
+                await until(lambda: here.replica.last.gauges["running"] == 1)
+                os.kill(server.status().pid, signal.SIGSTOP)
+                try:
+                    asked = asyncio.create_task(ask(here, stream("frozen", 4)))
+                    await until(lambda: here.deployment.stale is not None)
+                    assert upstream.health.cause is Cause.SILENT
+                    assert here.replica.error is None  # it shows its metrics
+                    assert not await well(here)
+                finally:
+                    os.kill(server.status().pid, signal.SIGCONT)
+                await until(lambda: here.deployment.stale is None)
+                assert await well(here)
+                assert tokens_of(await asked) == 4
+                begun.close()
+            here.deployment.window()
+            assert here.deployment.excused <= 2  # and whether it was late is up to the machine
 
     asyncio.run(main())
 

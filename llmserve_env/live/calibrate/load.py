@@ -16,7 +16,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from llmserve_env.errors import InputError, missing_package
 from llmserve_env.hardware.profile import Record
-from llmserve_env.live.servers.stream import StreamReader
+from llmserve_env.live.servers.stream import RequestFailed, StreamReader
 from llmserve_env.live.traffic import Prompts
 from llmserve_env.net.http import JSON_HEADERS, bearer, open_session
 from llmserve_env.net.urls import server_url, without_credentials
@@ -186,6 +186,8 @@ async def _sender(target: Target) -> AsyncIterator[Send]:
             await _follow(session, url, _body(target.model, ids, answer.output_tokens), answer)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             answer.error = f"{type(error).__name__}: {error}"
+        except RequestFailed as failure:
+            answer.error = failure.reason
         failed = failed + 1 if answer.error else 0
         if failed >= MOST_FAILURES:
             raise InputError(
@@ -218,9 +220,11 @@ async def _follow(session: aiohttp.ClientSession, url: str, body: bytes, answer:
         if response.status != 200:
             answer.error = f"HTTP {response.status}: {(await response.text())[:200]}"
             return
-        async for chunk in response.content.iter_any():
+        chunk = None
+        while chunk != b"":
+            chunk = await response.content.readany()
             now_s = time.monotonic()
-            answer.token_s += [now_s] * reader.feed(chunk)
+            answer.token_s += [now_s] * (reader.feed(chunk) if chunk else reader.finish())
             ended_s = now_s if reader.ended and not ended_s else ended_s
     if reader.error is not None:
         answer.error = str(reader.error.get("message", reader.error))[:200]

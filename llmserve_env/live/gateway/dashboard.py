@@ -31,11 +31,10 @@ _PAGE_HEADERS = [
     (
         b"content-security-policy",
         b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-        b"img-src data:; base-uri 'none'; form-action 'none'",
+        b"img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
     (b"cache-control", b"no-cache"),
     (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
 ]
 _DATA_HEADERS = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 _TEXT_HEADERS = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]

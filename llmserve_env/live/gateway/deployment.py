@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from llmserve_env.backend import WindowRecord
 from llmserve_env.errors import InputError
-from llmserve_env.files import write_atomic
 from llmserve_env.live.gateway.ledger import UNMEASURED
-from llmserve_env.live.servers.engine_settings import (
-    SETTINGS_FILE,
-    EngineSettings,
-    EngineStatus,
-    read_statuses,
-    write_settings,
-)
+from llmserve_env.live.servers.control_folder import ControlFolder
+from llmserve_env.live.servers.engine_settings import EngineSettings, EngineStatus, read_statuses
+from llmserve_env.live.servers.fault import Cause
 from llmserve_env.live.servers.telemetry import Telemetry, merge
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -54,7 +51,8 @@ class Deployment:
         unmeasured: fields of an observation that the last record does not tell, or not quite: what they hold.
 
     Raises:
-        InputError: an upstream's control folder is none, or its settings cannot be read.
+        InputError: an upstream's control folder is none, is steered by another process, or its settings
+            cannot be read.
 
     Example:
         >>> gateway = Gateway([parse_upstream("http://127.0.0.1:8101,control=/run/llmserve")])
@@ -76,15 +74,13 @@ class Deployment:
         self.telemetry = telemetry
         self._clock = clock
         self._start = gateway.action
-        self._found: dict[Upstream, bytes | None] = {
-            each: _settings_file(each) for each in gateway.upstreams if each.control is not None
-        }
-        self._written: dict[Upstream, EngineSettings] = {}
+        self._folders = _control_folders(gateway.upstreams)
         self._written_s = clock()
         self._replicas: dict[str, Replica] = {}
         if telemetry is not None:
             self._replicas = {replica.url: replica for replica in telemetry.replicas}
             gateway.kv_usage = self._kv_usage
+            gateway.listen_to(self._still_s)
         self.row: NDArray[np.void] = gateway.blank()
         self.unmeasured: dict[str, str] = dict(UNMEASURED)
 
@@ -95,10 +91,12 @@ class Deployment:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Bring back the settings that were found, and watch no more."""
+        """Bring back the settings that were found, and steer and watch no more."""
         try:
             self.restore()
         finally:
+            for folder in self._folders.values():
+                folder.close()
             if self.telemetry is not None:
                 await self.telemetry.__aexit__()
 
@@ -119,11 +117,9 @@ class Deployment:
             InputError: a control folder cannot be written.
         """
         settings = EngineSettings.of(action)
-        for upstream in self._found:
-            if self._written.get(upstream) != settings:
-                assert upstream.control is not None
-                write_settings(upstream.control, settings)
-                self._written[upstream] = settings
+        for folder in self._folders.values():
+            if folder.written != settings:
+                folder.write(settings)
                 self._written_s = self._clock()
         self._see_engines()
         self.gateway.apply(action)
@@ -133,15 +129,16 @@ class Deployment:
     def not_applied(self) -> dict[str, str]:
         """Fields of the action in force that have no effect now, or not as they stand, with the reason."""
         found = dict(self.gateway.not_applied)
-        for upstream, settings in self._written.items():
-            found = self._refused_by(upstream, settings) | found
+        for upstream, folder in self._folders.items():
+            if folder.written is not None:
+                found = self._refused_by(upstream, folder.written) | found
         return found
 
     def cannot_apply(self, action: ServeAction) -> dict[str, str]:
         """Fields of an action that could not be applied now, or not as they stand, with the reason."""
         self._see_engines()
         found = self.gateway.cannot_apply(action)
-        for upstream in self._found:
+        for upstream in self._folders:
             found = self._refused_by(upstream, EngineSettings.of(action)) | found
         return found
 
@@ -172,17 +169,11 @@ class Deployment:
             InputError: a folder cannot be written; all others are as they were.
         """
         failed = None
-        for upstream in tuple(self._written):
-            assert upstream.control is not None
-            path, content = upstream.control / SETTINGS_FILE, self._found[upstream]
+        for upstream, folder in self._folders.items():
             try:
-                if content is not None:
-                    write_atomic(path, content)
-                else:
-                    path.unlink(missing_ok=True)
-                del self._written[upstream]
-            except (InputError, OSError) as error:
-                failed = failed or InputError(f"cannot be restored: {error}", file=str(path))
+                folder.restore()
+            except InputError as error:
+                failed = failed or error
             upstream.in_engine = frozenset()
         self.gateway.apply(self._start)
         if failed is not None:
@@ -197,9 +188,10 @@ class Deployment:
             start_s: what the record says of its start (s; default: since the gateway began).
             end_s: end of the window, likewise (s).
         """
-        record = self.close_window(start_s, end_s)
-        self.gateway.open_window()
-        return record
+        try:
+            return self.close_window(start_s, end_s)
+        finally:
+            self.gateway.open_window()
 
     def close_window(self, start_s: float | None = None, end_s: float | None = None) -> WindowRecord:
         """As `window`; until the gateway's `open_window` no time counts as busy."""
@@ -215,8 +207,14 @@ class Deployment:
 
     @property
     def stale(self) -> str | None:
-        """Why the servers' metrics cannot be trusted now; None where they can, or where there are none."""
+        """Why the last figures cannot be trusted now; None where they can.
+
+        A server's metrics do not come, or it is silent: requests run there, and nothing moves.
+        """
         now_s = time.monotonic()  # as telemetry's
+        for upstream in self.gateway.upstreams:
+            if upstream.health.cause is Cause.SILENT:
+                return f"{upstream.shown_url}: requests run, and nothing moves"
         lost = [each for each in self._replicas.values() if each.stale(now_s)]
         if not lost:
             return None
@@ -225,12 +223,17 @@ class Deployment:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         return f"{_shown(first.url, self.gateway.upstreams)}: no metrics {said}{more}"
 
+    @property
+    def excused(self) -> int:
+        """Requests of the last window that were late, or failed, because a server was silent meanwhile."""
+        return self.gateway.ledger.excused
+
     # ----------------------------------------------------------------------------------------------- engines
 
     def _see_engines(self) -> None:
         """Find out which fields engines apply, and leave the others to the gateway."""
         changed = False
-        for upstream in self._found:
+        for upstream in self._folders:
             statuses, reason = self._statuses(upstream)
             if upstream.speculation is None and statuses:
                 upstream.speculation = statuses[0].started.speculation_depth
@@ -252,7 +255,7 @@ class Deployment:
         refused = next((each.refused for each in statuses if each.refused is not None), None)
         if refused is not None:
             return statuses, f"the engine refused its settings: {refused}"
-        settings = self._written.get(upstream)
+        settings = self._folders[upstream].written
         late = self._clock() - self._written_s > ANSWER_S
         if settings is not None and late and any(each.asked != settings for each in statuses):
             return statuses, "the engine does not answer in its control folder"
@@ -269,9 +272,9 @@ class Deployment:
     # ---------------------------------------------------------------------------------------------- the ways
 
     def _batch_cap_way(self) -> str:
-        within = [each for each in self._found if "batch_cap" in each.in_engine]
+        within = [each for each in self._folders if "batch_cap" in each.in_engine]
         if not within:
-            reasons = [f"{each.shown_url}: {self._statuses(each)[1]}" for each in self._found]
+            reasons = [f"{each.shown_url}: {self._statuses(each)[1]}" for each in self._folders]
             return "; ".join(["gateway: requests at each engine", *reasons])
         return f"engine: up to {self._least(within, 'batch_cap'):g}; the gateway keeps to it, too"
 
@@ -298,7 +301,7 @@ class Deployment:
             )
         if depths:
             return f"routing: to servers with depth {', '.join(map(str, depths))}"
-        if self._found:
+        if self._folders:
             return (
                 "not applied: its engines do not answer, or were started without speculation of varying depth"
             )
@@ -329,6 +332,11 @@ class Deployment:
         if replica is None or replica.last is None or replica.stale(time.monotonic()):
             return None
         return replica.last.gauges.get("kv_occupancy")
+
+    def _still_s(self, of: Upstream) -> float | None:
+        """Time for which an upstream that runs something has stood still; None where that is not known."""
+        replica = self._replicas.get(of.url)
+        return None if replica is None else replica.still_s(time.monotonic())
 
     def _fill(self, row: NDArray[np.void]) -> None:
         """What only engines know; all of them must have told it."""
@@ -371,18 +379,22 @@ def _free(statuses: list[EngineStatus]) -> frozenset[str]:
     return frozenset(EngineSettings.model_fields) - (frozenset() if depth else {"speculation_depth"})
 
 
-def _settings_file(upstream: Upstream) -> bytes | None:
-    """What is in its control folder now."""
-    assert upstream.control is not None
-    if not upstream.control.is_dir():
-        raise InputError("expected an existing folder", file=str(upstream.control), field="control")
-    path = upstream.control / SETTINGS_FILE
+def _control_folders(upstreams: tuple[Upstream, ...]) -> dict[Upstream, ControlFolder]:
+    """The folders that these are steered through; servers of one folder are steered as one."""
+    opened: dict[Path, ControlFolder] = {}
+    found = {}
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from error
+        for upstream in upstreams:
+            if upstream.control is not None:
+                path = upstream.control.resolve()
+                if path not in opened:
+                    opened[path] = ControlFolder(upstream.control)
+                found[upstream] = opened[path]
+    except BaseException:
+        for folder in opened.values():
+            folder.close()
+        raise
+    return found
 
 
 def _shown(url: str, upstreams: tuple[Upstream, ...]) -> str:

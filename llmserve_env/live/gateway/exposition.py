@@ -1,9 +1,8 @@
-"""Prometheus text: of several servers as one, and of a gateway itself."""
+"""Prometheus text of a gateway itself."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, get_args
 
@@ -13,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from llmserve_env.controls import SPECS
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.live.servers.fault import fault_of
 from llmserve_env.report.version import __version__
 from llmserve_env.schema import QuantizationTier
 
@@ -25,42 +25,6 @@ if TYPE_CHECKING:
 _PREFIX = "llmserve_gateway_"
 _BITS = {QuantizationTier.FP16: 16, QuantizationTier.INT8: 8, QuantizationTier.INT4: 4}
 _DECIDERS = get_args(Decision.model_fields["by"].annotation)
-
-_SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?(\s.*)")
-
-
-def merged(texts: Mapping[str, str]) -> str:
-    """One text of several, each sample with a label `upstream` that says whose it is.
-
-    Args:
-        texts: in Prometheus' text format, by what the label shall say.
-    """
-    families: dict[str, dict[str, list[str]]] = {}  # a family's lines stand together: its head, its samples
-    for upstream, text in texts.items():
-        said = upstream.replace("\\", r"\\").replace('"', r"\"")
-        family: dict[str, list[str]] = {}
-        name = None
-        for line in text.splitlines():
-            if line.startswith(("# HELP ", "# TYPE ")):
-                _, kind, named, *_ = line.split(" ", 3)
-                if named != name:
-                    name = named
-                    family = families.setdefault(name, {"samples": []})
-                family.setdefault(kind, [line])
-            elif sample := _SAMPLE.fullmatch(line):
-                metric, labels, rest = sample.groups()
-                if name is None or not metric.startswith(name):
-                    name = metric
-                    family = families.setdefault(name, {"samples": []})
-                labels = f'upstream="{said}"' + (f",{labels}" if labels else "")
-                family["samples"].append(f"{metric}{{{labels}}}{rest}")
-    lines = [
-        line
-        for family in families.values()
-        for part in ("HELP", "TYPE", "samples")
-        for line in family.get(part, ())
-    ]
-    return "\n".join(lines) + "\n"
 
 
 class GatewayMetrics(Collector):
@@ -114,8 +78,9 @@ class GatewayMetrics(Collector):
             CounterMetricFamily,
             "requests",
             "Requests that are over. completed; failed: without a complete answer; refused: at the admission "
-            "rate or a full queue; given_up: by their client; turned_away: from somebody unknown or with a "
-            "body that cannot be used, and so of no tenant.",
+            "rate or a full queue; given_up: by their client; rejected: by the upstream, for a mistake of "
+            "their client, so no demand; turned_away: from somebody unknown or with a body that cannot be "
+            "used, and so of no tenant.",
             ["tenant", "outcome"],
             [*ended, (("", "turned_away"), history.turned_away.total())],
         )
@@ -123,9 +88,9 @@ class GatewayMetrics(Collector):
         yield _family(
             CounterMetricFamily,
             "failures",
-            "Requests without a complete answer.",
-            ["reason"],
-            [((reason,), count) for reason, count in reasons.items()],
+            "Requests without a complete answer, and whose fault that is: client, upstream or gateway.",
+            ["reason", "owner"],
+            [((reason, fault_of(reason).owner.value), count) for reason, count in reasons.items()],
         )
         in_flight = [((tenant,), totals.in_flight) for tenant, totals in of_tenants.items()]
         yield _family(
@@ -160,14 +125,28 @@ class GatewayMetrics(Collector):
         history = self._history
         found = {each.url: each for each in history.upstreams()}  # one that is named twice has one line
         for name, of, text in (
-            ("requests_at_upstream", "running", "Requests at an upstream."),
-            ("upstream_up", "up", "1 where it took its last connection and answers for its metrics."),
+            ("requests_at_upstream", "running", "Sequences of the requests at an upstream."),
+            ("upstream_up", "up", "1 where it gets requests; 0 where it is ejected or drains."),
             ("upstream_kv_usage_ratio", "kv_usage", "Share of its KV cache in use."),
             ("telemetry_age_seconds", "telemetry_age_s", "Since its metrics were last read."),
         ):
             values = {url: getattr(each, of) for url, each in found.items()}
             samples = [((url,), value) for url, value in values.items() if value is not None]
             yield _family(GaugeMetricFamily, name, text, ["upstream"], samples)
+        states = [((url, each.state, each.cause or ""), 1) for url, each in found.items()]
+        text = "Always 1: what is to be expected of an upstream, and why it is not well."
+        yield _family(GaugeMetricFamily, "upstream_state", text, ["upstream", "state", "cause"], states)
+        ejections = {
+            (each.shown_url, cause.value): count
+            for each in history.gateway.upstreams
+            for cause, count in each.health.ejections.items()
+        }
+        text = "How often an upstream was ejected."
+        labels = ["upstream", "cause"]
+        yield _family(CounterMetricFamily, "ejections", text, labels, list(ejections.items()))
+        retries = [((cause.value,), count) for cause, count in history.gateway.retries.items()]
+        text = "Requests that were sent to a second upstream, by what failed at the first."
+        yield _family(CounterMetricFamily, "retries", text, ["cause"], retries)
         stale = history.stale is not None
         text = "1 while the upstreams' metrics cannot be trusted."
         yield _family(GaugeMetricFamily, "telemetry_stale", text, [], [((), stale)])

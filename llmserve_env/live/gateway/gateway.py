@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,15 @@ import numpy as np
 from llmserve_env.backend import WindowRecord
 from llmserve_env.controls import SPECS
 from llmserve_env.errors import InputError
-from llmserve_env.hardware.constants import constants
+from llmserve_env.live.gateway.admission.passage import Passage, Refused
+from llmserve_env.live.gateway.admission.token_bucket import TokenBucket
+from llmserve_env.live.gateway.admission.turns import Turns
+from llmserve_env.live.gateway.admission.waiting_room import WaitingRoom
 from llmserve_env.live.gateway.ledger import Ledger, LiveRequest
+from llmserve_env.live.gateway.relay.watch import Watch
+from llmserve_env.live.servers.choice import RetryBudget, another, choose
+from llmserve_env.live.servers.fault import Cause, fault_of
+from llmserve_env.live.servers.health import EJECTED_S, UP, State
 from llmserve_env.schema import QuantizationTier, ServeAction
 from llmserve_env.workloads.workload import Tenant
 
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from llmserve_env.live.servers.upstreams import Upstream
 
 _TIERS = list(QuantizationTier)
+_SILENT = Cause.SILENT  # looked up for every token
 _APPLIED = (
     "batch_cap",
     "kv_budget_fraction",
@@ -39,54 +46,15 @@ _APPLIED = (
     "admission_rate",
 )
 """Controls that the gateway has a way to apply, wherever its upstreams allow it."""
-_PASS_OVER_S = 1.0
-
-
-class Refused(Exception):
-    """A request is not served.
-
-    Args:
-        status: HTTP status.
-        message: message for its client.
-        reason: in a few words, for counting.
-        retry_after_s: when to try again, at the earliest (s; None: no word of it).
-    """
-
-    def __init__(self, status: int, message: str, reason: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(eq=False)
-class Passage(LiveRequest):
-    """A request on its way through the gateway.
-
-    Attributes:
-        upstream: where it is, or is to go; None while it waits.
-        turn: its turn has come when this is done, or it has failed.
-        since_s: when it last got on: joined the queue, went to its upstream, got something from there (s).
-        writing: whether its client is the one to be waited for.
-        cut: how to end it from outside; None while it waits.
-        silent: it was ended because nothing came from the upstream.
-        tries: upstreams that took no connection for it.
-    """
-
-    upstream: Upstream | None = None
-    turn: asyncio.Future[None] | None = None
-    since_s: float = 0.0
-    writing: bool = False
-    cut: Callable[[], object] | None = None
-    silent: bool = False
-    tries: int = 0
 
 
 class Gateway:
     """Lets requests in, queues them, hands them to upstreams, and keeps account.
 
-    Of an action it applies `batch_cap` (requests at each engine of an upstream), `kv_budget_fraction`
+    A request weighs as many sequences as engines run for it, wherever requests are counted: at the batch cap,
+    in the token bucket, in the queue and in its records.
+
+    Of an action it applies `batch_cap` (sequences at each engine of an upstream), `kv_budget_fraction`
     (nothing is sent to an upstream whose KV cache is as full), `admission_rate` (the simulator's token bucket
     before the queue), `priority_routing` (order of the queue, share of the bucket, and the priority that vLLM
     is told), and `quantization_tier` and `speculation_depth` where there are upstreams of them. What is at an
@@ -97,18 +65,28 @@ class Gateway:
         upstreams: one or more.
         tenants: who sends requests.
         action: action in force from the start.
-        max_waiting: requests in the queue, at most.
+        max_waiting: sequences in the queue, at most. Where it is full, `WaitingRoom` says who gives way.
+        max_sequences: sequences of a request, at most (None: as many as the batch cap in force lets run at
+            the largest upstream). What weighs more than that cap goes to an upstream that is empty.
         queue_timeout_s: a request that waited so long is refused (s).
-        idle_timeout_s: a request is ended when nothing came from its upstream, or its client took nothing,
-            for so long (s).
+        idle_timeout_s: a request is ended when nothing more came from its upstream, or its client took
+            nothing, for so long (s).
+        first_byte_timeout_s: a request is ended, or sent elsewhere, when nothing at all came from its
+            upstream for so long (s; default: as the idle timeout). An answer that is not streamed begins with
+            its end.
         kv_usage: share of an upstream's KV cache that is in use, None where it is not known now: nothing is
             held back then.
+        still_s: time for which the counters of an upstream that runs something have stood still, None where
+            that is not known, or nothing runs there (s).
         clock: clock of all times here (s).
 
     Attributes:
         action: action in force.
         kv_usage: as given.
-        ledger: counts.
+        clock: as given.
+        idle_timeout_s: as given.
+        ledger: counts, by sequences.
+        retries: requests that were sent a second time, by the cause of the first failure.
 
     Raises:
         InputError: no upstream, or a bound that is not positive.
@@ -126,34 +104,46 @@ class Gateway:
         action: ServeAction = ServeAction(),  # noqa: B008 - immutable
         *,
         max_waiting: int = 1000,
+        max_sequences: int | None = None,
         queue_timeout_s: float = 60.0,
         idle_timeout_s: float = 300.0,
+        first_byte_timeout_s: float | None = None,
         kv_usage: Callable[[Upstream], float | None] = lambda upstream: None,
+        still_s: Callable[[Upstream], float | None] = lambda upstream: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not upstreams:
             raise InputError("expected one or more", field="upstream")
+        if first_byte_timeout_s is None:
+            first_byte_timeout_s = idle_timeout_s
         for name, value in (
             ("max_waiting", max_waiting),
+            ("max_sequences", math.inf if max_sequences is None else max_sequences),
             ("queue_timeout_s", queue_timeout_s),
             ("idle_timeout_s", idle_timeout_s),
+            ("first_byte_timeout_s", first_byte_timeout_s),
         ):
             if not value > 0:
                 raise InputError(f"expected more than 0, found {value}", field=name)
         self.upstreams = tuple(upstreams)
         self.tenants = tuple(tenants)
         self.ledger = Ledger(self.tenants, sum(each.engines for each in self.upstreams))
-        self._ranks = sorted({tenant.priority for tenant in self.tenants})
-        self._max_waiting = max_waiting
+        priorities = [tenant.priority for tenant in self.tenants]
+        self._room = WaitingRoom(priorities, max_waiting)
+        self._bucket = TokenBucket(priorities)
+        self._max_sequences = max_sequences
         self._queue_timeout_s = queue_timeout_s
-        self._idle_timeout_s = idle_timeout_s
+        self.idle_timeout_s = idle_timeout_s
         self.kv_usage = kv_usage
-        self._clock = clock
+        self.clock = clock
         self._numbers = count()
-        self._queues: dict[int, deque[Passage]] = {priority: deque() for priority in self._ranks}
+        self._in_flight: set[Passage] = set()
         self._at_upstreams: set[Passage] = set()
-        self._bucket_full_s = -math.inf  # when it will be full
+        self._turns = count()
         self._begun_s = self._window_s = clock()
+        self._budget = RetryBudget(self._begun_s)
+        self._watch = Watch(self.upstreams, self._budget, first_byte_timeout_s, idle_timeout_s, still_s)
+        self.retries: Counter[Cause] = Counter()
         self.ledger.open(self._begun_s)
         self.apply(action)
 
@@ -196,13 +186,12 @@ class Gateway:
         Returns:
             WINDOW, and the histograms of times to first token and of gaps as in `WindowRecord`.
         """
-        now_s = self._clock()
-        waiting = (each for queue in self._queues.values() for each in queue if not each.over)
+        now_s = self.clock()
         window, ttft, gaps = self.ledger.close(
             now_s,
             self._window_s - self._begun_s if start_s is None else start_s,
             now_s - self._begun_s if end_s is None else end_s,
-            [*waiting, *self._at_upstreams],
+            self._in_flight,
         )
         self._window_s = now_s
         self._look(window)
@@ -210,7 +199,7 @@ class Gateway:
 
     def open_window(self) -> None:
         """Begin a window."""
-        self.ledger.open(self._clock())
+        self.ledger.open(self.clock())
 
     def blank(self) -> NDArray[np.void]:
         """WINDOW of a gateway that has done nothing."""
@@ -220,7 +209,7 @@ class Gateway:
 
     def _look(self, window: NDArray[np.void]) -> None:
         """Fill in what the upstreams are now."""
-        up = [each for each in self.upstreams if not self.passed_over(each)]
+        up = [each for each in self.upstreams if self.state(each) in UP]
         window["engines_up"] = sum(each.engines for each in up)
         for each in up:
             if each.tier is not None:
@@ -228,52 +217,103 @@ class Gateway:
         usages = [usage for each in self.upstreams if (usage := self.kv_usage(each)) is not None]
         window["kv_occupancy"] = np.mean(usages) if usages else 0.0
 
+    def listen_to(self, still_s: Callable[[Upstream], float | None]) -> None:
+        """Judge by counters from now on whether anything moves at upstreams; `still_s` as given at first."""
+        self._watch.still_s = still_s
+
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return sum(not each.over for queue in self._queues.values() for each in queue)
+        """Sequences of the requests in the queue."""
+        return self._room.sequences
 
-    def passed_over(self, upstream: Upstream) -> bool:
-        """Whether it took no connection a moment ago."""
-        return self._clock() < upstream.passed_over_until_s
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not over."""
+        return len(self._in_flight)
 
-    def enter(self, tenant: int, prompt_tokens: int, arrival_s: float | None = None) -> Passage:
+    @property
+    def max_sequences(self) -> int:
+        """Sequences of a request, at most, now."""
+        if self._max_sequences is not None:
+            return self._max_sequences
+        return self.action.batch_cap * max(each.engines for each in self.upstreams)
+
+    def state(self, upstream: Upstream) -> State:
+        """What is to be expected of an upstream now."""
+        return upstream.health.state(self.clock())
+
+    def enter(
+        self,
+        tenant: int,
+        prompt_tokens: int,
+        arrival_s: float | None = None,
+        *,
+        sequences: int = 1,
+        places: frozenset[Upstream] | None = None,
+    ) -> Passage:
         """A request has arrived.
 
         Args:
             tenant: index of who sent it.
             prompt_tokens: about.
             arrival_s: when it was due, from which its latencies count (s of the clock; default: now).
+            sequences: sequences that an engine runs for it.
+            places: upstreams that serve its model (default: all).
 
         Raises:
             Refused: 429, at the admission rate or with a full queue.
         """
-        now_s = self._clock()
+        now_s = self.clock()
+        self._budget.earn()
         due_s = now_s if arrival_s is None else arrival_s
-        passage = Passage(next(self._numbers), tenant, self.tenants[tenant].priority, due_s, since_s=now_s)
+        priority = self.tenants[tenant].priority
+        passage = Passage(next(self._numbers), tenant, priority, due_s, sequences, since_s=now_s)
+        passage.places = places
+        self._in_flight.add(passage)
         self.ledger.arrived(passage, prompt_tokens)
-        wait_s = self._bucket_wait_s(passage.priority, now_s)
+        drawn = (self.action.admission_rate, sequences, priority, self.action.priority_routing, now_s)
+        wait_s = self._bucket.wait_s(*drawn)
         if wait_s > 0:
-            self._refuse(passage, "admission rate", "Too many requests: try again later", wait_s)
-        if self.waiting >= self._max_waiting:
-            self._refuse(passage, "queue full", "Too many requests wait here: try again later", 1.0)
-        self._take_token(now_s)
+            raise self._refused(passage, "admission rate", "Too many requests: try again later", wait_s)
         passage.turn = asyncio.get_running_loop().create_future()
-        self._queues[passage.priority].append(passage)
+        self._room.join(passage)
         self.dispatch()
+        crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
+        if passage in crowded_out:
+            raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
+        self._bucket.take(*drawn)
+        self._displace(crowded_out)
         return passage
+
+    def displace(self, passage: Passage) -> None:
+        """It gives way to others: its answer has not begun."""
+        self._displace([passage])
+
+    def _displace(self, passages: Iterable[Passage]) -> None:
+        displaced = Refused(429, "Others need its place here: try again later", "displaced", 1.0)
+        for passage in passages:
+            if passage.waits:
+                self._end(passage)
+                self.ledger.refused(passage, self.clock(), displaced.reason)
+                passage.refuse(displaced)
+            elif not passage.over:
+                passage.displaced = displaced
+                if passage.cut is not None:
+                    passage.cut()
+        self.dispatch()  # those behind one that took many places
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
-        while (queue := self._next_queue()) is not None:
-            upstream = self._room()
-            if upstream is None:
-                return
-            passage = queue.popleft()
-            now_s = self._clock()
-            passage.upstream, passage.since_s = upstream, now_s
+        now_s = self.clock()
+        while self.waiting and (found := self._turn(now_s).next(self._room)) is not None:
+            passage, upstream = found
+            self._room.leave(passage)
+            passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
             passage.tier = None if upstream.tier is None else _TIERS.index(upstream.tier)
-            upstream.running += 1
+            passage.probe = upstream.health.sent(now_s, idle=not upstream.running)
+            passage.began = passage.noted = passage.stalled = False
+            upstream.running += passage.sequences
+            upstream.turn = next(self._turns)
             self._at_upstreams.add(passage)
             self.ledger.sent(passage, now_s)
             assert passage.turn is not None
@@ -289,54 +329,133 @@ class Gateway:
         Raises:
             Refused: 503, there is none.
         """
-        now_s = self._clock()
-        assert passage.upstream is not None
-        passage.upstream.passed_over_until_s = now_s + _PASS_OVER_S
+        now_s = self.clock()
+        self._note(passage, "upstream down", now_s)
         passage.tries += 1
-        if passage.tries >= len(self._pool) or all(self.passed_over(each) for each in self._pool):
-            raise Refused(503, "No upstream can be reached", "upstream down", _PASS_OVER_S)
+        pool = passage.pool(self._pool)
+        if passage.tries >= len(pool) or not another(pool, passage.failed_at, now_s):
+            raise Refused(503, "No upstream can be reached", "upstream down", EJECTED_S)
+        self._return(passage, now_s)
+
+    def again(self, passage: Passage, reason: str, retry_after_s: float | None = None) -> bool:
+        """Its upstream failed it before its client got anything: it waits for another one, if that may be.
+
+        It may once, within the retry budget, where there is another one that is not out.
+
+        Args:
+            passage: which.
+            reason: what happened.
+            retry_after_s: time for which the upstream asked to be left alone (s).
+
+        Returns:
+            Whether it waits; if not, `fail` or `reject` it.
+        """
+        now_s = self.clock()
+        self._note(passage, reason, now_s, retry_after_s)
+        cause = fault_of(reason).cause
+        if passage.over or passage.answered or cause is None:
+            return False
+        if not passage.moving:
+            elsewhere = another(passage.pool(self._pool), passage.failed_at, now_s)
+            if passage.retried or not elsewhere or not self._budget.spend(now_s):
+                return False
+        passage.moving, passage.retried = False, True
+        self.retries[cause] += 1
+        self._return(passage, now_s)
+        return True
+
+    def _return(self, passage: Passage, now_s: float) -> None:
+        """It waits again, as the first of its priority."""
         self._leave(passage)
         self.ledger.returned(passage, now_s)
         passage.turn = asyncio.get_running_loop().create_future()
-        passage.cut = None
-        self._queues[passage.priority].appendleft(passage)
+        passage.cut, passage.since_s = None, now_s
+        self._room.rejoin(passage)
         self.dispatch()
+        self._displace(self._room.crowded_out(self.action.priority_routing, passage))
 
-    def got(self, passage: Passage, steps: int = 0) -> None:
-        """Something came from its upstream, with so many pieces of its answer."""
-        now_s = passage.since_s = self._clock()
-        for _ in range(steps):
-            self.ledger.step(passage, now_s)
+    def held_back(self, passage: Passage) -> bool:
+        """Whether its answer is held back until its upstream has proven itself: another one could answer."""
+        than, pool = (*passage.failed_at, passage.upstream), passage.pool(self._pool)
+        return passage.probe and not passage.retried and another(pool, than, self.clock())
+
+    def proven(self, passage: Passage) -> None:
+        """Its answer has come so far that its upstream is well."""
+        if passage.probe and passage.upstream is not None:
+            passage.upstream.health.succeeded(self.clock(), probe=True)
+            passage.probe = False
+
+    def got(self, passage: Passage, steps: int = 0, sequences: Sequence[int] = ()) -> None:
+        """Something came from its upstream, with so many pieces of its answer.
+
+        Args:
+            passage: which.
+            steps: pieces that came.
+            sequences: index of the sequence of each; all are of one where there are none.
+        """
+        now_s = passage.since_s = self.clock()
+        upstream = passage.upstream
+        # Bytes alone may be a proxy's, to keep a connection open; and a probe's first ones prove nothing.
+        if steps and upstream is not None and not passage.probe:
+            health = upstream.health
+            health.came_s = now_s
+            if health.cause is _SILENT:
+                health.moved(now_s)
+        if not passage.began:
+            passage.began = True
+            self._watch.first_bytes.add(now_s - passage.sent_s, now_s)
+        for step in range(steps):
+            self.ledger.step(passage, now_s, sequences[step] if sequences else 0)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""
         if not passage.over:
-            self.ledger.completed(passage, self._clock(), tokens)
-            self._leave(passage)
+            now_s = self.clock()
+            if passage.upstream is not None and not passage.noted:
+                passage.noted = True
+                health = passage.upstream.health
+                health.succeeded(now_s, probe=passage.probe)
+                health.came_s = now_s
+            self.ledger.completed(passage, now_s, tokens)
+            self._end(passage)
             self.dispatch()
 
     def fail(self, passage: Passage, reason: str, *, given_up: bool = False) -> None:
         """It will have no complete answer; `given_up`: because its client went away."""
+        self._over(passage, reason, self.ledger.given_up if given_up else self.ledger.failed)
+
+    def reject(self, passage: Passage, reason: str) -> None:
+        """Its upstream refused it for a mistake of its client: it is nobody's failure, and was no demand."""
+        self._over(passage, reason, self.ledger.rejected)
+
+    def _over(self, passage: Passage, reason: str, note: Callable[[LiveRequest, float, str], None]) -> None:
         if not passage.over:
-            note = self.ledger.given_up if given_up else self.ledger.failed
-            note(passage, self._clock(), reason)
-            self._leave(passage)
+            now_s = self.clock()
+            self._note(passage, reason, now_s)
+            note(passage, now_s, reason)
+            self._end(passage)
             self.dispatch()
 
+    def _note(self, passage: Passage, reason: str, now_s: float, retry_after_s: float | None = None) -> None:
+        """Tell its upstream's health, once, what became of it there."""
+        upstream = passage.upstream
+        if upstream is None or passage.noted:
+            return
+        passage.noted = True
+        cause = fault_of(reason).cause
+        if cause is None:
+            upstream.health.left(probe=passage.probe)
+            return
+        passage.failed_at |= {upstream}
+        upstream.health.failed(cause, now_s, probe=passage.probe, retry_after_s=retry_after_s)
+
     def tick(self) -> None:
-        """What time brings, to be called a few times a second: time limits, and room in KV caches."""
-        now_s = self._clock()
-        for queue in self._queues.values():
-            for passage in queue:
-                late = now_s - passage.since_s > self._queue_timeout_s
-                if late and not passage.over and passage.turn is not None and not passage.turn.done():
-                    passage.turn.set_exception(
-                        Refused(503, "It waited too long for its turn", "queue timeout", 1.0)
-                    )
-        for passage in tuple(self._at_upstreams):
-            if now_s - passage.since_s > self._idle_timeout_s and passage.cut is not None:
-                passage.silent = not passage.writing
-                passage.cut()
+        """What time brings, to be called a few times a second: time limits, silence, room in KV caches."""
+        now_s = self.clock()
+        for passage in self._room:
+            if now_s - passage.since_s > self._queue_timeout_s and passage.waits:
+                passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
+        self._watch.look(self._pool, self._room, self._at_upstreams, now_s)
         self.dispatch()
 
     def _placed(self, action: ServeAction) -> tuple[tuple[Upstream, ...], dict[str, str]]:
@@ -363,60 +482,49 @@ class Gateway:
             return {}
         return {"kv_budget_fraction": "an upstream's KV cache usage is not known now"}
 
-    def _refuse(self, passage: Passage, reason: str, message: str, wait_s: float) -> None:
-        self.ledger.refused(passage, self._clock(), reason)
-        raise Refused(429, message, reason, wait_s)
+    def _refused(self, passage: Passage, reason: str, message: str, wait_s: float) -> Refused:
+        """It is not let in."""
+        self.ledger.refused(passage, self.clock(), reason)
+        self._end(passage)
+        return Refused(429, message, reason, wait_s)
 
-    def _bucket_wait_s(self, priority: int, now_s: float) -> float:
-        """Time until the bucket has a token for it (s): 0 for now. The simulator's `lets_in`."""
-        rate = self.action.admission_rate
-        if rate is None:
-            return 0.0
-        burst_s = constants().admission.burst_s
-        if self.action.priority_routing:
-            burst_s *= 1 - self._ranks.index(priority) / len(self._ranks)
-        full_s = max(self._bucket_full_s, now_s) + 1 / rate
-        wait_s = full_s - now_s - max(burst_s, 1 / rate)
-        return wait_s if wait_s > 1e-9 else 0.0  # sums of 1 / rate are not exact
+    def aside(
+        self, places: frozenset[Upstream] | None, avoided: Collection[Upstream] = ()
+    ) -> Upstream | None:
+        """An upstream for a request that takes no place in a batch; None where none is to be asked.
 
-    def _take_token(self, now_s: float) -> None:
-        if self.action.admission_rate is not None:
-            self._bucket_full_s = max(self._bucket_full_s, now_s) + 1 / self.action.admission_rate
+        Args:
+            places: upstreams that serve its model; None for all.
+            avoided: upstreams that were tried.
+        """
+        pool = [each for each in self.upstreams if places is None or each in places]
+        upstream = choose(pool, lambda each: each not in avoided, self.clock(), avoided)
+        if upstream is not None:
+            upstream.turn = next(self._turns)
+        return upstream
 
-    def _next_queue(self) -> deque[Passage] | None:
-        """The queue whose first request is next."""
-        for queue in self._queues.values():
-            while queue and (queue[0].over or _settled(queue[0])):
-                queue.popleft()
-        waiting = [queue for queue in self._queues.values() if queue]
-        if not waiting:
-            return None
-        if self.action.priority_routing:
-            return waiting[0]
-        return min(waiting, key=lambda queue: queue[0].index)
+    def lost(self, upstream: Upstream, reason: str) -> None:
+        """An upstream failed a request that takes no place in a batch."""
+        if (cause := fault_of(reason).cause) is not None:
+            upstream.health.failed(cause, self.clock())
 
-    def _room(self) -> Upstream | None:
-        """The least loaded upstream of the pool that may take one more."""
-        cap, budget = self.action.batch_cap, self.action.kv_budget_fraction
-        reachable = [each for each in self._pool if not self.passed_over(each)] or self._pool
-        room: Iterable[Upstream] = (each for each in reachable if each.running < cap * each.engines)
-        if budget < 1:
-            room = (
-                each
-                for each in room
-                if "kv_budget_fraction" in each.in_engine or (self.kv_usage(each) or 0.0) < budget
-            )
-        return min(room, key=lambda each: each.running / each.engines, default=None)
+    def _turn(self, now_s: float) -> Turns:
+        return Turns(self._pool, self.action, self.kv_usage, now_s)
+
+    def _free(self, sequences: int = 1) -> Upstream | None:
+        """The upstream that takes a request of so many sequences now."""
+        return self._turn(self.clock()).free(sequences)
+
+    def _end(self, passage: Passage) -> None:
+        """It is over."""
+        self._leave(passage)
+        self._in_flight.discard(passage)
 
     def _leave(self, passage: Passage) -> None:
-        """It is at no upstream any more."""
+        """It is neither in the queue nor at an upstream any more."""
+        self._room.leave(passage)
         if passage in self._at_upstreams:
             self._at_upstreams.remove(passage)
             assert passage.upstream is not None
-            passage.upstream.running -= 1
+            passage.upstream.running -= passage.sequences
         passage.upstream = None
-
-
-def _settled(passage: Passage) -> bool:
-    """Whether it waits no more, having been refused."""
-    return passage.turn is not None and passage.turn.done()

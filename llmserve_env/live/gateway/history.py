@@ -13,6 +13,7 @@ import numpy as np
 
 from llmserve_env.live.gateway.ledger import UNMEASURED
 from llmserve_env.live.gateway.totals import Distribution
+from llmserve_env.live.servers.health import UP
 
 if TYPE_CHECKING:
     from llmserve_env.backend import WindowRecord
@@ -37,8 +38,10 @@ class UpstreamNow:
         url: without credentials.
         tier: precision of its weights, as stated.
         speculation: draft tokens a step, as stated.
-        running: requests there.
-        up: it took its last connection, and answers for its metrics where it is asked for them.
+        running: sequences of the requests there.
+        up: it gets requests.
+        state: what is to be expected of it, see `servers.health.State`.
+        cause: why it is not well; None where it is.
         kv_usage: share of its KV cache in use; None where it is not known.
         telemetry_age_s: since its metrics were last read (s); None where they never were.
         error: why the last reading failed.
@@ -49,6 +52,8 @@ class UpstreamNow:
     speculation: int | None
     running: int
     up: bool
+    state: str
+    cause: str | None
     kv_usage: float | None
     telemetry_age_s: float | None
     error: str | None
@@ -145,13 +150,16 @@ class History:
             replica = replicas.get(each.url)
             last = None if replica is None else replica.last
             error = None if replica is None else replica.error
+            state = self.gateway.state(each)
             found.append(
                 UpstreamNow(
                     url=each.shown_url,
                     tier=None if each.tier is None else each.tier.value,
                     speculation=each.speculation,
                     running=each.running,
-                    up=error is None and not self.gateway.passed_over(each),
+                    up=state in UP,
+                    state=state.value,
+                    cause=None if each.health.cause is None else each.health.cause.value,
                     kv_usage=told(self.gateway.kv_usage(each)),
                     telemetry_age_s=None if last is None else now_s - last.at_s,
                     error=error,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ UNMEASURED = {
     "preemptions": "only engines know them: 0",
     "retries": "what is sent again is a request like others: 0",
     "retrying_requests": "what is sent again is a request like others: 0",
-    "engines_up": "those whose servers took the last connections",
+    "engines_up": "those whose servers get requests",
     "engines_by_tier": "what is stated of the servers, else 0",
     "engines_split": "nobody tells it: 0",
     "active_requests": "requests at the servers, whether they run them or have them wait",
@@ -49,28 +49,41 @@ class LiveRequest:
         tenant: index of who sent it.
         priority: lower is more urgent.
         arrival_s: when it was due.
+        sequences: sequences that an engine runs for it.
         first_s: when its first token came; nan before.
+        begun_s: when the last of its sequences to begin had its first token; nan before.
         last_s: when its last piece came; nan before.
+        last_of: when the last piece of each sequence came.
         steps: pieces that came.
         at_endpoint: whether it was sent.
         over: whether it is completed or has failed.
         tier: index of the precision that serves it; None where nobody says.
+        prompt_tokens: about.
+        excused: whether it was there while an upstream was silent: that it is late is the silence's doing.
     """
 
     index: int
     tenant: int
     priority: int
     arrival_s: float
+    sequences: int = 1
     first_s: float = float("nan")
+    begun_s: float = float("nan")
     last_s: float = float("nan")
+    last_of: dict[int, float] = field(default_factory=dict)
     steps: int = 0
     at_endpoint: bool = False
     over: bool = False
     tier: int | None = None
+    prompt_tokens: int = 0
+    excused: bool = False
 
 
 class Ledger:
     """Counts what happens to requests.
+
+    A request counts once for each of its sequences, in all counts: that many single requests would have asked
+    the same of the engines.
 
     Between two windows time stands still: what happens then counts in the next window, but for busy time.
 
@@ -79,7 +92,10 @@ class Ledger:
         engines: engines that serve.
 
     Attributes:
-        failures: requests without a complete answer by reason, over all windows.
+        failures: requests without a complete answer by reason, over all windows; also those whose clients
+            were mistaken.
+        excused: requests that ended in the last window outside of their SLO while, or after, an upstream was
+            silent. They are in the record; who judges by it what to do next should leave them out.
         totals: totals of each tenant, over all windows.
     """
 
@@ -87,6 +103,7 @@ class Ledger:
         self._tenants = tenants
         self._engines = engines
         self.failures: Counter[str] = Counter()
+        self.excused = self._excused = 0
         self.totals = tuple(Totals() for _ in tenants)
         self._running = 0
         self._marked_s: float | None = None
@@ -94,6 +111,8 @@ class Ledger:
         self._steps = 0
         self._ttft_s: list[float] = []
         self._gaps_s: list[float] = []
+        self._mistaken = [0] * len(tenants)  # to be taken out of what arrived, and their prompts
+        self._mistaken_tokens = 0
         self._window: Any = self.blank()
 
     def blank(self) -> NDArray[np.void]:
@@ -110,46 +129,61 @@ class Ledger:
 
     def arrived(self, request: LiveRequest, prompt_tokens: int) -> None:
         """A client sent a request."""
-        self._window["arrived"] += 1
+        request.prompt_tokens = prompt_tokens
+        self._window["arrived"] += request.sequences
         self._window["arrived_prompt_tokens"] += prompt_tokens
-        self._window["tenant_arrived"][request.tenant] += 1
-        self.totals[request.tenant].arrived += 1
+        self._window["tenant_arrived"][request.tenant] += request.sequences
+        self.totals[request.tenant].arrived += request.sequences
         self.totals[request.tenant].prompt_tokens += prompt_tokens
 
     def sent(self, request: LiveRequest, now_s: float) -> None:
         """It went to the endpoint."""
         self._mark(now_s)
         request.at_endpoint = True
-        self._running += 1
+        self._running += request.sequences
 
     def returned(self, request: LiveRequest, now_s: float) -> None:
         """It could not be handed over, and waits again."""
         self._mark(now_s)
         request.at_endpoint = False
-        self._running -= 1
+        self._running -= request.sequences
 
-    def step(self, request: LiveRequest, now_s: float) -> None:
-        """A piece of its answer came."""
+    def step(self, request: LiveRequest, now_s: float, sequence: int = 0) -> None:
+        """A piece of its answer came.
+
+        Args:
+            request: which.
+            now_s: time of the loop's clock (s).
+            sequence: index of the sequence that it belongs to; one that it has not is taken for the first.
+        """
         totals = self.totals[request.tenant]
         totals.output_tokens += 1
+        if not 0 <= sequence < request.sequences:
+            sequence = 0
+        last_s = request.last_of.get(sequence)
         if request.steps == 0:
             request.first_s = now_s
-            ttft_s = now_s - request.arrival_s
-            self._ttft_s.append(ttft_s)
-            self._window["tenant_first_tokens"][request.tenant] += 1
-            self._window["tenant_ttft_s"][request.tenant] += ttft_s
-            totals.ttft_s.add(ttft_s)
-            totals.recent_ttft_s.append(ttft_s)
+        if last_s is None:
+            request.begun_s = now_s
+            self._first_tokens(request, now_s, 1)
         else:
-            gap_s = now_s - request.last_s
-            self._gaps_s.append(gap_s)
-            totals.itl_s.add(gap_s)
-        request.last_s = now_s
+            self._gaps_s.append(now_s - last_s)
+            totals.itl_s.add(now_s - last_s)
+        request.last_s = request.last_of[sequence] = now_s
         request.steps += 1
         self._steps += 1
 
+    def _first_tokens(self, request: LiveRequest, now_s: float, count: int) -> None:
+        """So many of its sequences had their first token."""
+        totals, ttft_s = self.totals[request.tenant], now_s - request.arrival_s
+        self._ttft_s.extend([ttft_s] * count)
+        self._window["tenant_first_tokens"][request.tenant] += count
+        self._window["tenant_ttft_s"][request.tenant] += ttft_s * count
+        totals.ttft_s.add(ttft_s, count)
+        totals.recent_ttft_s.extend([ttft_s] * count)
+
     def completed(self, request: LiveRequest, now_s: float, tokens: int | None) -> None:
-        """Its answer is complete.
+        """Its answer is complete. One without a piece ended with its first token, and began with its end.
 
         Args:
             request: which.
@@ -157,45 +191,64 @@ class Ledger:
             tokens: tokens of the answer, as the endpoint counts them; None where it does not.
         """
         self._end(request, now_s)
+        if not request.steps:
+            request.first_s = request.begun_s = request.last_s = now_s
+        # Of answers that are not streamed, all sequences come at once, and count as one piece.
+        self._first_tokens(request, request.first_s, request.sequences - len(request.last_of))
         tokens = max(tokens or 0, request.steps)
-        tenant = self._tenants[request.tenant]
-        self._window["completed"] += 1
-        self._window["tenant_completed"][request.tenant] += 1
+        tenant, count = self._tenants[request.tenant], request.sequences
+        self._window["completed"] += count
+        self._window["tenant_completed"][request.tenant] += count
         self._window["tenant_output_tokens"][request.tenant] += tokens
         self._window["output_tokens"] += tokens - request.steps
-        tpot_s = (request.last_s - request.first_s) / max(tokens - 1, 1)
+        tpot_s = (request.last_s - request.first_s) / max(tokens / count - 1, 1)
         totals = self.totals[request.tenant]
-        totals.outcomes["completed"] += 1
+        totals.outcomes["completed"] += count
         totals.output_tokens += tokens - request.steps
-        totals.e2e_s.add(request.last_s - request.arrival_s)
-        if tokens > 1:
-            totals.tpot_s.add(tpot_s)
-            totals.recent_tpot_s.append(tpot_s)
-        ttft = (request.first_s - request.arrival_s) / tenant.ttft_slo_s
+        totals.e2e_s.add(request.last_s - request.arrival_s, count)
+        if tokens > count:
+            totals.tpot_s.add(tpot_s, count)
+            totals.recent_tpot_s.extend([tpot_s] * count)
+        ttft = (request.begun_s - request.arrival_s) / tenant.ttft_slo_s  # of all its sequences
         tpot = tpot_s / tenant.tpot_slo_s
         if max(ttft, tpot) <= 1:
-            totals.in_slo += 1
-            self._window["tenant_in_slo"][request.tenant] += 1
-            self._window["tenant_headroom"][request.tenant] += 1 - max(ttft, tpot)
+            totals.in_slo += count
+            self._window["tenant_in_slo"][request.tenant] += count
+            self._window["tenant_headroom"][request.tenant] += count * (1 - max(ttft, tpot))
             if request.tier is not None:
-                self._window["tier_in_slo"][request.tier, request.tenant] += 1
+                self._window["tier_in_slo"][request.tier, request.tenant] += count
+        elif request.excused:
+            self._excused += count
 
     def failed(self, request: LiveRequest, now_s: float, reason: str, outcome: Outcome = "failed") -> None:
         """It has no complete answer, and will have none."""
         self._end(request, now_s)
-        self.totals[request.tenant].outcomes[outcome] += 1
-        self.failures[reason] += 1
-        self._window["failed"] += 1
-        self._window["tenant_failed"][request.tenant] += 1
+        count = request.sequences
+        self.totals[request.tenant].outcomes[outcome] += count
+        self.failures[reason] += count
+        self._window["failed"] += count
+        self._window["tenant_failed"][request.tenant] += count
+        self._excused += count * request.excused
 
     def refused(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """It was not let in."""
-        self._window["refused"] += 1
+        self._window["refused"] += request.sequences
         self.failed(request, now_s, reason, "refused")
+
+    def rejected(self, request: LiveRequest, now_s: float, reason: str) -> None:
+        """It cannot be served, by a mistake of its client: it counts as if it had not been sent.
+
+        Where it arrived in an earlier window, one that arrives later is left out for it.
+        """
+        self._end(request, now_s)
+        self.totals[request.tenant].outcomes["rejected"] += request.sequences
+        self.failures[reason] += request.sequences
+        self._mistaken[request.tenant] += request.sequences
+        self._mistaken_tokens += request.prompt_tokens
 
     def given_up(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """Its client went away."""
-        self._window["timeouts"] += 1
+        self._window["timeouts"] += request.sequences
         self.failed(request, now_s, reason, "given_up")
 
     def close(
@@ -215,14 +268,16 @@ class Ledger:
         self._mark(now_s)
         self._marked_s = None
         window, self._window = self._window, self.blank()
+        self.excused, self._excused = self._excused, 0
+        self._leave_out(window)
         window["start_s"], window["end_s"] = start_s, end_s
         window["output_tokens"] += self._steps
         for request in in_flight:
-            window["in_flight"] += 1
-            window["tenant_in_flight"][request.tenant] += 1
-            window["running"] += request.at_endpoint
+            count = request.sequences
+            window["in_flight"] += count
+            window["tenant_in_flight"][request.tenant] += count
+            window["running" if request.at_endpoint else "waiting"] += count
             if not request.at_endpoint:
-                window["waiting"] += 1
                 window["oldest_wait_s"] = max(window["oldest_wait_s"], now_s - request.arrival_s)
         window["first_tokens"] = len(self._ttft_s)
         if self._ttft_s:
@@ -242,10 +297,21 @@ class Ledger:
         self._ttft_s, self._gaps_s = [], []
         return window, ttft, gaps
 
+    def _leave_out(self, window: Any) -> None:
+        """Take requests with their clients' mistakes out of those that arrived."""
+        for tenant, mistaken in enumerate(self._mistaken):
+            left_out = min(mistaken, int(window["tenant_arrived"][tenant]))
+            self._mistaken[tenant] -= left_out
+            window["tenant_arrived"][tenant] -= left_out
+            window["arrived"] -= left_out
+        tokens = min(self._mistaken_tokens, int(window["arrived_prompt_tokens"]))
+        self._mistaken_tokens -= tokens
+        window["arrived_prompt_tokens"] -= tokens
+
     def _end(self, request: LiveRequest, now_s: float) -> None:
         self._mark(now_s)
         request.over = True
-        self._running -= request.at_endpoint
+        self._running -= request.sequences * request.at_endpoint
 
     def _mark(self, now_s: float) -> None:
         """Account for the time since something last changed at the endpoint."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
+from llmserve_env.net.loops import forever
 from llmserve_env.observation import Observer
 from llmserve_env.rewards import Rewards
 
@@ -100,27 +101,24 @@ async def steer(
         pilot: decides after each one; None: nobody does.
         told: see `Told`.
     """
-    loop = asyncio.get_running_loop()
     rewards = None if pilot is None else RunningReward(pilot.task)
-    begun_s = loop.time()
-    while True:
-        await asyncio.sleep(begun_s + window_s - loop.time())
-        begun_s = loop.time()
+
+    async def turn() -> None:
+        """The end of a window, and what follows from it."""
         try:
             record = deployment.window()
         except Exception as error:
             if pilot is None:
-                _log.exception("a window could not be recorded")
-            else:
-                _fallen_back(deployment, pilot, error)
-            continue
+                raise
+            _fallen_back(deployment, pilot, error)
+            return
         decision, reward = None, None
         if pilot is not None and rewards is not None:
             decision, reward = await _decided(deployment, pilot, rewards)
-        try:
-            told(record, decision, reward)
-        except Exception:
-            _log.exception("a window could not be told")
+        told(record, decision, reward)
+
+    await asyncio.sleep(window_s)
+    await forever(turn, window_s, "the end of a window")
 
 
 async def _decided(
@@ -129,11 +127,11 @@ async def _decided(
     """What is in force from now on, and the reward of the window that has ended."""
     reward = None
     try:
-        row, stale = deployment.row.copy(), deployment.stale
+        row, stale, excused = deployment.row.copy(), deployment.stale, deployment.excused
         reward = rewards.of(row, deployment.unmeasured)
         # In threads: requests do not wait for an agent, nor for a disk.
         await asyncio.to_thread(pilot.result, row, reward)
-        decision = await asyncio.to_thread(pilot.decide, row, stale)
+        decision = await asyncio.to_thread(pilot.decide, row, stale, excused)
         not_applied = deployment.apply(decision.applied)
         return await asyncio.to_thread(pilot.applied, not_applied), reward
     except Exception as error:

@@ -7,8 +7,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Outcome = Literal["completed", "failed", "refused", "given_up"]
-"""How a request ended; refused: it was not let in, given up: its client went away."""
+Outcome = Literal["completed", "failed", "refused", "given_up", "rejected"]
+"""How a request ended; refused: it was not let in, given up: its client went away, rejected: by its upstream,
+for a mistake of its client."""
 
 REQUEST_BOUNDS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -46,14 +47,14 @@ class Distribution:
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds) + 1)
 
-    def add(self, value: float) -> None:
-        """Observe a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, value: float, count: int = 1) -> None:
+        """Observe a value, so many times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
 
 
 class Totals:
-    """Counts of one tenant.
+    """Counts of one tenant. A request counts once for each of its sequences.
 
     Attributes:
         arrived: requests.

@@ -12,11 +12,17 @@ from llmserve_env.errors import InputError
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _BYTES_PER_TOKEN = 4  # of English text, the usual rule of thumb
+_MAX_DEPTH = 8  # messages hold lists of parts that hold texts: 4
+_PROMPTS = ("prompt", "prompt_embeds", "input")
+"""Fields that hold one prompt or a list of them."""
+_KEPT = ("background", "previous_response_id", "conversation")
+_ANSWERS = ("n", "best_of")
+"""Fields that say how many sequences each prompt gets; vLLM's beam searches are as wide as `n`."""
 
 
-def error_json(message: str, kind: str, code: int | str) -> bytes:
-    """An error in OpenAI's form."""
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+def error_json(message: str, kind: str, code: int | str, param: str | None = None) -> bytes:
+    """An error in OpenAI's form; `param` is the request's field that it is about."""
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
 def error_event(error: bytes) -> bytes:
@@ -45,9 +51,16 @@ class RequestBody:
 
     Attributes:
         prompt_tokens: length of its prompt: counted where it is token ids, else a token for every four bytes.
+        model: model that it asks for; None where it names none.
+        streamed: whether it asks for a stream.
+        sequences: sequences that an engine runs for it: `n`, the width of a beam search, too, or `best_of`
+            where that is more, for each of its prompts.
+        keeps: field by which it asks the server to keep something between requests; None for none.
+        multiplied_by: field that asks for most of them, such as `prompt` or `n`.
 
     Raises:
-        InputError: not a JSON object in UTF-8. What was found is not in the message, which may be logged.
+        InputError: not a JSON object in UTF-8, or a number of sequences that is none. What was found is not
+            in the message, which may be logged.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -58,9 +71,23 @@ class RequestBody:
             raise InputError("expected a JSON object", field="body") from error
         self._content = content
         self._empty = not values
+        model = values.get("model")
+        self.model = model if isinstance(model, str) else None
+        self.streamed = values.get("stream") is True
         self.prompt_tokens = max(
-            1, _prompt_tokens(values.get("prompt")) + _prompt_tokens(values.get("messages"))
+            1,
+            sum(_prompt_tokens(values.get(name)) for name in ("prompt", "messages", "input", "instructions")),
         )
+        self.keeps = next((name for name in _KEPT if values.get(name)), None)
+        prompts = {name: _prompts(values.get(name)) for name in _PROMPTS}
+        answers = {name: _count(name, values.get(name)) for name in _ANSWERS}
+        self.sequences = max(1, sum(prompts.values())) * max(answers.values())
+        factors = prompts | answers
+        self.multiplied_by = max(factors, key=lambda name: factors[name])
+
+    def forget(self) -> None:
+        """Let go of the bytes: it will not be sent again."""
+        self._content, self._text, self._spans = b"", "", []
 
     def with_priority(self, priority: int) -> bytes:
         """The bytes that came, but for `priority`, which is vLLM's (lower is more urgent, 0 without)."""
@@ -110,14 +137,38 @@ def _expect(text: str, at: int, sign: str) -> int:
     return _skip(text, at + 1) if sign != '"' else at + 1
 
 
-def _prompt_tokens(prompt: Any) -> int:
-    """Of a prompt or several, or of messages."""
+def _prompt_tokens(prompt: Any, depth: int = 0) -> int:
+    """Of a prompt or several, or of messages; what is nested deeper than these are is nothing."""
+    if depth > _MAX_DEPTH:
+        return 0
     if isinstance(prompt, str):
         return -(-len(prompt.encode(errors="replace")) // _BYTES_PER_TOKEN)
     if isinstance(prompt, dict):
-        return _prompt_tokens(prompt.get("content") or prompt.get("text"))
+        return _prompt_tokens(prompt.get("content") or prompt.get("text"), depth + 1)
     if isinstance(prompt, list):
         if prompt and isinstance(prompt[0], int):
             return len(prompt)
-        return sum(_prompt_tokens(each) for each in prompt)
+        return sum(_prompt_tokens(each, depth + 1) for each in prompt)
     return 0
+
+
+def _prompts(prompt: Any) -> int:
+    """Prompts in a field: a list of token ids or messages is one, a list of texts or lists is several."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        return len(prompt)
+    return int(prompt is not None)
+
+
+def _count(name: str, value: Any) -> int:
+    """A number of sequences, 1 where none is said.
+
+    Engines read "2" and true as numbers, too. What they would make of these need not be guessed here: no
+    client sends them.
+    """
+    if value is None:
+        return 1
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError("expected a whole number from 1 on", field=name)
+    return value

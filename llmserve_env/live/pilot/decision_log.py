@@ -5,19 +5,20 @@ JSON, a line each, on the disk before the next thing happens. A log of which any
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmserve_env.backend import WINDOW
 from llmserve_env.controls import to_array
+from llmserve_env.disk.append_log import AppendLog, read_lines
+from llmserve_env.disk.append_log import Line as FileLine
 from llmserve_env.errors import InputError, as_input_error
 from llmserve_env.live.pilot.decisions import Decision
 from llmserve_env.observation import FEATURES, Observer, Reader, feature_names, features
@@ -103,21 +104,23 @@ class Result(BaseModel):
 
 Line = Beginning | Made | Result
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+_BEGIN = b'{"kind":"begin"'
+_NO_LOG = "expected a decision log, whose first line begins a run"
 
 
 class DecisionLog:
-    """Appends to a file; a line that is written is on the disk.
+    """Appends to a file; a line that is written is on the disk, and one that cannot be leaves no trace.
 
     A file that has grown too large becomes FILE.1, and what was FILE.1 becomes FILE.2; each begins with what
-    the run is. What a process that was killed left half-written stays as it is.
+    the run is. A line that a killed process left half-written is cut off.
 
     Args:
-        path: path of the file; an existing file is continued.
+        path: path of the file; an existing log is continued.
         max_bytes: size from which on another file is begun.
         keep: files beside it, at most; the oldest goes.
 
     Raises:
-        InputError: it cannot be written, or another process writes it.
+        InputError: it cannot be written, another process writes it, or it is there and no decision log.
     """
 
     def __init__(self, path: Path | str, *, max_bytes: int = 64_000_000, keep: int = 8) -> None:
@@ -125,7 +128,9 @@ class DecisionLog:
         self._max_bytes, self._keep = max_bytes, keep
         self._beginning: Beginning | None = None
         try:
-            self._file = self._open()
+            if self.path.is_file():
+                _check_log(self.path)
+            self._file = AppendLog(self.path)
         except OSError as error:
             reason = error.strerror or str(error)
             if isinstance(error, BlockingIOError):
@@ -133,54 +138,53 @@ class DecisionLog:
             raise InputError(f"cannot be written: {reason}", file=str(self.path)) from error
 
     def begin(self, beginning: Beginning) -> None:
-        """Begin a run."""
-        self._beginning = beginning
+        """Begin a run.
+
+        Raises:
+            OSError: it could not be written.
+        """
         self.write(beginning)
+        self._beginning = beginning
 
     def write(self, line: Line) -> None:
         """Write a line, to the disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: it could not be written; the files are as they were.
         """
-        content = line.model_dump_json().encode() + b"\n"
-        if self._file.tell() and self._file.tell() + len(content) > self._max_bytes:
-            self._rotate()
-            if self._beginning is not None and not isinstance(line, Beginning):
-                self._beginning = self._beginning.model_copy(update={"part": self._beginning.part + 1})
-                self._append(self._beginning.model_dump_json().encode() + b"\n")
-        self._append(content)
+        content = line.model_dump_json().encode()
+        size = self._file.size
+        if size and size + len(content) >= self._max_bytes and self.path.is_file():
+            self._rotate(isinstance(line, Beginning))
+        self._file.append(content)
 
     def close(self) -> None:
         """No more is written."""
         self._file.close()
 
-    def _append(self, content: bytes) -> None:
-        self._file.write(content)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _open(self) -> BinaryIO:
-        file = self.path.open("a+b")
+    def _rotate(self, begins: bool) -> None:
+        """Begin another file, with what the run is unless the next line tells it."""
+        beginning = None if begins or self._beginning is None else self._beginning
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        file = AppendLog(temporary)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # what a killed process left
-                    file.write(b"\n")
-        except OSError:
+            if beginning is not None:
+                beginning = beginning.model_copy(update={"part": beginning.part + 1})
+                file.append(beginning.model_dump_json().encode())
+            names = [self.path, *(Path(f"{self.path}.{number}") for number in range(1, self._keep + 1))]
+            for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+                if newer.exists():
+                    newer.replace(older)
+            temporary.replace(self.path)
+        except BaseException:
             file.close()
+            with suppress(OSError):
+                temporary.unlink()
             raise
-        return file
-
-    def _rotate(self) -> None:
         self._file.close()
-        names = [self.path, *(Path(f"{self.path}.{number}") for number in range(1, self._keep + 1))]
-        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
-            if newer.exists():
-                newer.replace(older)
-        self.path.unlink(missing_ok=True)  # where none are kept
-        self._file = self._open()
+        self._file, self._beginning = file, beginning or self._beginning
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def read_decisions(
     for run, beginning in beginnings.items():
         try:
             stretches += _stretches(beginning, made.get(run, {}), results.get(run, {}))
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # their figures may be anything
             raise InputError(f"run {run} has records of another kind: {error}") from error
     return stretches
 
@@ -332,36 +336,83 @@ def _stretches(beginning: Beginning, made: dict[int, Made], results: dict[int, R
     return found
 
 
+def _check_log(path: Path) -> None:
+    """Refuse to append to a file that is none: its end might be cut off.
+
+    Raises:
+        InputError: it is no decision log of this version.
+        OSError: it cannot be read.
+    """
+    first = next(read_lines(path), None)
+    if first is None:
+        return
+    if first.whole:
+        _first(first.content, path)
+    elif not first.content.startswith(_BEGIN) and not _BEGIN.startswith(first.content):
+        raise InputError(_NO_LOG, file=str(path), line=1)
+
+
+def _first(content: bytes, path: Path) -> Beginning:
+    """The line that a log begins with."""
+    line = _parsed(content, path, 1)
+    if not isinstance(line, Beginning):
+        raise InputError(_NO_LOG, file=str(path), line=1)
+    return line
+
+
 def _lines(path: Path, note: Callable[[str], object]) -> Iterator[Line]:
+    """What a file has; lines that were not written to their end are left out and told."""
+    torn: tuple[int, InputError] | None = None  # the last line, where it may be one
+    begun = False
+    for number, content, _, whole in _readable(path):
+        if torn is not None and not content.startswith(_BEGIN):
+            raise torn[1]
+        if torn is not None:
+            note(f"{path}:{torn[0]}: left out, it was not written to its end")
+            torn = None
+        if not whole:
+            note(f"{path}:{number}: left out, it was not written to its end")
+            return
+        if not begun:
+            yield _first(content, path)
+            begun = True
+            continue
+        try:
+            yield _parsed(content, path, number)
+        except InputError as error:
+            if not _is_json_error(error):
+                raise
+            torn = number, error  # as a process left it that ended it later
+    if torn is not None:
+        note(f"{path}:{torn[0]}: left out, it was not written to its end")
+
+
+def _readable(path: Path) -> Iterator[FileLine]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        yield from read_lines(path)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from error
-    if lines[-1] == b"":
-        lines.pop()
-    last: Line | None = None
-    for number, text in enumerate(lines, 1):
-        try:
-            line = _LINE.validate_json(text)
-        except ValidationError as error:
-            torn = number == len(lines) or lines[number].startswith(b'{"kind":"begin"')
-            if torn and last is not None and error.errors()[0]["type"] == "json_invalid":
-                note(f"{path}:{number}: left out, it was not written to its end")
-                continue
+
+
+def _parsed(content: bytes, path: Path, number: int) -> Line:
+    try:
+        line = _LINE.validate_json(content)
+    except ValidationError as error:
+        raise InputError(
+            f"expected a line of a decision log: {as_input_error(error).reason}",
+            file=str(path),
+            line=number,
+        ) from error
+    if isinstance(line, Beginning):
+        unknown = sorted(set(line.features) - {feature.name for feature in FEATURES})
+        if unknown:
             raise InputError(
-                f"expected a line of a decision log: {as_input_error(error).reason}",
-                file=str(path),
-                line=number,
-            ) from error
-        if last is None and not isinstance(line, Beginning):
-            raise InputError("expected a decision log, whose first line begins a run", file=str(path), line=1)
-        if isinstance(line, Beginning):
-            unknown = sorted(set(line.features) - {feature.name for feature in FEATURES})
-            if unknown:
-                raise InputError(
-                    f"this package knows no such features: {', '.join(unknown[:5])}",
-                    file=str(path),
-                    line=number,
-                )
-        last = line
-        yield line
+                f"this package knows no such features: {', '.join(unknown[:5])}", file=str(path), line=number
+            )
+    return line
+
+
+def _is_json_error(error: InputError) -> bool:
+    """Whether it is of a line that is no JSON."""
+    cause = error.__cause__
+    return isinstance(cause, ValidationError) and cause.errors()[0]["type"] == "json_invalid"

@@ -17,6 +17,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.change_limits import ChangeLimits, shipped_limits
 from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, Result, observed
 from llmserve_env.live.pilot.decisions import Decision
+from llmserve_env.net.loops import Failures
 from llmserve_env.observation import Observer, feature_names
 from llmserve_env.recording import record_values
 from llmserve_env.schema import ServeAction
@@ -110,6 +111,7 @@ class Pilot:
         self._thought: _Thought | None = None  # that came too late
         self._pending: Made | None = None
         self._fallen: str | None = None  # rule of the last decision, where it was a fallback
+        self._failures = Failures("steering")
         agent.reset(task, [seed])
         self._shield = ShieldFilter(task, shield_settings()) if shield else None
         self._shield_state = None if self._shield is None else self._shield.begin(1)
@@ -129,12 +131,14 @@ class Pilot:
         )
         self._run = self._beginning.run
 
-    def decide(self, window: NDArray[np.void], stale: str | None = None) -> Decision:
+    def decide(self, window: NDArray[np.void], stale: str | None = None, excused: int = 0) -> Decision:
         """What is to be in force in the next window.
 
         Args:
             window: WINDOW, what happened in the last one; zeros before the first.
             stale: why the last window's figures cannot be trusted, None if they can.
+            excused: requests that ended outside of their SLO because an upstream had been silent: the shield
+                does not hold them against what is in force now.
 
         Raises:
             OSError: the log cannot be written.
@@ -157,7 +161,7 @@ class Pilot:
         rule = reason = None
         decided = self.safe if proposed is None else proposed
         if seen is not None and self._shield is not None:
-            shielded = self._shielded(decided, row)
+            shielded = self._shielded(decided, row, excused)
             if shielded is not None and cause is None:
                 decided, rule, reason = shielded
                 by = "shield"
@@ -187,6 +191,7 @@ class Pilot:
         decision = self._pending.decision.model_copy(update={"not_applied": dict(not_applied)})
         self._pending = self._pending.model_copy(update={"decision": decision})
         self._flush()
+        self._failures.end()
         return decision
 
     def result(self, window: NDArray[np.void], reward: float) -> None:
@@ -202,12 +207,12 @@ class Pilot:
         self._flush()
         if self._log is not None and self.window:
             record = record_values(np.asarray(window).reshape(()), len(self.task.tenants))
-            self._log.write(Result(run=self._run, window=self.window - 1, reward=reward, record=record))
+            self._write(Result(run=self._run, window=self.window - 1, reward=reward, record=record))
 
     def fall_back(self, error: BaseException) -> Decision:
         """The safe configuration, because something around the agent failed."""
-        _log.error("steering failed: %s", _line(error), exc_info=error)
-        with suppress(OSError):
+        self._failures.tell(error)
+        with suppress(Exception):  # the safe configuration comes first
             self._flush()
         return self._made(None, self.safe, "fallback", "exception", _line(error))
 
@@ -249,8 +254,16 @@ class Pilot:
         said = to_action(answer[0])
         return self.start.model_copy(update={name: getattr(said, name) for name in self._granted})
 
-    def _shielded(self, proposed: ServeAction, row: NDArray[np.void]) -> tuple[ServeAction, str, str] | None:
+    def _shielded(
+        self, proposed: ServeAction, row: NDArray[np.void], excused: int
+    ) -> tuple[ServeAction, str, str] | None:
         """What the shield sets in place of it, rule and reason; None where it leaves it."""
+        if excused:
+            row = row.copy()
+            for name in ("failed", "completed"):
+                left_out = np.minimum(row[name], excused)
+                row[name] -= left_out
+                excused -= int(left_out[0])
         assert self._shield is not None
         assert self._shield_state is not None
         found = self._shield.filter(self._shield_state, to_array([proposed]), to_array([self.in_force]), row)
@@ -311,8 +324,14 @@ class Pilot:
     def _flush(self) -> None:
         """Write the last decision down, if it was not."""
         pending, self._pending = self._pending, None
-        if pending is not None and self._log is not None:
-            self._log.write(pending)
+        if pending is not None:
+            self._write(pending)
+
+    def _write(self, line: Made | Result) -> None:
+        """Write a line down, after what the run is: a full disk may have kept that from the log."""
+        if self._log is not None:
+            self._begin()
+            self._log.write(line)
 
 
 class _Thought:

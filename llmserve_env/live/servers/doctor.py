@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmserve_env.errors import InputError, missing_package
 from llmserve_env.live.servers.engine_settings import SCHEDULER_VERSIONS
 from llmserve_env.live.servers.metrics import METRICS, Scrape, read_metrics
-from llmserve_env.live.servers.stream import StreamReader
-from llmserve_env.net.http import open_client
+from llmserve_env.live.servers.stream import RequestFailed, StreamReader
+from llmserve_env.net.http import get, open_client
 from llmserve_env.net.urls import server_url, without_credentials
 from llmserve_env.schema import ServeAction
 
@@ -241,7 +241,7 @@ def note_clock(found: Diagnosis, answer: httpx.Response) -> None:
 
 
 def _metrics(client: httpx.Client, found: Diagnosis) -> None:
-    answer = client.get("/metrics")
+    answer = get(client, "/metrics")
     try:
         if answer.status_code != 200:
             raise InputError(f"HTTP {answer.status_code}", field="/metrics")
@@ -328,7 +328,11 @@ def _completion(client: httpx.Client, found: Diagnosis, model: str) -> None:
         found.add("completion", "missing", f"HTTP {answer.status_code}: {_shorten(answer.text)}", mend)
         return
     reader = StreamReader()
-    pieces = reader.feed(answer.content) + reader.finish()
+    try:
+        pieces = reader.feed(answer.content) + reader.finish()
+    except RequestFailed as failure:
+        found.add("completion", "missing", f"{failure.reason} to read", "let vLLM's own answer through")
+        return
     if reader.error is not None:
         reason = _shorten(str(reader.error.get("message")))
         found.add("completion", "missing", f"refused: {reason}", "read the refusal")

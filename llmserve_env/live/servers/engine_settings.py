@@ -179,5 +179,5 @@ def _parse(model: type[BaseModel], content: bytes, path: Path) -> Any:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or None
         raise InputError(f"{first['msg']}, found {first['input']!r}", file=str(path), field=field) from error
-    except ValueError as error:  # no UTF-8, no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
         raise InputError(f"expected a JSON object: {error}", file=str(path)) from error

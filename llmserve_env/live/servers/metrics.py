@@ -10,15 +10,16 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from typing import TYPE_CHECKING, Literal
 
 from llmserve_env.errors import InputError, missing_package
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence, Set
 
 Labels = tuple[tuple[str, str], ...]
 """Labels of a series, sorted."""
@@ -111,8 +112,13 @@ _CONFIG = "cache_config_info"
 _STARTED = ("process_start_time_seconds", "vllm:generation_tokens_created")
 _NAMES = "|".join([_CONFIG, *(name for metric in METRICS.values() for name in metric.names)])
 _OURS = re.compile(
-    rf"^(?:{_STARTED[0]}|vllm:(?:{_NAMES})(?:_total|_bucket|_sum|_count|_created)?)[ {{].*$", re.MULTILINE
+    rf"^(?:{_STARTED[0]}|vllm:(?:{_NAMES})(?:_total|_bucket|_sum|_count|_created)?)[ \t{{].*$", re.MULTILINE
 )
+_MAX_LINE_CHARS = 8192
+_MAX_NUMBER = 2.0**53
+"""Of counts beyond it a float does not hold every one; nothing that a server counts comes near."""
+_VLLM_LABELS = {"engine", "model_name", "le", "pid"} | {each.by for each in METRICS.values() if each.by}
+"""Labels by which a server tells its own series apart; others were added on the way to it."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,8 @@ class Scrape:
         engines: labels `engine` of its series.
         models: labels `model_name`.
         started: times at which the process and its metrics began, by series.
+        servers: servers that the text is of, as `server_of` has them; one without labels where nothing was
+            added on the way.
     """
 
     at_s: float
@@ -212,17 +220,24 @@ class Scrape:
     engines: tuple[str, ...]
     models: tuple[str, ...]
     started: dict[Labels, float]
+    servers: frozenset[Labels]
+
+
+def server_of(labels: Labels) -> Labels:
+    """Which server of a text a series is of: labels added on the way, such as a gateway's `upstream`."""
+    return tuple(label for label in labels if label[0] not in _VLLM_LABELS and label[0] != "series")
 
 
 def read_metrics(text: str, at_s: float = 0.0) -> Scrape:
-    """Read a server's metrics.
+    """Read the metrics of a server, or of several in one text that a label tells apart, such as `upstream`.
 
     Args:
         text: in Prometheus' text format.
         at_s: when the server was asked.
 
     Raises:
-        InputError: it is no such text, or has no metric of vLLM; `prometheus_client` is missing.
+        InputError: it is no such text, has no metric of vLLM, or a number of one that cannot be;
+            `prometheus_client` is missing.
     """
     try:
         from prometheus_client.parser import text_string_to_metric_families
@@ -230,17 +245,30 @@ def read_metrics(text: str, at_s: float = 0.0) -> Scrape:
         raise missing_package(error) from error
 
     series: dict[str, dict[Labels, float]] = defaultdict(dict)
+    lines = _OURS.findall(text)  # most of the text is of no use here, and the parser is slow
+    if max(map(len, lines), default=0) > _MAX_LINE_CHARS:  # and slow by the square of a line's length
+        raise InputError(f"a line of more than {_MAX_LINE_CHARS} characters", field="/metrics")
     try:
-        # Most of the text is of no use here, and the parser is slow.
-        for family in text_string_to_metric_families("\n".join(_OURS.findall(text)) + "\n"):
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             for sample in family.samples:
-                series[sample.name][tuple(sorted(sample.labels.items()))] = float(sample.value)
-    except (ValueError, KeyError, IndexError) as error:
-        raise InputError(f"expected Prometheus' text format: {error}", field="/metrics") from error
+                _note(series[sample.name], sample.name, tuple(sorted(sample.labels.items())), sample.value)
+    except InputError:
+        raise
+    except Exception as error:  # of a parser that was given anybody's text
+        said = str(error) or type(error).__name__
+        raise InputError(f"expected Prometheus' text format: {said[:200]}", field="/metrics") from error
     if not any(name.startswith("vllm:") for name in series):
         raise InputError("expected metrics of vLLM (vllm:...)", field="/metrics")
 
-    config = {_engine(labels): dict(labels) for labels in series.get(f"vllm:{_CONFIG}", {})}
+    seen = [
+        labels
+        for name, found in series.items()
+        if name.startswith("vllm:") and name != f"vllm:{_CONFIG}"
+        for labels in found
+    ]
+    servers = frozenset(map(server_of, seen))
+    added = {name for labels in servers for name, _ in labels}
+    config = {_engine(labels, added): dict(labels) for labels in series.get(f"vllm:{_CONFIG}", {})}
     tokens = {engine: _tokens(each) for engine, each in config.items()}
     names: dict[str, str] = {}
     gauges: dict[str, float] = {}
@@ -252,7 +280,7 @@ def read_metrics(text: str, at_s: float = 0.0) -> Scrape:
                 histograms[meaning] = found
             elif metric.kind == "counter" and (counts := _counts(name, series)):
                 counters[meaning] = counts
-            elif metric.kind == "gauge" and (held := _gauges(name, series)):
+            elif metric.kind == "gauge" and (held := _gauges(name, series, added)):
                 share = meaning == "kv_occupancy"
                 weights = [tokens.get(engine) for engine, _ in held]
                 values = list(held.values())
@@ -261,7 +289,6 @@ def read_metrics(text: str, at_s: float = 0.0) -> Scrape:
                 continue
             names[meaning] = name
             break
-    seen = [labels for name, found in series.items() if name.startswith("vllm:") for labels in found]
     return Scrape(
         at_s,
         gauges,
@@ -277,7 +304,21 @@ def read_metrics(text: str, at_s: float = 0.0) -> Scrape:
             for name in _STARTED
             for labels, value in series.get(name, {}).items()
         },
+        servers,
     )
+
+
+def _note(found: dict[Labels, float], name: str, labels: Labels, value: float) -> None:
+    """Take a sample of the text.
+
+    Raises:
+        InputError: it is there twice, or its number cannot be.
+    """
+    if labels in found:
+        raise InputError(f"{name} is there twice, with the same labels", field="/metrics")
+    if abs(value) > _MAX_NUMBER and value not in (inf, -inf):
+        raise InputError(f"a number out of range: {name}", field="/metrics")
+    found[labels] = float(value)
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float | None]) -> float:
@@ -288,19 +329,21 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float | None]) -> f
     return sum(v * w for v, w in zip(values, known, strict=True)) / sum(known)
 
 
-def _gauges(name: str, series: Mapping[str, dict[Labels, float]]) -> dict[tuple[str, Labels], float]:
+def _gauges(
+    name: str, series: Mapping[str, dict[Labels, float]], added: Set[str]
+) -> dict[tuple[Labels, Labels], float]:
     """By engine and series; some versions repeat a series for each process of the API server."""
-    found: dict[tuple[str, Labels], float] = {}
+    found: dict[tuple[Labels, Labels], float] = {}
     for labels, value in series.get(name, {}).items():
-        if isfinite(value):
-            key = _engine(labels), tuple(label for label in labels if label[0] != "pid")
+        if 0 <= value < inf:
+            key = _engine(labels, added), tuple(label for label in labels if label[0] != "pid")
             found[key] = max(value, found.get(key, value))
     return found
 
 
 def _counts(name: str, series: Mapping[str, dict[Labels, float]]) -> dict[Labels, float]:
     found = series.get(f"{name}_total") or series.get(name) or {}
-    return {labels: value for labels, value in found.items() if isfinite(value)}
+    return {labels: value for labels, value in found.items() if 0 <= value < inf}
 
 
 def _histograms(name: str, series: Mapping[str, dict[Labels, float]]) -> dict[Labels, Histogram]:
@@ -308,20 +351,30 @@ def _histograms(name: str, series: Mapping[str, dict[Labels, float]]) -> dict[La
     for labels, value in series.get(f"{name}_bucket", {}).items():
         bound = next((text for key, text in labels if key == "le"), None)
         if bound is not None:
-            buckets[tuple(label for label in labels if label[0] != "le")][float(bound)] = value
+            buckets[tuple(label for label in labels if label[0] != "le")][_bound(name, bound)] = value
     found = {}
     for labels, by_bound in buckets.items():
-        if inf in by_bound and all(map(isfinite, by_bound.values())):  # else it has no count
+        if inf in by_bound and all(0 <= value < inf for value in by_bound.values()):  # else it has no count
             bounds = tuple(sorted(by_bound))
             total = series.get(f"{name}_sum", {}).get(labels, nan)
             cumulative = accumulate((by_bound[bound] for bound in bounds), max)
-            found[labels] = Histogram(bounds, tuple(cumulative), total)
+            found[labels] = Histogram(bounds, tuple(cumulative), total if isfinite(total) else nan)
     return found
+
+
+def _bound(name: str, text: str) -> float:
+    with suppress(ValueError):
+        if not isnan(bound := float(text)):
+            return bound
+    raise InputError(f"expected a number as the bound of a bucket of {name}", field="/metrics")
 
 
 def _tokens(config: Mapping[str, str]) -> float | None:
     blocks, block_tokens = config.get("num_gpu_blocks", ""), config.get("block_size", "")
-    return float(int(blocks) * int(block_tokens)) if blocks.isdecimal() and block_tokens.isdecimal() else None
+    if not (blocks.isdecimal() and block_tokens.isdecimal()):
+        return None
+    tokens = float(blocks) * float(block_tokens)
+    return tokens if tokens <= _MAX_NUMBER else None
 
 
 def _sum_known(values: Iterable[float | None]) -> float | None:
@@ -330,8 +383,9 @@ def _sum_known(values: Iterable[float | None]) -> float | None:
     return sum(known) if given and len(known) == len(given) else None
 
 
-def _engine(labels: Labels) -> str:
-    return dict(labels).get("engine", "")
+def _engine(labels: Labels, added: Set[str]) -> Labels:
+    """Which engine of which server, by the labels that were added on the way."""
+    return tuple(label for label in labels if label[0] == "engine" or label[0] in added)
 
 
 def _values(series: Iterable[Labels], label: str) -> tuple[str, ...]:

@@ -14,16 +14,19 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.servers.health import SILENT_S
 from llmserve_env.live.servers.metrics import (
     METRICS,
     Histogram,
     Scrape,
     add_histograms,
     read_metrics,
+    server_of,
     weighted_mean,
 )
-from llmserve_env.net.http import bearer, open_session
-from llmserve_env.net.urls import server_url
+from llmserve_env.net.http import bearer, fetch, open_session
+from llmserve_env.net.loops import forever
+from llmserve_env.net.urls import server_url, without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -168,6 +171,7 @@ class Replica:
         url: without /v1.
         last: its last answer.
         error: why the last scrape was lost; None where it was not.
+        moved_s: when what it told of its engine last changed (s of the scrapes' clock).
     """
 
     def __init__(self, url: str, stale_after_s: float) -> None:
@@ -175,36 +179,45 @@ class Replica:
         self.stale_after_s = stale_after_s
         self.last: Scrape | None = None
         self.error: str | None = None
+        self.moved_s = 0.0
         self._begin()
 
     def took(self, scrape: Scrape) -> None:
         """It answered."""
         before, self.last, self.error = self.last, scrape, None
         self._note_kv(scrape)
+        if before is None or _moves(scrape) != _moves(before):
+            self.moved_s = scrape.at_s
         if before is None:
             return
         restarted = _restarted(before, scrape)
-        self._restarts += restarted
+        self._restarts += len(restarted)
         if scrape.at_s - before.at_s > self.stale_after_s:
             return
         self._span_s += scrape.at_s - before.at_s
         for name, series in scrape.counters.items():
-            old = {} if restarted else before.counters.get(name, {})
-            grown = self._counts.setdefault(name, {})
             by = METRICS[name].by
             for labels, value in series.items():
-                start = old.get(labels, 0.0)
+                if server_of(labels) not in before.servers:
+                    continue  # its server was not in the text: what it counted meanwhile is of no window
+                begins = server_of(labels) in restarted
+                start = 0.0 if begins else before.counters.get(name, {}).get(labels, 0.0)
                 key = "" if by is None else dict(labels).get(by, "")
+                grown = self._counts.setdefault(name, {})
                 grown[key] = grown.get(key, 0.0) + (value - start if value >= start else value)
         for name, found in scrape.histograms.items():
-            earlier = {} if restarted else before.histograms.get(name, {})
+            earlier = before.histograms.get(name, {})
             observed = [
-                histogram.since(earlier[labels]) if labels in earlier else histogram
+                histogram.since(earlier[labels])
+                if labels in earlier and server_of(labels) not in restarted
+                else histogram
                 for labels, histogram in found.items()
+                if server_of(labels) in before.servers
             ]
             if name in self._observed:
                 observed.append(self._observed[name])
-            self._observed[name] = add_histograms(observed)
+            if observed:
+                self._observed[name] = add_histograms(observed)
 
     def lost(self, reason: str) -> None:
         """It did not answer."""
@@ -213,6 +226,16 @@ class Replica:
     def stale(self, now_s: float) -> bool:
         """Whether it has no figures."""
         return self.last is None or now_s - self.last.at_s > self.stale_after_s
+
+    def still_s(self, now_s: float) -> float | None:
+        """Time for which nothing has moved there (s); None where nothing runs for so long, or nobody tells.
+
+        The end of requests does not count, which an API server notes without its engine.
+        """
+        if self.stale(now_s) or self.last is None:
+            return None
+        still_s = max(0.0, self.last.at_s - self.moved_s)
+        return still_s if self.last.gauges.get("running") or still_s < SILENT_S else None
 
     def window(self, now_s: float) -> TelemetryWindow:
         """What it did since this was last asked."""
@@ -250,16 +273,27 @@ class Replica:
             self._busy_kv.append(held)
 
 
-def _restarted(before: Scrape, after: Scrape) -> bool:
-    """By the times at which it says that it began; without any, by a counter that fell."""
+def _moves(scrape: Scrape) -> tuple[object, ...]:
+    """What an engine that does anything changes: memory in a prefill, counts of tokens in each iteration."""
+    gauges, counters = scrape.gauges, scrape.counters
+    return (
+        gauges.get("running"),
+        gauges.get("kv_occupancy"),
+        *(counters.get(name) for name in ("prompt_tokens", "output_tokens", "preemptions")),
+    )
+
+
+def _restarted(before: Scrape, after: Scrape) -> set[Labels]:
+    """Servers that began anew, by when they say that they began; without that, by a counter that fell."""
     common = before.started.keys() & after.started.keys()
-    if common:
-        return any(before.started[key] != after.started[key] for key in common)
-    return any(
-        value < _count(before.counters, name, labels)
+    told = {server_of(key) for key in common}
+    fell = {
+        server_of(labels)
         for name, series in after.counters.items()
         for labels, value in series.items()
-    )
+        if value < _count(before.counters, name, labels)
+    }
+    return (fell - told) | {server_of(key) for key in common if before.started[key] != after.started[key]}
 
 
 def _count(counters: Mapping[str, Mapping[Labels, float]], name: str, labels: Labels) -> float:
@@ -335,21 +369,28 @@ class Telemetry:
         return [replica.window(now_s) for replica in self.replicas]
 
     async def _poll(self, session: aiohttp.ClientSession, replica: Replica) -> None:
-        while True:
-            began_s = time.monotonic()
-            asking = asyncio.ensure_future(scrape(session, replica.url, self._api_key))
+        """Scrape a server again and again; a scrape that is lost, for whatever reason, is not the last."""
+
+        async def turn() -> None:
             try:
-                # wait_for would do, but before Python 3.12 it can lose the cancellation at the end.
-                done, _ = await asyncio.wait({asking}, timeout=self.timeout_s)
-                if done:
-                    replica.took(asking.result())
-                else:
-                    replica.lost(f"no answer within {self.timeout_s:g} s")
-            except InputError as error:
-                replica.lost(str(error))
-            finally:
-                asking.cancel()
-            await asyncio.sleep(max(0.0, began_s + self.interval_s - time.monotonic()))
+                replica.took(await self._scraped(session, replica.url))
+            except Exception as error:
+                replica.lost(str(error) or type(error).__name__)
+                raise
+
+        await forever(turn, self.interval_s, f"the scrape of {without_credentials(replica.url)}")
+
+    async def _scraped(self, session: aiohttp.ClientSession, url: str) -> Scrape:
+        """A scrape within the time that there is."""
+        asking = asyncio.ensure_future(scrape(session, url, self._api_key))
+        try:
+            # wait_for would do, but before Python 3.12 it can lose the cancellation at the end.
+            done, _ = await asyncio.wait({asking}, timeout=self.timeout_s)
+            if not done:
+                raise InputError(f"no answer within {self.timeout_s:g} s")
+            return asking.result()
+        finally:
+            asking.cancel()
 
 
 async def scrape(session: aiohttp.ClientSession, url: str, api_key: str | None = None) -> Scrape:
@@ -366,20 +407,15 @@ async def scrape(session: aiohttp.ClientSession, url: str, api_key: str | None =
     import aiohttp
 
     at_s = time.monotonic()
-    content = bytearray()
     try:
-        async with session.get(
-            f"{url}/metrics", headers=bearer(url, api_key), allow_redirects=False
-        ) as answer:
-            if answer.status != 200:
-                raise InputError(f"expected HTTP 200, found {answer.status}", field="/metrics")
-            async for piece in answer.content.iter_any():
-                content += piece
-                if len(content) > MAX_BYTES:
-                    raise InputError(f"longer than {MAX_BYTES} bytes", field="/metrics")
+        status, content = await fetch(session, f"{url}/metrics", bearer(url, api_key), max_bytes=MAX_BYTES)
+    except InputError as error:
+        raise InputError(error.reason, field="/metrics") from error
     except asyncio.TimeoutError as error:
         raise InputError("no answer in time", field="/metrics") from error
     except (aiohttp.ClientError, OSError) as error:
         raise InputError(f"{type(error).__name__}: {error}", field="/metrics") from error
+    if status != 200:
+        raise InputError(f"expected HTTP 200, found {status}", field="/metrics")
     # Not in the caller's loop, which may have streams to pass on.
     return await asyncio.to_thread(read_metrics, content.decode(errors="replace"), at_s)

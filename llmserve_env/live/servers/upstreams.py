@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.servers.health import Health
 from llmserve_env.net.urls import server_url, without_credentials
 from llmserve_env.schema import QuantizationTier, bounds
 
@@ -29,8 +30,9 @@ class Upstream:
         engines: behind it; a batch cap is of each.
         control: folder of its `LiveScheduler`, None where it has none.
         in_engine: fields of an action that its engines apply themselves, so that nobody before them has to.
-        running: requests that it has now.
-        passed_over_until_s: it could not be reached; others come first until then (s of the gateway's clock).
+        running: sequences of the requests that it has now.
+        turn: number of the request that it got last; who is as little loaded and has waited longer is next.
+        health: its state.
     """
 
     url: str = field(repr=False)
@@ -41,7 +43,8 @@ class Upstream:
     control: Path | None = None
     in_engine: frozenset[str] = frozenset()
     running: int = 0
-    passed_over_until_s: float = float("-inf")
+    turn: int = -1
+    health: Health = field(default_factory=Health)
 
     def __post_init__(self) -> None:
         self.url = server_url(self.url, "upstream")

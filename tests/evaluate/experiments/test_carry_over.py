@@ -85,6 +85,8 @@ def test_what_was_played_is_not_played_again(folder, monkeypatch):
         first = kept(folder)
         assert len(first) == 3
         monkeypatch.setattr(module, "play_live", real)
+        with (folder / "out" / "found.jsonl").open("ab") as file:
+            file.write(b'{"agent": "sha')  # as a kill leaves it
         main(arguments(folder, url))
         assert kept(folder)[:3] == first
         assert len(kept(folder)) == 12
@@ -115,9 +117,10 @@ def test_a_control_that_nobody_applies_is_refused(folder):
             module.play_live(module.ConstantAgent(task.start), task, 0, settings)
 
 
-def test_damaged_lines_are_named(folder):
+@pytest.mark.parametrize("damaged", [b'{"agent": 1}\n', b"\xff\n", b"[" * 100_000 + b"\n"])
+def test_damaged_lines_are_named(folder, damaged):
     (folder / "out").mkdir()
-    (folder / "out" / "found.jsonl").write_text('{"agent": 1}\n')
+    (folder / "out" / "found.jsonl").write_bytes(damaged)
     with serving(CompletionEndpoint()) as url, pytest.raises(InputError, match="no episode of this command"):
         main(arguments(folder, url))
 

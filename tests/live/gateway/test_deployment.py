@@ -68,7 +68,7 @@ def test_engines_apply_what_they_can_and_the_gateway_does_not_do_it_again(tmp_pa
     assert engine.look() == AppliedSettings(batch_cap=8, kv_budget_fraction=0.5, speculation_depth=2)
     # With a full cache the gateway would hold requests back: the engine does it.
     here.gateway.kv_usage = lambda upstream: 0.9
-    assert here.gateway._room() is here.gateway.upstreams[0]
+    assert here.gateway._free() is here.gateway.upstreams[0]
     ways = here.capabilities()
     assert ways["batch_cap"] == "engine: up to 64; the gateway keeps to it, too"
     assert ways["kv_budget_fraction"].startswith("engine:")
@@ -78,7 +78,7 @@ def test_engines_apply_what_they_can_and_the_gateway_does_not_do_it_again(tmp_pa
 def test_without_a_folder_the_gateway_applies_what_it_can(tmp_path):
     here = deployment(Upstream(URL, QuantizationTier.INT8, speculation=2), told=[BUSY])
     assert set(here.apply(WITHIN)) == {"quantization_tier", "prefill_decode_split"}
-    assert here.gateway._room() is None  # its KV cache is fuller than half
+    assert here.gateway._free() is None  # its KV cache is fuller than half
     ways = dict.fromkeys(ServeAction.model_fields, "not applied") | {
         "batch_cap": "gateway",
         "kv_budget_fraction": "gateway",
@@ -117,11 +117,11 @@ def test_an_engine_that_does_not_answer_leaves_it_to_the_gateway(tmp_path):
     here = deployment(Upstream(URL, control=tmp_path), told=[BUSY], clock=clock)
     assert "LiveScheduler" in here.capabilities()["batch_cap"]
     assert "speculation_depth" in here.apply(WITHIN)
-    assert here.gateway._room() is None
+    assert here.gateway._free() is None
 
     engine = FolderEngine(tmp_path)  # it has come
     assert here.window().not_applied.keys() >= {"speculation_depth"}
-    assert here.gateway._room() is not None
+    assert here.gateway._free() is not None
     assert "speculation_depth" not in here.window().not_applied
 
     here.apply(WITHIN.model_copy(update={"speculation_depth": 3}))
@@ -234,6 +234,36 @@ def test_figures_of_a_part_of_the_servers_are_none():
     assert here.stale.startswith(f"{OTHER}: no metrics for ")
 
 
+def test_an_engine_whose_counters_stand_still_while_it_runs_something_is_silent():
+    here = deployment(Upstream(URL), Upstream(OTHER), told=[[BUSY[1]] * 12, [BUSY[1]] * 11 + [BUSY[0]]])
+    assert here.stale is None
+    here.gateway.tick()
+    assert [here.gateway.state(each).value for each in here.gateway.upstreams] == ["ejected", "well"]
+    assert here.stale == f"{URL}: requests run, and nothing moves"
+    assert here.window().engines_up == 1
+    scrape(here.telemetry.replicas[0], BUSY[0])  # it goes on
+    here.gateway.tick()
+    assert here.stale is None
+    assert here.window().engines_up == 2
+
+
+def test_an_engine_that_ran_nothing_when_it_froze_is_back_when_its_counters_move():
+    here = deployment(told=[[metrics("0.32-idle")] * 12])
+    (upstream,) = here.gateway.upstreams
+    upstream.health.silent(here.gateway.clock())
+    here.gateway.tick()
+    assert here.stale is not None  # its counters stand still, which of an idle engine says nothing
+    scrape(here.telemetry.replicas[0], BUSY[1])
+    here.gateway.tick()
+    assert here.stale is None
+
+
+def test_an_idle_engine_is_not_silent_however_long_nothing_changes():
+    here = deployment(told=[[metrics("0.32-idle")] * 60])
+    here.gateway.tick()
+    assert here.stale is None
+
+
 def test_without_telemetry_nothing_is_stale_and_nothing_made_up():
     here = deployment()
     record = here.window()
@@ -303,3 +333,20 @@ def test_an_upstream_is_read(tmp_path):
         "k",
         tmp_path,
     )
+
+
+def test_servers_of_one_folder_are_steered_as_one(tmp_path):
+    FolderEngine(tmp_path)
+
+    async def run():
+        async with deployment(Upstream(URL, control=tmp_path), Upstream(OTHER, control=tmp_path)) as here:
+            here.apply(WITHIN)
+            assert read_settings(tmp_path) == EngineSettings.of(WITHIN)
+            with pytest.raises(InputError, match="uses this folder"):
+                deployment(Upstream(URL, control=tmp_path))
+        assert read_settings(tmp_path) == EngineSettings()
+
+    asyncio.run(run())
+    with pytest.raises(InputError, match="expected an existing folder"):
+        deployment(Upstream(URL, control=tmp_path), Upstream(OTHER, control=tmp_path / "none"))
+    deployment(Upstream(URL, control=tmp_path))  # what was refused keeps nothing

@@ -102,8 +102,8 @@ def test_totals_count_every_request_once_and_outlive_windows():
     a, b = ledger.totals
     assert (a.arrived, a.in_flight, a.in_slo, a.prompt_tokens, a.output_tokens) == (2, 0, 1, 20, 4)
     assert (b.arrived, b.in_flight, b.in_slo, b.prompt_tokens, b.output_tokens) == (4, 1, 0, 37, 0)
-    assert a.outcomes == {"completed": 2, "failed": 0, "refused": 0, "given_up": 0}
-    assert b.outcomes == {"completed": 0, "failed": 1, "refused": 1, "given_up": 1}
+    assert a.outcomes == {"completed": 2, "failed": 0, "refused": 0, "given_up": 0, "rejected": 0}
+    assert b.outcomes == {"completed": 0, "failed": 1, "refused": 1, "given_up": 1, "rejected": 0}
     found = {
         bound: count
         for bound, count in zip([*a.ttft_s.bounds, np.inf], a.ttft_s.counts, strict=True)

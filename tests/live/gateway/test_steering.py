@@ -260,3 +260,18 @@ def test_rewards_of_a_service_without_an_end():
     assert rewards.of(window) == pytest.approx(first * 4 / (4 / 3))  # the first one is forgotten
     idle = RunningReward(task)
     assert idle.of(np.zeros((), WINDOW)) == 0
+
+
+def test_while_an_upstream_is_silent_the_safe_configuration_is_in_force():
+    async def scenario():
+        async with serving(ServeAction(batch_cap=8)) as here:
+            await here.until(lambda decision: decision.by == "agent")
+            (upstream,) = here.gateway.upstreams
+            upstream.health.silent(here.gateway.clock())
+            decision = await here.until(lambda decision: decision.by != "agent")
+            assert (decision.by, decision.rule, decision.applied) == ("fallback", "stale", SAFE)
+            assert decision.reason == f"{upstream.url}: requests run, and nothing moves"
+            upstream.health.moved(here.gateway.clock())
+            assert (await here.until(lambda decision: decision.by == "agent")).applied.batch_cap == 8
+
+    run(scenario())

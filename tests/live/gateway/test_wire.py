@@ -58,6 +58,49 @@ def test_prompts_are_measured(body, tokens):
     assert RequestBody(json.dumps(body).encode()).prompt_tokens == tokens
 
 
+@pytest.mark.parametrize(
+    ("body", "sequences", "by"),
+    [
+        ({}, 1, "n"),
+        ({"prompt": "p", "n": None, "best_of": None}, 1, "prompt"),
+        ({"prompt": [1, 2, 3], "n": 4}, 4, "n"),
+        ({"prompt": ["p", "q"], "n": 4.0}, 8, "n"),
+        ({"prompt": [[1, 2], [3]], "n": 2, "best_of": 3}, 6, "best_of"),
+        ({"prompt": [[[1]], 2, None]}, 3, "prompt"),  # for vLLM to judge
+        ({"prompt": ["p", 1], "n": 1}, 2, "prompt"),
+        ({"prompt": []}, 1, "prompt"),
+        ({"prompt_embeds": ["e", "f", "g"]}, 3, "prompt_embeds"),
+        ({"prompt": "p", "prompt_embeds": ["e", "f"]}, 3, "prompt_embeds"),
+        ({"input": ["a", "b"]}, 2, "input"),
+        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, 1, "input"),
+        ({"messages": [{"content": "a"}, {"content": "b"}], "n": 2, "use_beam_search": True}, 2, "n"),
+    ],
+)
+def test_a_request_has_sequences(body, sequences, by):
+    found = RequestBody(json.dumps(body).encode())
+    assert (found.sequences, found.multiplied_by) == (sequences, by)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", '"2"', "true", "1.5", "NaN", "Infinity", "[1]", "{}", "-1e9"])
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_a_number_of_sequences_that_is_none_is_refused_by_its_field(name, value):
+    with pytest.raises(InputError) as caught:
+        RequestBody(f'{{"prompt": "p", "{name}": {value}}}'.encode())
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("opens", "closes", "depth"), [("[", "]", 600), ('{"content": ', "}", 600), ('[{"content": ', "}]", 300)]
+)
+def test_deep_prompts_are_for_the_upstream_to_refuse(opens, closes, depth):
+    found = RequestBody(f'{{"prompt": {opens * depth}1{closes * depth}}}'.encode())
+    assert (found.sequences, found.prompt_tokens) == (1, 1)
+
+
+def test_of_what_is_sent_twice_the_last_counts_as_for_engines():
+    assert RequestBody(b'{"n": 1, "n": 5}').sequences == 5
+
+
 def test_errors_that_are_none_get_a_form():
     assert json.loads(as_error(500, b"\xff"))["error"]["code"] == 500
     assert json.loads(as_error(400, b"[" * 100_000))["error"]["code"] == 400

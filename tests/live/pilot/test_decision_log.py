@@ -14,10 +14,11 @@ import pytest
 from llmserve_env.backend import WINDOW
 from llmserve_env.errors import InputError
 from llmserve_env.live.pilot.change_limits import ChangeLimits
-from llmserve_env.live.pilot.decision_log import DecisionLog, read_decisions
+from llmserve_env.live.pilot.decision_log import Beginning, DecisionLog, Made, read_decisions
 from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.schema import ServeAction
 from llmserve_env.tasks import load_task
+from tests.full_disk import largest_file
 
 from ..agents import Scripted
 
@@ -123,6 +124,65 @@ def test_a_second_writer_is_refused(tmp_path):
         DecisionLog(tmp_path)
 
 
+@pytest.mark.parametrize("left", [b"", b'{"ki', b'{"kind":"begin","form'])
+def test_a_run_that_was_killed_in_its_first_line_is_none(tmp_path, left):
+    path = tmp_path / "log"
+    path.write_bytes(left)
+    assert spans(path) == []
+    steer(path, 2)
+    assert spans(path) == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"notes without an end", b'{"kind": "other"}\n', b'{"kind":"begin","format":2}\n', b"\xff\x00\n"],
+)
+def test_a_file_that_is_no_decision_log_is_not_appended_to(tmp_path, content):
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path}:1: expected"):
+        DecisionLog(path)
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_costs_what_it_kept_from_the_log(tmp_path):
+    path = tmp_path / "log"
+    steer(path, 2)
+    before = path.read_bytes()
+    log = DecisionLog(path, max_bytes=len(before), keep=2)
+    begin, decision = Beginning(**json.loads(before.splitlines()[0])), before.splitlines()[1]
+    line = Made(**json.loads(decision))
+    log._beginning = begin  # of the run that is under way
+    for size in (10, len(before.splitlines()[0]) - 10):  # no room for the file that takes its place
+        with largest_file(size), pytest.raises(OSError, match="File too large"):
+            log.write(line)
+        assert (path.read_bytes(), sorted(os.listdir(tmp_path))) == (before, ["log"])
+    log.write(line)  # there is room again
+    assert (tmp_path / "log.1").read_bytes() == before
+    assert [json.loads(each)["kind"] for each in path.read_bytes().splitlines()] == ["begin", "decision"]
+    with pytest.raises(InputError, match="another process writes it"):
+        DecisionLog(path)
+    log.close()
+    with pytest.raises(OSError, match="closed"):
+        log.write(line)
+
+
+def test_what_follows_a_full_disk_begins_with_what_the_run_is(tmp_path):
+    path = tmp_path / "log"
+    agent = Scripted([ServeAction(batch_cap=8)] * 4)
+    pilot = Pilot(agent, TASK, START, limits=ChangeLimits(), log=DecisionLog(path))
+    row = np.zeros((), WINDOW)
+    with largest_file(10), pytest.raises(OSError, match="File too large") as full:
+        pilot.decide(row)
+    pilot.fall_back(full.value)
+    for k in range(3):
+        pilot.result(row, float(k))
+        pilot.decide(row)
+    pilot.close()
+    (run,) = read_decisions([path])
+    assert [(each.window, each.by) for each in run.decisions] == [(1, "agent"), (2, "agent")]
+
+
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
@@ -136,6 +196,13 @@ def test_a_second_writer_is_refused(tmp_path):
             lambda lines: [lines[0], lines[1].replace('"batch_cap":8', '"batch_cap":0', 1)],
             "2: expected a line",
         ),
+        (
+            lambda lines: [*lines[:2], lines[2].replace('"arrived":0', f'"arrived":{"9" * 400}', 1)],
+            "another kind",
+        ),
+        (lambda lines: [*lines[:2], lines[2].replace('"arrived":0', '"arrived":[]', 1)], "another kind"),
+        (lambda lines: [*lines[:2], "[" * 5000, *lines[2:]], "3: expected a line of a decision log"),
+        (lambda lines: [*lines[:2], "\0" * 500, *lines[2:]], "3: expected a line of a decision log"),
         (lambda lines: [*lines[:2], lines[2].replace('"arrived":0', '"arrived":"x"', 1)], "another kind"),
     ],
 )

@@ -50,6 +50,15 @@ def own(**changes):
     return START.model_copy(update=changes)
 
 
+def test_the_shield_does_not_panic_over_what_a_silence_caused():
+    late = {"completed": 60, "failed": 20, "in_flight": 10}
+    for excused, by in ((0, "shield"), (80, "agent")):
+        one = pilot(*([own(batch_cap=64)] * 4))
+        for i in range(3):
+            decision = one.decide(window(TASK.window_s * (i + 1), **(late if i == 1 else {})), None, excused)
+        assert decision.by == by
+
+
 def test_the_agent_decides():
     one = pilot(own(batch_cap=128))
     (decision,) = decided(one, None)

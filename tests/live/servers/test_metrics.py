@@ -6,17 +6,26 @@ from math import inf, isnan, nan
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.several.metrics import merge_metrics
 from llmserve_env.live.servers.metrics import METRICS, Histogram, add_histograms, read_metrics
+from llmserve_env.live.servers.telemetry import Replica, merge
 
 SCRAPES = Path(__file__).parents[1] / "scrapes"
 
 
+def scrape_text(name):
+    return (SCRAPES / f"vllm-{name}.txt").read_text()
+
+
 def scrape(name):
-    return read_metrics((SCRAPES / f"vllm-{name}.txt").read_text())
+    return read_metrics(scrape_text(name))
+
+
+REAL = [line for line in scrape_text("0.32-busy-2").splitlines() if not line.startswith("#")]
 
 
 @st.composite
@@ -183,3 +192,90 @@ def test_histograms_of_other_buckets_meet_at_common_bounds():
     assert apart.count == 6
     assert isnan(apart.quantile(0.5))
     assert apart.mean == 0.5
+
+
+def taken(texts):
+    """What windows, and all that is drawn from them, make of texts one after the other."""
+    one = Replica("http://vllm:8000", stale_after_s=5.0)
+    for at_s, text in enumerate(texts):
+        try:
+            one.took(read_metrics(text, float(at_s)))
+        except InputError as error:
+            one.lost(str(error))
+    window = one.window(len(texts) - 1.0)
+    return merge([window, window]).figures()
+
+
+@st.composite
+def mutated(draw):
+    """A real server's text with some of it cut, doubled, moved or replaced."""
+    lines = REAL[:]
+    for _ in range(draw(st.integers(1, 3))):
+        at, other = draw(st.integers(0, len(lines) - 1)), draw(st.integers(0, len(lines) - 1))
+        line = lines[at]
+        start = draw(st.integers(0, len(line)))
+        end = draw(st.integers(start, min(len(line), start + 12)))
+        put = draw(
+            st.sampled_from(
+                ["", '"', "{", "}", ",", "\\", " ", "\t", "\r", "#", "nan", "-1", "1e400", "9" * 400]
+            )
+        )
+        lines[at] = draw(
+            st.sampled_from([line[:start] + put + line[end:], line + "\n" + line, lines[other], ""])
+        )
+    return "\n".join(lines)
+
+
+@settings(max_examples=30)
+@given(mutated())
+def test_any_mutation_of_a_text_gives_a_scrape_or_a_lost_one(text):
+    figures = taken(["\n".join(REAL), text, text])
+    assert all(value is None or isnan(value) or value >= 0 for value in figures.values())
+
+
+@settings(max_examples=30)
+@given(st.lists(st.one_of(st.sampled_from(REAL), st.text(max_size=20)), max_size=20))
+def test_any_text_gives_a_scrape_or_a_lost_one(lines):
+    taken(["\n".join(lines)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('vllm:time_to_first_token_seconds_bucket{le="abc"} 1', "bound of a bucket"),
+        ('vllm:time_to_first_token_seconds_bucket{le="NaN"} 1', "bound of a bucket"),
+        (f"vllm:generation_tokens_total {'9' * 400}", "out of range: vllm:generation_tokens_total"),
+        ("vllm:generation_tokens_total 1e17", "out of range"),
+        ("vllm:num_requests_running 1\nvllm:num_requests_running 2", "twice"),
+        ("vllm:num_requests_running{a=" + '"' + "b" * 9000 + '"} 1', "8192 characters"),
+    ],
+)
+def test_numbers_that_cannot_be_lose_the_scrape(line, message):
+    with pytest.raises(InputError, match=message):
+        read_metrics(f"vllm:num_requests_waiting 0\n{line}\n")
+
+
+def test_numbers_that_are_none_are_missing():
+    text = "vllm:num_requests_waiting -1\nvllm:generation_tokens_total -2\nvllm:prompt_tokens_total +Inf\n"
+    text += f"vllm:num_preemptions_total {'9' * 5000}\n"
+    found = read_metrics(
+        text + 'vllm:cache_config_info{num_gpu_blocks="' + "9" * 400 + '",block_size="16"} 1\n'
+    )
+    assert (found.gauges, found.counters, found.kv_tokens) == ({}, {}, None)
+
+
+def test_several_servers_in_one_text_are_told_apart_by_the_label_that_was_added():
+    texts = {"http://a": scrape_text("0.32-busy-1"), "http://b": scrape_text("0.10")}
+    both, a, b = read_metrics(merge_metrics(texts)[0]), *map(read_metrics, texts.values())
+    assert both.servers == {(("upstream", "http://a"),), (("upstream", "http://b"),)}
+    assert both.kv_tokens == a.kv_tokens + b.kv_tokens
+    assert both.gauges["running"] == a.gauges["running"] + b.gauges["running"]
+    held = [each.gauges["kv_occupancy"] * each.kv_tokens for each in (a, b)]
+    assert both.gauges["kv_occupancy"] == pytest.approx(sum(held) / both.kv_tokens)
+    assert sum(both.counters["output_tokens"].values()) == sum(
+        sum(each.counters["output_tokens"].values()) for each in (a, b)
+    )
+    # Before a gateway that stands before another, nothing is lost either.
+    assert (
+        read_metrics(merge_metrics({"http://outer": merge_metrics(texts)[0]})[0]).kv_tokens == both.kv_tokens
+    )

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmserve_env.errors import InputError
+from llmserve_env.live.gateway.several.metrics import merge_metrics
 from llmserve_env.live.servers.metrics import METRICS, read_metrics
 from llmserve_env.live.servers.telemetry import MAX_BYTES, Replica, Telemetry, TelemetryWindow, merge, scrape
 
@@ -260,12 +261,46 @@ def test_servers_are_scraped_in_the_background_and_one_that_hangs_holds_nobody()
     assert good.asked[0][:3] == ("GET", "/metrics", "Bearer k")
 
 
+UNREADABLE = [
+    "vllm:num_requests_running " + "8" * 400 + "\n",
+    'vllm:time_to_first_token_seconds_bucket{le="soon"} 1\nvllm:time_to_first_token_seconds_sum 1\n',
+    "vllm:num_requests_running{",
+]
+
+
+@pytest.mark.parametrize("bad", UNREADABLE)
+def test_a_scrape_that_cannot_be_read_is_not_the_last(bad, caplog):
+    server = RecordedServer({"/metrics": Reply(text(10))})
+
+    async def watch(url):
+        async with Telemetry([url], interval_s=0.01, stale_after_s=60.0) as telemetry:
+            (one,) = telemetry.replicas
+            await until(lambda: one.last)
+            server.answers["/metrics"] = Reply(bad)
+            await until(lambda: one.error)
+            server.answers["/metrics"] = Reply(text(25))
+            await until(lambda: one.error is None)
+            assert telemetry.windows()[0].output_tokens == 15
+
+    with serving(server) as url:
+        asyncio.run(watch(url.removesuffix("/v1")))
+    said = [record.getMessage() for record in caplog.records]
+    assert ["failed" in each for each in said] == [True, False]
+    assert "works again" in said[1]
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
         (Reply("<html>", 200), "expected metrics of vLLM"),
         (Reply("vllm:num_requests_running{", 200), "text format"),
-        (Reply("", 307, {"location": "/elsewhere"}), "found 307"),
+        (Reply("", 307, {"location": "/elsewhere"}), "found 404"),
+        (Reply("", 307, {"location": "/metrics"}), "found 307"),
+        (Reply("", 307, {"location": "http://elsewhere/metrics"}), "found 307"),
+        (Reply("", 307, {"location": "http://[/"}), "found 307"),
+        (Reply("", 307), "found 307"),
+        (Reply('vllm:time_to_first_token_seconds_bucket{le="few"} 1\n', 200), "bound of a bucket"),
+        (Reply(f"vllm:num_requests_running {'9' * 400}\n", 200), "out of range"),
         (Reply("x" * (MAX_BYTES + 1)), "longer than"),
     ],
 )
@@ -297,3 +332,42 @@ def test_what_cannot_be_read_is_told(reply, message):
 def test_bad_arguments_are_refused(given_, field):
     with pytest.raises(InputError, match=f"'{field}'"):
         Telemetry(**{"urls": ["http://vllm:8000"]} | given_)
+
+
+@pytest.mark.parametrize(
+    "location", ["/metrics/", "metrics/", "http://{host}/metrics/", "//{host}/metrics/?a=b", "/metrics/#here"]
+)
+def test_a_redirect_within_the_server_is_followed(location):
+    class Mounted(RecordedServer):
+        async def __call__(self, scope, receive, send):
+            host = dict(scope["headers"])[b"host"].decode()
+            self.answers["/metrics"] = Reply("", 307, {"location": location.format(host=host)})
+            await super().__call__(scope, receive, send)
+
+    async def ask(url):
+        async with aiohttp.ClientSession() as client:
+            return await scrape(client, url, "sesame")
+
+    server = Mounted({"/metrics/": Reply(text(3))})
+    with serving(server) as url:
+        assert asyncio.run(ask(url.removesuffix("/v1"))).gauges["running"] == 3
+    assert [each[2] for each in server.asked] == ["Bearer sesame"] * 2
+
+
+def of_upstreams(**tokens):
+    """The text of several servers, as a gateway before them shows it."""
+    return merge_metrics({name: text(count, started=started) for name, (count, started) in tokens.items()})[0]
+
+
+def test_one_of_several_servers_in_a_text_may_begin_anew_or_come_back():
+    one = replica(
+        of_upstreams(a=(100, 1), b=(1000, 1)),
+        of_upstreams(a=(110, 1), b=(7, 2)),  # b was restarted
+        of_upstreams(a=(120, 1)),  # and is not there
+        of_upstreams(a=(130, 1), b=(500, 2)),  # what it counted meanwhile is of no window
+        of_upstreams(a=(130, 1), b=(501, 2)),
+    )
+    window = one.window(4.0)
+    assert (window.output_tokens, window.restarts) == (30 + 7 + 1, 1)
+    assert window.finished == {"stop": 38}
+    assert window.ttft_s.count == 3  # b's since its restart; a's never grew

@@ -1,0 +1,1 @@
+"""Requests at upstreams: their answers on the way to clients, and what time tells of them."""

@@ -1,0 +1,1 @@
+"""What several upstreams tell, as one."""

@@ -88,18 +88,60 @@ def huge_messages(url: str, seconds: float) -> dict[str, int]:
 
 def half_open(url: str, seconds: float) -> dict[str, int]:
     """500 connections that send a byte of their request each second."""
-    where = urlsplit(url)
     request = b"POST /reset HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
-    handles = [socket.create_connection((where.hostname, where.port), timeout=60) for _ in range(500)]
+    handles = [_connected(url) for _ in range(500)]
+    found: Counter[str] = Counter(connections=len(handles))
     sent, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
-        for handle in handles:
-            handle.sendall(request[sent % len(request) : sent % len(request) + 1])
+        for handle in tuple(handles):
+            try:
+                handle.sendall(request[sent % len(request) : sent % len(request) + 1])
+            except OSError:
+                found["hung up on"] += 1
+                handles.remove(handle)
         sent += 1
         time.sleep(1.0)
     for handle in handles:
         handle.close()
-    return {"connections": len(handles)}
+    return dict(found)
+
+
+def half_bodies(url: str, seconds: float) -> dict[str, int]:
+    """100 bodies of just under 4 MB whose end does not come, all at once."""
+    request = b"POST /reset HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n\r\n" + b" " * 3_999_990
+    handles = [_connected(url) for _ in range(100)]
+    found: Counter[str] = Counter(connections=len(handles))
+    until = time.monotonic() + seconds
+    for handle in handles:
+        try:
+            handle.sendall(request)
+        except OSError:
+            found["hung up on"] += 1
+    time.sleep(max(0.0, until - time.monotonic()))
+    for handle in handles:
+        handle.close()
+    return dict(found)
+
+
+def endless_headers(url: str, seconds: float) -> dict[str, int]:
+    """Headers of 150 MB."""
+
+    def once() -> str:
+        with _connected(url) as handle:
+            try:
+                handle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+                for _ in range(150):
+                    handle.sendall(b"a" * 1_000_000)
+            except OSError:
+                pass  # the server has hung up
+            return handle.recv(12).decode()[-3:]
+
+    return _repeat(seconds, once)
+
+
+def _connected(url: str) -> socket.socket:
+    where = urlsplit(url)
+    return socket.create_connection((where.hostname, where.port), timeout=60)
 
 
 def billion_requests(url: str, seconds: float) -> dict[str, int]:
@@ -144,6 +186,8 @@ ABUSES: dict[str, Callable[[str, float], dict[str, int]]] = {
     "a million brackets": deep_json,
     "8 MB messages": huge_messages,
     "500 half-open connections": half_open,
+    "100 bodies that do not end": half_bodies,
+    "headers of 150 MB": endless_headers,
     "scenarios of 1e9 requests": billion_requests,
     "generators of 3e7 requests": endless_draw,
     "logs of 3e7 requests": endless_logs,

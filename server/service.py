@@ -73,7 +73,7 @@ class Service:
         self.answering = 0  # messages of WebSockets that are not answered yet
         self._graders = ThreadPoolExecutor(1, thread_name_prefix="grade")
         # A live window is waited for in a thread: one for each session, so that nobody waits for another's.
-        self._live_threads = ThreadPoolExecutor(settings.max_live_sessions, thread_name_prefix="live")
+        self._live_threads = ThreadPoolExecutor(max(1, settings.max_live_sessions), thread_name_prefix="live")
         self.sessions.on_close = self._closed
 
     async def reset(self, session: Session, request: ResetRequest) -> ServeObservation:

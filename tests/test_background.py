@@ -17,6 +17,7 @@ from llmserve_env.live.gateway.deployment import Deployment
 from llmserve_env.live.gateway.gateway import Gateway
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.gateway.relay.probe import Probe
+from llmserve_env.live.gateway.several.models import Models
 from llmserve_env.live.sender import Sender
 from llmserve_env.live.servers import telemetry
 from llmserve_env.live.servers.upstreams import Upstream
@@ -119,6 +120,17 @@ async def probing(turn, monkeypatch):
 
 
 @asynccontextmanager
+async def looking_at_models(turn, monkeypatch):
+    models = Models([Upstream(URL), Upstream(URL)], None)
+    models.refresh = turn
+    serving = asyncio.create_task(models.keep(interval_s=0.01))
+    yield
+    assert not serving.done()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+
+
+@asynccontextmanager
 async def looking_for_drains(turn, monkeypatch):
     deployment, drains = Deployment(Gateway([Upstream(URL)])), SimpleNamespace(look=turn)
     serving = asyncio.create_task(
@@ -134,6 +146,7 @@ LOOPS: dict[str, list[Callable]] = {
     "llmserve_env.commands.gateway": [looking_for_drains],
     "llmserve_env.live.gateway.proxy": [ticking_proxy],
     "llmserve_env.live.gateway.relay.probe": [probing],
+    "llmserve_env.live.gateway.several.models": [looking_at_models],
     "llmserve_env.live.gateway.steering": [steering_service],
     "llmserve_env.live.sender": [ticking_sender],
     "llmserve_env.live.servers.telemetry": [scraping],

@@ -5,8 +5,11 @@ Without uvicorn: `protocols` has what speaks HTTP within these bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Protocol
+
+from llmserve_env.errors import InputError
 
 _OWN_FILES = 96
 """Open files that a server keeps free for itself: sockets to listen on, journals, pipes, libraries."""
@@ -25,6 +28,9 @@ class ConnectionLimits:
             to its end (s).
         max_unfinished_bytes: bodies and WebSocket messages that have not ended, all together (bytes).
         write_timeout_s: time in which a client has to read something of what is sent to it (s).
+
+    Raises:
+        InputError: one is no number above 0.
     """
 
     max_connections: int = 4096
@@ -33,6 +39,11 @@ class ConnectionLimits:
     body_timeout_s: float = 30.0
     max_unfinished_bytes: int = 128 << 20
     write_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value < math.inf:
+                raise InputError(f"expected a number above 0, found {value}", field=name)
 
 
 class Connection(Protocol):

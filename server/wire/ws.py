@@ -48,9 +48,15 @@ async def serve(websocket: WebSocket, service: Service) -> None:
 
     session.hang_up = hang_up
     try:
-        while (received := await _receive(websocket)) is not None:
+        received = await _receive(websocket)
+        while received is not None:
             session.touch()
-            if not await _answer(websocket, service, session, received):
+            if service.live:
+                goes_on, received = await _answer_live(websocket, service, session, received)
+            else:
+                goes_on = await _answer(websocket, service, session, received)
+                received = await _receive(websocket) if goes_on else None
+            if not goes_on:
                 break
     except WebSocketDisconnect:
         pass
@@ -76,6 +82,31 @@ async def _answer(websocket: WebSocket, service: Service, session: Session, rece
     if service.stopping:
         await _close(websocket, _RESTARTS)
     return not service.stopping
+
+
+async def _answer_live(
+    websocket: WebSocket, service: Service, session: Session, received: str | bytes
+) -> tuple[bool, str | bytes | None]:
+    """Answer a message while there is somebody to answer.
+
+    Returns:
+        Whether the connection goes on, and the next message; None at its end.
+    """
+    answering = asyncio.ensure_future(_answer(websocket, service, session, received))
+    coming = asyncio.ensure_future(_receive(websocket))
+    try:
+        await asyncio.wait([answering, coming], return_when=asyncio.FIRST_COMPLETED)
+        if coming.done() and coming.result() is None:
+            answering.cancel()  # no further window is served for nobody
+        goes_on = await answering
+        return goes_on, await coming if goes_on else None
+    except asyncio.CancelledError:
+        if not answering.done():  # the server ends
+            answering.cancel()
+            raise
+        return False, None
+    finally:
+        coming.cancel()
 
 
 def _attach(service: Service, session_id: str) -> Session:

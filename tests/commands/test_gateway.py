@@ -23,14 +23,17 @@ SECRET = "xyzzy-secret"
 
 @asynccontextmanager
 async def started(upstream, *options, control=None):
-    """The command before this upstream, and what it said first."""
+    """The command before this upstream, and where it says that it listens."""
     server = f"{upstream.url}/v1,tier=INT8" + ("" if control is None else f",control={control}")
     command = ["-m", "llmserve_env", "gateway", "--upstream", server, "--port", "0"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, *options, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     try:
-        yield process, await line(process)
+        said = await line(process)
+        while said and not said.startswith("listening"):  # it may have to compile first, and says so
+            said = await line(process)
+        yield process, said
     finally:
         if process.returncode is None:
             process.kill()
@@ -137,7 +140,7 @@ def test_an_agent_steers_until_a_signal_and_what_was_found_returns(tmp_path, num
     (kept,) = read_decisions([log])
     assert kept.before.batch_cap == 100
     assert kept.decisions[0].applied.kv_budget_fraction == 0.8
-    assert kept.beginning.capabilities["batch_cap"].startswith("gateway: requests at each engine")
+    assert kept.beginning.capabilities["batch_cap"].startswith("gateway: sequences at each engine")
     assert set(kept.decisions[0].not_applied) == {"quantization_tier", "prefill_decode_split"}
     assert kept.windows["completed"].sum() == 1
 

@@ -13,6 +13,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from llmserve_env.errors import InputError
 from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.net.protocols import bounded
 from tests.live.endpoint_server import Running
@@ -377,6 +378,12 @@ def test_a_websocket_that_talks_keeps_its_place():
                     connection[1].close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_bound_that_is_none_is_refused_by_its_name(value):
+    with pytest.raises(InputError, match=r"field 'header_timeout_s': expected a number above 0"):
+        ConnectionLimits(header_timeout_s=value)
 
 
 def test_there_is_room_for_as_many_connections_as_files_may_be_open():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,7 +24,7 @@ from server.messages.requests import ResetRequest
 from server.service import Service
 from server.settings import Settings
 from tests.live.endpoint_server import CompletionEndpoint, serving
-from tests.server._playing import client
+from tests.server._playing import ask, client, open_ws
 from tests.server.conftest import running
 
 
@@ -103,5 +104,16 @@ def test_a_client_that_hangs_up_has_no_further_windows_served(live_url):
         named = {"X-Session-Id": begun.headers["x-session-id"]}
         with contextlib.suppress(httpx.ReadTimeout):
             httpx.post(f"{live_url}/step_n", json={"actions": [{}] * 200}, headers=named, timeout=0.5)
+        assert http.post("/step", json={"action": {}}).status_code == 200  # once the session is free
+        assert http.get("/state").json()["step_count"] < 100
+
+
+def test_so_has_one_that_closes_its_websocket(live_url):
+    with client(live_url) as http:
+        begun = http.post("/reset", json={"task_id": "static_workload", "seed": 1})
+        named = begun.headers["x-session-id"]
+        with open_ws(live_url, named) as ws:
+            assert ask(ws, "step", {})["type"] == "observation"
+            ws.send(json.dumps({"type": "step_n", "data": {"actions": [{}] * 200}}))
         assert http.post("/step", json={"action": {}}).status_code == 200  # once the session is free
         assert http.get("/state").json()["step_count"] < 100

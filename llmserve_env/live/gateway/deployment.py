@@ -275,7 +275,7 @@ class Deployment:
         within = [each for each in self._folders if "batch_cap" in each.in_engine]
         if not within:
             reasons = [f"{each.shown_url}: {self._statuses(each)[1]}" for each in self._folders]
-            return "; ".join(["gateway: requests at each engine", *reasons])
+            return "; ".join(["gateway: sequences at each engine", *reasons])
         return f"engine: up to {self._least(within, 'batch_cap'):g}; the gateway keeps to it, too"
 
     def _kv_way(self) -> str:

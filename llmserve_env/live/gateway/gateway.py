@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmserve_env.backend import WindowRecord
-from llmserve_env.controls import SPECS
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.admission.passage import Passage, Refused
 from llmserve_env.live.gateway.admission.token_bucket import TokenBucket
@@ -27,6 +26,7 @@ from llmserve_env.live.gateway.relay.watch import Watch
 from llmserve_env.live.servers.choice import RetryBudget, another, choose
 from llmserve_env.live.servers.fault import Cause, fault_of
 from llmserve_env.live.servers.health import EJECTED_S, UP, State
+from llmserve_env.live.servers.pool import blind, pool_of
 from llmserve_env.schema import QuantizationTier, ServeAction
 from llmserve_env.workloads.workload import Tenant
 
@@ -37,15 +37,6 @@ if TYPE_CHECKING:
 
 _TIERS = list(QuantizationTier)
 _SILENT = Cause.SILENT  # looked up for every token
-_APPLIED = (
-    "batch_cap",
-    "kv_budget_fraction",
-    "speculation_depth",
-    "quantization_tier",
-    "priority_routing",
-    "admission_rate",
-)
-"""Controls that the gateway has a way to apply, wherever its upstreams allow it."""
 
 
 class Gateway:
@@ -154,19 +145,19 @@ class Gateway:
             Fields that cannot be applied now, with the reason.
         """
         self.action = action
-        self._pool, self._not_here = self._placed(action)
+        self._pool, self._not_here = pool_of(action, self.upstreams)
         self.dispatch()
         return self.not_applied
 
     def cannot_apply(self, action: ServeAction) -> dict[str, str]:
         """Fields of an action that could not be applied now, with the reason."""
-        pool, found = self._placed(action)
-        return found | self._blind(action, pool)
+        pool, found = pool_of(action, self.upstreams)
+        return found | blind(action, pool, self.kv_usage)
 
     @property
     def not_applied(self) -> dict[str, str]:
         """Fields of the action in force that have no effect now, with the reason."""
-        return self._not_here | self._blind(self.action, self._pool)
+        return self._not_here | blind(self.action, self._pool, self.kv_usage)
 
     def window(self) -> WindowRecord:
         """What happened since the last call: latencies as clients saw them, from arrival at the gateway."""
@@ -457,30 +448,6 @@ class Gateway:
                 passage.refuse(Refused(503, "It waited too long for its turn", "queue timeout", 1.0))
         self._watch.look(self._pool, self._room, self._at_upstreams, now_s)
         self.dispatch()
-
-    def _placed(self, action: ServeAction) -> tuple[tuple[Upstream, ...], dict[str, str]]:
-        """Upstreams that an action's requests go to, and the fields that there are none for."""
-        pool = self.upstreams
-        found = {"prefill_decode_split": "an upstream has the roles that it was started with"}
-        for name, spec in SPECS.items():
-            known = name in _APPLIED or name in found or all(name in each.in_engine for each in pool)
-            if not known and getattr(action, name) != spec.default:
-                found[name] = "no way known to tell an upstream"
-        for name, given in (("quantization_tier", "tier"), ("speculation_depth", "speculation")):
-            value = getattr(action, name)
-            same = tuple(each for each in pool if name in each.in_engine or getattr(each, given) == value)
-            pool = same or pool
-            if not same:
-                said = value.value if isinstance(value, QuantizationTier) else value
-                found[name] = f"no upstream is stated to have {given}={said}"
-        return pool, found
-
-    def _blind(self, action: ServeAction, pool: tuple[Upstream, ...]) -> dict[str, str]:
-        """The KV budget, where it is not known how full the caches are."""
-        gated = (each for each in pool if "kv_budget_fraction" not in each.in_engine)
-        if action.kv_budget_fraction == 1 or all(self.kv_usage(each) is not None for each in gated):
-            return {}
-        return {"kv_budget_fraction": "an upstream's KV cache usage is not known now"}
 
     def _refused(self, passage: Passage, reason: str, message: str, wait_s: float) -> Refused:
         """It is not let in."""

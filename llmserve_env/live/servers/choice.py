@@ -43,7 +43,11 @@ def choose(
         return min(filter(has_room, left), key=lambda each: each.health.badness(), default=None)
     chosen = min(filter(has_room, fit), key=_order, default=None)
     if chosen is None:
-        out = [each for each in pool if each.health.out and each.health.cause not in HARD]
+        out = [
+            each
+            for each in pool
+            if each.health.out and each.health.cause not in HARD and not each.health.draining
+        ]
         beyond = len(out) - max(1, int(MOST_OUT * len(pool)))
         if beyond > 0:
             out.sort(key=lambda each: each.health.badness())

@@ -9,6 +9,10 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmserve_env.live.gateway.gateway import Gateway
+from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.schema import QuantizationTier, ServeAction
+
 from ..endpoint_server import Running, ScriptedEndpoint
 from .test_gateway import ANSWER, THREE, answering, ask, asking, held, standing
 
@@ -41,6 +45,7 @@ class Endless:
         while not watching.done():
             self.sent_bytes += 1 << 20
             await send({"type": "http.response.body", "body": b" " * (1 << 20), "more_body": True})
+            await asyncio.sleep(0)  # to a client that is gone, uvicorn sends without waiting
 
     @staticmethod
     async def _watch(receive):
@@ -307,3 +312,33 @@ def test_lists_are_looked_at_from_the_start(caplog):
     caplog.set_level(logging.WARNING)
     asyncio.run(main())
     assert "different models" in caplog.records[0].getMessage()
+
+
+def test_a_heavy_request_gets_its_turn_where_its_model_is():
+    async def main():
+        a, b = Upstream("http://a"), Upstream("http://b")
+        gateway = Gateway([a, b], action=ServeAction(batch_cap=4))
+        only_b = frozenset([b])
+        light = [gateway.enter(0, 1, places=only_b) for _ in range(3)]
+        heavy = gateway.enter(0, 1, sequences=3, places=only_b)
+        later = [gateway.enter(0, 1, places=only_b) for _ in range(6)]
+        anywhere = [gateway.enter(0, 1) for _ in range(5)]
+        assert [each.upstream for each in anywhere] == [a, a, a, a, None]  # it keeps nobody waiting there
+        for each in (*light, *later):
+            if heavy.upstream is None:
+                gateway.complete(each, 1)
+        assert heavy.upstream is b
+        assert sum(each.over or each.upstream is b for each in later) == 3  # as many as it has sequences
+        gateway.complete(anywhere[0], 1)
+        assert anywhere[4].upstream is a
+
+    asyncio.run(main())
+
+
+def test_a_model_comes_before_the_precision_of_an_action():
+    async def main():
+        a, b = Upstream("http://a", QuantizationTier.FP16), Upstream("http://b", QuantizationTier.INT8)
+        gateway = Gateway([a, b], action=ServeAction(quantization_tier="FP16"))
+        assert [gateway.enter(0, 1, places=each).upstream for each in (None, frozenset([b]))] == [a, b]
+
+    asyncio.run(main())

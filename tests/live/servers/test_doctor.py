@@ -51,6 +51,13 @@ def test_a_real_server_is_fine():
     assert posts[0]["model"] == "tiny"
 
 
+def test_metrics_that_are_mounted_below_a_slash_are_found():
+    moved = Reply("", 307, {"location": "/metrics/"})
+    diagnosis, _ = found({"/metrics": moved, "/metrics/": Reply(metrics("0.32-idle"))})
+    assert not diagnosis.has("missing")
+    assert diagnosis.scrape.kv_tokens == 160 * 32
+
+
 def test_every_field_of_an_action_has_its_ways():
     diagnosis, _ = found()
     ways = controls([diagnosis])

@@ -14,6 +14,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from llmserve_env import LLMServeEnv
+from llmserve_env.client import NotFoundError
 from server.wire.keys import bears
 from tests.server._playing import ACTIONS, BEGIN, client, ok
 from tests.server.conftest import running
@@ -118,6 +120,9 @@ def test_real_engines_are_not_for_strangers(monkeypatch):
             pass
         with connect(url.replace("http://", "ws://me:sesame@") + "/ws"):
             pass
+        bearer = {"Authorization": "Bearer sesame"}
+        with LLMServeEnv.from_url(url, headers=bearer).sync() as env, pytest.raises(NotFoundError):
+            env.reset(task_id="none")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Who is let into the gateway, and who waits there: requests on their way, the queue, the token bucket."""
+"""Who is let into the gateway, who waits there and who gives way: queue, token bucket, memory for bodies."""

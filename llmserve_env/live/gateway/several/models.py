@@ -85,14 +85,18 @@ class Models:
     def _places(self, model: str) -> frozenset[Upstream]:
         return frozenset(each for each in self._upstreams if self.serves(each, model))
 
-    async def keep(self) -> None:
-        """Look at the lists again and again, until cancelled."""
+    async def keep(self, interval_s: float = REFRESH_S) -> None:
+        """Look at the lists again and again, until cancelled.
+
+        Args:
+            interval_s: time from one look to the next (s).
+        """
         if len(self._upstreams) > 1:
-            await forever(self.refresh, REFRESH_S, "looking at the upstreams' models")
+            await forever(self.refresh, interval_s, "the look at the upstreams' models")
 
     async def refresh(self) -> None:
         """Look at the lists."""
-        await asyncio.wait({self._refreshing()})
+        await asyncio.shield(self._refreshing())
 
     def stop(self) -> None:
         """Ask no more."""

@@ -125,7 +125,7 @@ def test_locks_pin_and_hash_everything_that_pyproject_asks_for():
     assert _missing(LOCK, [*installed, *built, *tools]) == {"torch"}
     assert f"TORCH := {next(each for each in tools if each.startswith('torch'))}\n" in MAKEFILE
     assert _missing(SERVER_LOCK, [*installed, *groups["build"]]) == set()
-    # What the service is tested with is what its container has; tools may need a package of it on more Pythons.
+    # What the service is tested with is what its container has; tools may need it on more Pythons.
     assert _without_markers(SERVER_LOCK) <= _without_markers(LOCK)
 
 

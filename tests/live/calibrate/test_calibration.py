@@ -266,10 +266,13 @@ def test_settings_come_from_the_log_and_the_server():
 
 
 def test_clients_send_again_when_they_are_answered():
-    endpoint = CompletionEndpoint()
     load = Load(clients=3, prompt_tokens=(4, 6), output_tokens=(2, 3))
-    with serving(endpoint) as url:
-        answers = closed_loop(Target(url, "tiny", (100, 200)), load, 0.1, seed=1)
+    for time_s in (0.1, 1.0, 10.0):  # a busy machine may need longer until each client has sent again
+        endpoint = CompletionEndpoint()
+        with serving(endpoint) as url:
+            answers = closed_loop(Target(url, "tiny", (100, 200)), load, time_s, seed=1)
+        if len(answers) > 3:
+            break
     assert endpoint.peak <= 3
     assert len(endpoint.requests) == len(answers) > 3
     for request in endpoint.requests:

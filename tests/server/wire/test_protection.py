@@ -153,4 +153,4 @@ def test_a_missing_package_is_named_in_a_line():
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
     )
     assert refused.returncode == 1
-    assert refused.stderr == "error: the uvicorn package is missing: install llmserve-env[server]\n"
+    assert refused.stderr == "error: the uvicorn package is missing: pip install -e '.[server]' in the checkout\n"

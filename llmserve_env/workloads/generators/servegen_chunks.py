@@ -52,7 +52,7 @@ def table(windows: list[Window]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(SERVEGEN_FIELDS)
-    writer.writerows([client, f"{start_s:g}", *rest] for client, start_s, *rest in windows)
+    writer.writerows([client, f"{start_s:.15g}", *rest] for client, start_s, *rest in windows)
     return text.getvalue()
 
 

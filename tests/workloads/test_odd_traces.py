@@ -41,6 +41,22 @@ def test_milliseconds_that_may_be_seconds_are_told(tmp_path):
     assert (workload.duration_s, report.guesses) == (118, ())
 
 
+@pytest.mark.parametrize(
+    ("header", "times"),
+    [
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", (45246.760416, 45246.760428)),  # a spreadsheet's days
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", (0, 250)),
+        ("timestamp,input_tokens,output_tokens\n", (0.5, 250.75)),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n", (0, 2500)),
+        ("arrival_timestamp,prompt_size,token_size\n", (0.001, 0.0011)),
+    ],
+)
+def test_rates_that_are_hardly_meant_are_told(tmp_path, header, times):
+    path = write(tmp_path, header + "".join(f"{time},9,4\n" for time in times))
+    assert "time_unit=" in load(path)[1].guesses[0]
+    assert open_reported(f"trace://{path}?time_unit=ms")[1].guesses == ()
+
+
 @pytest.mark.parametrize("header", [HEADER, "timestamp,input_tokens,output_tokens\n"])
 def test_zeros_among_unix_times_are_bad_rows(tmp_path, header):
     rows = [f"{EPOCH + i},9,4" for i in range(20)]
@@ -124,6 +140,24 @@ def test_two_columns_of_a_name_are_refused_where_they_are_read(tmp_path):
     assert len(load(write(tmp_path, text.replace("prompt_tokens,note\n", "other,note\n")))[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (HEADER.replace("\n", ",note\n") + '0,9,4,"a\n1,9,4,b\n2,9,4,c\n', 2, "a quote that does not end"),
+        (HEADER + "0\x1f9,4\n", None, "control character"),
+    ],
+)
+def test_what_would_swallow_rows_or_cells_is_refused(tmp_path, text, line, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load(write(tmp_path, text))
+    assert caught.value.line == line
+
+
+def test_quotes_may_follow_a_space(tmp_path):
+    text = 'arrival_s, "prompt_tokens", "output_tokens"\n0, "9", 4\n'
+    assert load(write(tmp_path, text))[0].prompt_tokens.tolist() == [9]
+
+
 def test_a_cell_may_hold_a_long_list(tmp_path):
     ids = list(range(100_000, 130_000))
     text = f'input_toks,output_toks,arrival_time_ns,input_tok_ids\n30000,4,0,"{ids}"\n'
@@ -166,6 +200,24 @@ def test_blocks_have_any_names(tmp_path, ids):
     ]
     workload, _ = load(write(tmp_path, lines(*rows)))
     assert workload.prefix_ids.tolist() == [0, 1, 0, 0]
+
+
+def test_a_damaged_first_line_is_a_bad_row(tmp_path):
+    row = {"arrival_s": 1, "prompt_tokens": 9, "output_tokens": 4}
+    path = write(tmp_path, '{"arrival_s": 0, "prompt\n' + lines(row, row))
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert caught.value.line == 1
+    workload, report = load(path, skip_bad_rows=True)
+    assert (len(workload), report.bad_rows) == (2, 1)
+
+
+def test_numbers_of_blocks_that_say_no_size_are_told(tmp_path):
+    rows = [
+        {"timestamp": 0, "input_length": 1000, "output_length": 4, "hash_ids": [1, 9]},
+        {"timestamp": 250, "input_length": 2000, "output_length": 4, "hash_ids": [1, 2, 3]},
+    ]
+    assert any("block_tokens=N" in guess for guess in load(write(tmp_path, lines(*rows)))[1].guesses)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "{}\n{}"])

@@ -46,7 +46,12 @@ def read_json(text: str, file: str) -> Records:
     except (ValueError, RecursionError):
         if "\n" not in text.strip():
             return _of_rows(*_lines(text), file)  # which says what is wrong
-        return _document(text, file)
+        try:
+            return _document(text, file)
+        except InputError:
+            if not _is_object(next(line for line in text.strip().split("\n")[1:] if line.strip())):
+                raise
+        return _of_rows(*_lines(text), file)  # of which the first is damaged
     alone = "\n" not in text.strip()
     if (
         alone
@@ -55,6 +60,13 @@ def read_json(text: str, file: str) -> Records:
     ):
         return _document(text, file)
     return _of_rows(*_lines(text), file)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _lines(text: str) -> tuple[list[Row], list[int], dict[int, str]]:

@@ -85,6 +85,9 @@ def _block_tokens(
         return usual
     sizes = [size for size in (1 << power for power in range(17)) if fit(size)]
     if not sizes:
+        records.guesses.append(
+            f"blocks of {usual} tokens, which their number does not say: block_tokens=N says it"
+        )
         return usual
     records.guesses.append(
         f"blocks of {sizes[-1]} tokens, by their number (usually {usual}): block_tokens=N says it"

@@ -20,6 +20,8 @@ def read_table(text: str, file: str) -> Records:
     Raises:
         InputError: it is none.
     """
+    if _CELL in text:
+        raise InputError("expected text, found a control character, 1F", file=file)
     first = next(line for line in text.split("\n") if line.strip())
     if first.lower().startswith("sep=") and len(first.strip()) == 5:  # as Excel takes and writes it
         delimiter, text = first[4], text.replace(first, "", 1)
@@ -70,11 +72,18 @@ def _plain_rows(text: str, delimiter: str) -> list[tuple[int, str]]:
 
 def _quoted_rows(text: str, delimiter: str, file: str) -> list[tuple[int, str]]:
     """The same for a table with quoted fields, which may hold delimiters and line ends."""
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     limit = csv.field_size_limit(LINE_BYTES)  # a list of token ids in a cell is longer than the usual limit
+    rows: list[tuple[int, str]] = []
+    line = 0
     try:
-        return [(reader.line_num, _CELL.join(row)) for row in reader if any(cell.strip() for cell in row)]
+        for row in reader:
+            line = reader.line_num
+            if any(cell.strip() for cell in row):
+                rows.append((line, _CELL.join(row)))
+        return rows
     except csv.Error as error:
-        raise InputError(f"not a table: {error}", file=file, line=reader.line_num) from error
+        reason = "a quote that does not end" if "unexpected end" in str(error) else str(error)
+        raise InputError(f"not a table: {reason}", file=file, line=line + 1) from error
     finally:
         csv.field_size_limit(limit)

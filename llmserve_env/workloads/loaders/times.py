@@ -23,8 +23,9 @@ _BUSY_RPS = 1000.0
 """A file of a thousand requests a second, or of one in a thousand seconds, has times in another unit than its
 keys usually have."""
 
-_HASTY_RPS, _HASTY_S = 50.0, 10.0
-"""Milliseconds of more requests a second, or of a shorter time, may as well be seconds: that is told."""
+_HASTY_RPS, _HASTY_S, _SLOW_RPS = 50.0, 10.0, 0.05
+"""Milliseconds of more requests a second, or of a shorter time, may as well be seconds, and seconds of fewer
+may be milliseconds: that is told."""
 
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
@@ -57,9 +58,7 @@ def seconds(records: Records, name: str, unit: str = "s", *, sure: bool = True) 
         whole = bool((good == np.floor(good)).all())
         found = _unit(unit, least, most, len(good), sure=sure, whole=whole)
         doubted = not sure and whole == (unit == "s")  # milliseconds have no fractions, seconds mostly have
-        if not sure and found == "ms" and least < most:
-            rate = _rate(least, most, len(good), "ms")
-            doubted |= rate >= _HASTY_RPS or (most - least) * UNITS["ms"] < _HASTY_S
+        doubted |= _is_odd((most - least) * UNITS[found], len(good), found, sure=sure)
         if found != unit or doubted:
             rates = ", ".join(
                 f"as {_NAMES[each]} {_rate(least, most, len(good), each):,.3g} requests/s"
@@ -101,6 +100,18 @@ def _refuse_strays(records: Records, name: str, raw: NDArray[np.float64], units:
     unix = any(_UNIX_S[0] <= usual * UNITS[unit] <= _UNIX_S[1] for unit in units)
     if unix and early.sum() <= len(good) / 10 and raw[early].max(initial=0.0) < usual / 1000:
         records.mark(early, lambda row: f"expected a Unix time as in other rows, found {raw[row]:g}", name)
+
+
+def _is_odd(span_s: float, count: int, unit: str, *, sure: bool) -> bool:
+    """Whether so many requests in such a time make another unit likely enough to be told."""
+    if span_s <= 0:
+        return False
+    rate = (count - 1) / span_s
+    if rate >= _BUSY_RPS or rate <= 1 / _BUSY_RPS:
+        return True
+    if sure:
+        return False
+    return rate < _SLOW_RPS if unit == "s" else rate >= _HASTY_RPS or span_s < _HASTY_S
 
 
 def _rate(least: float, most: float, count: int, unit: str) -> float:

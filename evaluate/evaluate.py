@@ -108,10 +108,9 @@ def measure(
             scores = begin_scores(path, label, plays, setting, task, official=official)
             found[label, setting] = scores
             parts = _jobs(plays, setting, seeds[:llm_episodes] if asked else seeds)
-            missing = [job for job in parts if not set(job.seeds) <= set(scores.seeds)]
-            if missing and scores.seeds and not asked:
+            if scores.seeds and not asked:
                 _check_same(path, scores, plays, setting)
-            jobs += missing
+            jobs += [job for job in parts if not set(job.seeds) <= set(scores.seeds)]
     with tqdm(total=sum(len(job.seeds) for job in jobs), unit="episode", disable=not jobs or None) as bar:
         for job, played in play_jobs(jobs, processes, cluster):
             label = labels[job.agent]
@@ -142,7 +141,7 @@ def _jobs(plays: str, setting: Setting, seeds: Sequence[int]) -> list[Job]:
 
 
 def _check_same(path: Path, scores: Scores, plays: str, setting: Setting) -> None:
-    """Refuse to go on with scores that today's code would not give."""
+    """Refuse scores that today's code would not give: the first seed is always played again."""
     again = float(play_job(Job(plays, setting, (scores.seeds[0],))).scores[0])
     if abs(again - scores.scores[0]) > 1e-9:
         raise InputError(

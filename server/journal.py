@@ -174,7 +174,7 @@ class Journal:
             try:
                 entry = _entry(path, self._max_actions, self._max_line_bytes)
             except OSError as error:
-                _log.error("%s: cannot be read, and stays as it is: %s", path, error.strerror or error)
+                _log.error("%r: cannot be read, and stays as it is: %s", str(path), error.strerror or error)
             except Exception as error:  # whatever it holds, the others are restored
                 self.set_aside(path.stem, error)
             else:
@@ -201,11 +201,11 @@ class Journal:
         while os.path.lexists(aside):
             number += 1
             aside = path.with_suffix(f".{number}.bad")
-        _log.error("%s: cannot be restored, and is set aside: %s", path, _reason(error))
+        _log.error("%r: cannot be restored, and is set aside: %s", str(path), _reason(error))
         try:
             path.rename(aside)
         except OSError as raised:
-            _log.error("%s: cannot be set aside, and stays: %s", path, raised)
+            _log.error("%r: cannot be set aside, and stays: %s", str(path), raised.strerror or raised)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -193,7 +193,7 @@ class Service:
             try:
                 await self._reopen(entry)
             except (AtCapacity, Unavailable) as error:
-                _log.error("session %s stays in the journal: %s", entry.session_id, error)
+                _log.error("session %r stays in the journal: %s", entry.session_id, error)
             except Exception as error:  # whatever it holds, the service starts
                 self._journal.set_aside(entry.session_id, error)
         if left:

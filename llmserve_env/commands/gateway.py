@@ -199,6 +199,9 @@ def gateway(
         max_unfinished_bytes=connections.max_unfinished_bytes + MAX_HELD_BYTES,
     )
 
+    drains = None if drained is None else DrainFile(drained, upstreams)
+    if drains is not None:
+        drains.look()
     listening = listen(host, port)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -213,7 +216,6 @@ def gateway(
     hosts = allowed_host or (() if is_local(host) else None)
     config = _config(CrossOrigin(proxy, origins), limits, hosts, origins, drain_timeout_s)
     try:
-        drains = None if drained is None else DrainFile(drained, upstreams)
         _serve(config, listening, here, _windows(deployment, action, window_s, pilot, told, drains=drains))
     finally:
         if pilot is not None:

@@ -12,14 +12,16 @@ def servegen(folder: Path, /, *, out: Path, quantiles: Path | None = None) -> No
 
     Args:
         folder: folder with chunk-N-trace.csv files, such as data/language/m-small of its repository.
-        out: CSV file for the clients' windows.
-        quantiles: CSV file for the clients' length quantiles, from the chunk-N-dataset.json files.
+        out: file for the clients' windows (CSV).
+        quantiles: file for the clients' length quantiles (CSV), from the chunk-N-dataset.json files.
 
     Raises:
         InputError: a chunk cannot be read, or a file cannot be written.
     """
+    from llmserve_env.commands.shared.report import check_outputs
     from llmserve_env.workloads.generators.servegen_chunks import quantile_table, read_windows_of, table
 
+    check_outputs({"out": out, "quantiles": quantiles})
     windows = read_windows_of(folder)
     lengths = None if quantiles is None else quantile_table(folder, windows)
     write_atomic(out, table(windows))

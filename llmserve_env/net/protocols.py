@@ -14,7 +14,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from llmserve_env.net.connections import ConnectionLimits, Connections
@@ -245,6 +245,8 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         self._read_until = None
         self.pool.serve(self)
         HttpToolsProtocol.on_headers_complete(self)
+        if self.scope["http_version"] == "1.0":
+            _answer_without_chunks(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body has come."""
@@ -331,6 +333,23 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         if status == 503:
             lines.append("retry-after: 1")
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+
+
+def _answer_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Let an answer of unstated length end with its connection: HTTP/1.0, as nginx speaks, has no chunks."""
+    send, unstated = cycle.send, False
+
+    async def send_plainly(message: Any) -> None:
+        nonlocal unstated
+        if message["type"] == "http.response.start":
+            unstated = not any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if unstated:
+                cycle.chunked_encoding = False
+        elif unstated:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plainly  # type: ignore[method-assign]
 
 
 class BoundedWebSocket(_Bounded, WebSocketsSansIOProtocol):

@@ -154,7 +154,7 @@ def test_a_gateway_that_goes_and_comes_back_is_told(look: Callable[..., Any], up
         page = look(url, gone=True)
         page.locator("#notes").get_by_text("No requests yet").wait_for()
         page.locator("#no-decisions").get_by_text("No agent decides here").wait_for()
-        page.locator("#state").get_by_text("upstream").wait_for()  # it shows no metrics
+        page.locator("#state").get_by_text("metrics stale").wait_for()  # it shows none
         page.locator("#notes").get_by_text("expected HTTP 200").wait_for()
         page.locator('body:not([data-windows="0"])').wait_for()
         process.kill()

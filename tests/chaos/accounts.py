@@ -22,6 +22,11 @@ class Counts:
     at_upstreams: float = 0
     turned_away: float = 0
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether no request is on its way."""
+        return not (self.in_flight or self.waiting or self.at_upstreams)
+
     @classmethod
     def read(cls, text: str) -> Counts:
         found = cls()
@@ -52,9 +57,8 @@ def differences(counts: Counts, tallies: Mapping[str, Tally], turned_away: Count
         tallies: the clients', by tenant.
         turned_away: requests that are nobody's, by whether their clients are sure of that.
     """
-    for name in ("in_flight", "waiting", "at_upstreams"):
-        if getattr(counts, name):
-            yield f"{name} {getattr(counts, name):g}"
+    if not counts.at_rest:
+        yield f"{counts.in_flight:g} in flight, {counts.waiting:g} wait, {counts.at_upstreams:g} at upstreams"
     for tenant, tally in tallies.items():
         arrived, ended = counts.arrived[tenant], counts.ended[tenant]
         if arrived != ended.total():

@@ -4,99 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from .answers import Asked, Response, Verdict, Violation, judged
+from .answers import Asked, Verdict, Violation, judged
+from .connection import Connection
 
 PATIENCE_S = 300.0
 """Time of the loop after which a client that waits says so; all time limits of the gateway are shorter."""
 MAX_BODY_BYTES = 200_000
 """Of a request, as the gateway is told."""
-
-
-class Connection:
-    """A client's connection to the gateway."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    @classmethod
-    async def to(cls, port: int, *, narrow: bool = False) -> Connection:
-        """A new one; `narrow` if what is not read shall soon hold the other side up."""
-        if not narrow:
-            return cls(*await asyncio.open_connection("127.0.0.1", port))
-        sock = socket.socket(proto=socket.IPPROTO_TCP)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-        return cls(*await asyncio.open_connection(sock=sock, limit=4096))
-
-    async def send(self, content: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # it may have been told already why
-            self.writer.write(content)
-            await self.writer.drain()
-
-    async def response(self) -> Response | None:
-        """The next one; None where the connection ends before it begins."""
-        status, headers = 100, {}
-        while 100 <= status < 200:
-            try:
-                head = await self.reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError as error:
-                if error.partial:
-                    raise Violation(f"a response broken off in its head: {error.partial[:80]!r}") from None
-                return None
-            except ConnectionError:
-                return None
-            first, *lines = head.decode("latin-1").split("\r\n")
-            status = int(first.split(" ")[1])
-            headers = {
-                name.strip().lower(): value.strip()
-                for name, _, value in (each.partition(":") for each in lines)
-            }
-        response = Response(status, headers)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await self._body(response)
-        return response
-
-    async def _body(self, response: Response) -> None:
-        headers = response.headers
-        if "chunked" in headers.get("transfer-encoding", ""):
-            while size := int(await self.reader.readline() or b"x", 16):
-                response.body += await self.reader.readexactly(size)
-                await self.reader.readexactly(2)
-            await self.reader.readexactly(2)
-        elif "content-length" in headers:
-            stated = int(headers["content-length"])
-            try:
-                response.body = await self.reader.readexactly(stated)
-            except asyncio.IncompleteReadError as error:
-                response.body = error.partial
-                return
-        else:
-            response.body = await self.reader.read()
-        response.whole = True
-
-    async def ended(self) -> bool:
-        """Whether the other side says no more."""
-        try:
-            return not await self.reader.read(1)
-        except ConnectionError:
-            return True
-
-    def reset(self) -> None:
-        sock = self.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.writer.transport.abort()
-
-    async def close(self) -> None:
-        self.writer.close()
-        with contextlib.suppress(OSError):
-            await self.writer.wait_closed()
 
 
 @dataclass
@@ -152,12 +70,12 @@ class Client:
         finally:
             await connection.close()
 
-    async def told(self, connection: Connection, asked: Asked | None = None) -> Verdict:
+    async def told(self, connection: Connection, asked: Asked | None = None, version: str = "1.1") -> Verdict:
         """What the next response on a connection is, counted."""
         asked = asked or self.asked
         verdict: Verdict = "violation"
         try:
-            response = await connection.response()
+            response = await connection.response(version)
             if response is None:
                 raise Violation("hung up without a word")
             verdict = judged(response, asked)
@@ -213,11 +131,11 @@ async def chatting(client):
 
 @kind
 async def old(client):
-    """HTTP/1.0: the connection ends with the answer."""
+    """HTTP/1.0, which has no chunks: the answer ends with the connection."""
     client.asked = replace(client.asked, stream=True)
     async with client.connected() as connection:
         await connection.send(client.request(version="1.0"))
-        await client.told(connection)
+        await client.told(connection, version="1.0")
         if not await connection.ended():
             raise Violation("goes on after the answer")
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
 
+from llmserve_env.agents.find import find_agent
 from llmserve_env.live.gateway.callers import Caller, Callers
 from llmserve_env.live.gateway.deployment import SCRAPE_S, STALE_S, Deployment
 from llmserve_env.live.gateway.gateway import Gateway
@@ -13,11 +14,13 @@ from llmserve_env.live.gateway.history import History
 from llmserve_env.live.gateway.proxy import Proxy
 from llmserve_env.live.gateway.steering import steer
 from llmserve_env.live.gateway.wire import error_json
+from llmserve_env.live.pilot.pilot import Pilot
 from llmserve_env.live.servers.telemetry import Telemetry
 from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.net.connections import ConnectionLimits
 from llmserve_env.net.protocols import bounded
 from llmserve_env.schema import ServeAction
+from llmserve_env.tasks import load_task
 from tests.live.endpoint_server import Running
 
 from .answers import Asked
@@ -31,6 +34,8 @@ TENANTS = (
 START = ServeAction(batch_cap=64)
 _LIMITS = ConnectionLimits(header_timeout_s=5.0, body_timeout_s=15.0, write_timeout_s=30.0)
 _WINDOW_S = 5.0
+_TASK = load_task("static_workload", window_s=_WINDOW_S)
+"""What the agent plays."""
 
 
 class Service:
@@ -38,6 +43,7 @@ class Service:
 
     Args:
         upstreams: upstreams, all of them good at first.
+        steered: whether an agent sets the limits.
 
     Attributes:
         upstreams: UpstreamServer of each.
@@ -46,7 +52,8 @@ class Service:
         steering: task that ends windows.
     """
 
-    def __init__(self, upstreams: int) -> None:
+    def __init__(self, upstreams: int, *, steered: bool = False) -> None:
+        self._steered = steered
         self.upstreams = [UpstreamServer(index) for index in range(upstreams)]
         self.tallies = {each.name: Tally() for each in TENANTS}
         self.turned_away: Counter[bool] = Counter()
@@ -82,9 +89,12 @@ class Service:
         running = Running(self.proxy, lifespan="on", **bounded(_LIMITS, _error_body))
         self.port = (await self._stack.enter_async_context(running)).port
         await self._stack.enter_async_context(self.deployment)
-        self.steering = asyncio.create_task(
-            steer(self.deployment, _WINDOW_S, told=lambda record, *_: self.history.add(record))
-        )
+        pilot = None
+        if self._steered:
+            agent = find_agent("reactive", _TASK)
+            pilot = Pilot(agent, _TASK, START, safe=START, decide_limit_s=30.0, endless=True)
+            self._stack.callback(pilot.close)
+        self.steering = asyncio.create_task(steer(self.deployment, _WINDOW_S, pilot, self.history.add))
         self._stack.callback(self.steering.cancel)
         return self
 

@@ -12,20 +12,21 @@ from pathlib import Path
 
 from .accounts import Counts, differences
 from .answers import Asked, Violation
-from .clients import CLIENTS, MAX_BODY_BYTES, Client, Connection, Tally
+from .clients import CLIENTS, MAX_BODY_BYTES, Client, Tally
+from .connection import Connection
 from .schedule import draw
 from .service import TENANTS
 from .upstream_server import UpstreamServer
 
 PHASES = 6
 LIMIT_S = 1.0
-"""Time limits of the gateway (s)."""
+"""Time limits of the gateway for upstreams, and for what waits (s)."""
 END_S = 120.0
 """Time in which all is over, however slow the machine is (s)."""
 PEAK_MB = 150.0
 """Growth of its memory that is no leak, with bodies that have no end (MB)."""
-SLOW = {"reads_nothing"}
-"""Clients who take longer than a test may."""
+SLOW = {"reads_nothing", "half_a_body", "half_a_head", "no_head"}
+"""Clients who wait for time limits that have to be long in real time."""
 
 
 def memory_mb(pid: int, name: str) -> float:
@@ -58,7 +59,6 @@ async def _bad_day(tenants: Path) -> None:
             *("--batch-cap", "32", "--max-body-mb", str(MAX_BODY_BYTES / 1e6), "--window-s", "1"),
             *("--queue-timeout-s", str(LIMIT_S), "--first-byte-timeout-s", str(LIMIT_S)),
             *("--idle-timeout-s", str(LIMIT_S), "--drain-timeout-s", str(LIMIT_S)),
-            *("--connections.header-timeout-s", str(LIMIT_S), "--connections.body-timeout-s", str(LIMIT_S)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -97,15 +97,17 @@ async def _phases(upstreams: list[UpstreamServer], port: int) -> list[str]:
         await asyncio.gather(*(visit(each.kind, each.tag, each.tenant) for each in visits))
     for each in upstreams:
         await each.become("good")
-    found = ["never"]
-    while found:  # those whose clients went away are over when the gateway sees it
-        await visit("plain", "rest", 0)
-        connection = await Connection.to(port)
-        await connection.send(b"GET /gateway/metrics HTTP/1.1\r\nhost: g\r\n\r\n")
-        response = await connection.response()
-        await connection.close()
-        assert response is not None
-        found = list(differences(Counts.read(response.body.decode()), tallies, turned_away))
-        if not any("arrived" in each or each.startswith(("in_", "waiting", "at_")) for each in found):
-            break
-    return [*violations, *found]
+    for tally in tallies.values():  # whether a busy gateway has seen a client who left soon is not sure
+        tally.left, tally.unsure = 0, tally.left + tally.unsure
+    while not (counts := await _counts(port)).at_rest:
+        pass  # those whose clients went away are over when the gateway has seen it
+    return [*violations, *differences(counts, tallies, turned_away)]
+
+
+async def _counts(port: int) -> Counts:
+    connection = await Connection.to(port)
+    await connection.send(b"GET /gateway/metrics HTTP/1.1\r\nhost: g\r\n\r\n")
+    response = await connection.response()
+    await connection.close()
+    assert response is not None
+    return Counts.read(response.body.decode())

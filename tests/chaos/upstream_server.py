@@ -7,7 +7,8 @@ import json
 import socket
 
 from .answers import Asked, asked_by
-from .faults import AT_THE_DOOR, FAULTS, SERVING, Exchange
+from .exchange import Exchange
+from .faults import AT_THE_DOOR, FAULTS, SERVING
 from .sides import SIDES
 
 _HEAD_LIMIT = 1 << 20

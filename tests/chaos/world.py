@@ -8,20 +8,28 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
+
+from llmserve_env.live.gateway.admission.held_bodies import HeldBody
+from llmserve_env.live.gateway.admission.passage import Passage
+from llmserve_env.live.gateway.relay.answer import Answer
 
 from .accounts import Counts, differences
 from .answers import Asked, Response, Violation, judged
-from .clients import CLIENTS, PATIENCE_S, Connection
+from .clients import CLIENTS, PATIENCE_S
+from .connection import Connection
 from .schedule import PHASE_S, Schedule, Visit
 from .service import START, TENANTS, Service
 
 RECOVERY_S = 10.0
 """Time that an upstream which is well again has until it serves (s)."""
 PROBED = ("/health", "/v1/models", "/metrics", "/gateway/metrics", "/dashboard/data?after=-1")
-BLOCKS_A_REQUEST = 25
-"""Growth of memory for each request that is no leak: blocks of Python's allocator. A request that is kept
-has hundreds."""
+OF_REQUESTS = (Passage, HeldBody, Answer)
+"""What the gateway has for a request, and for no longer than that."""
+BLOCKS_A_REQUEST = 100
+"""Growth of memory for each request that is no leak: blocks of Python's allocator. Windows are kept for the
+dashboard, and the upstreams here keep whom they met."""
 
 
 @dataclass
@@ -42,11 +50,11 @@ class World:
         fds = _fds()
         tasks = asyncio.all_tasks()
         phases = self.schedule.phases
-        async with Service(self.schedule.upstreams) as self.service:
+        async with Service(self.schedule.upstreams, steered=True) as self.service:
             probing = asyncio.create_task(self._probe())
             await self._phases(phases[: len(phases) // 2])
             await self._rest()
-            before = self.requests, sys.getallocatedblocks()
+            before = self.requests, _blocks()
             await self._phases(phases[len(phases) // 2 :])
             await self._rest()
             self._check_memory(*before)
@@ -102,7 +110,7 @@ class World:
                 self._note(f"GET {path}: {error!r}")
             else:
                 self._check_page(path, response, loop.time() - began_s)
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(1.5)
 
     async def get(self, path: str) -> Response:
         connection = await Connection.to(self.service.port)
@@ -142,8 +150,15 @@ class World:
         ):
             if count:
                 self._note(f"at rest: {count} {what}")
-        if self.service.steering.done():
-            self._note(f"no windows any more: {self.service.steering!r}")
+        gc.collect()
+        kept = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, OF_REQUESTS))
+        if kept:
+            self._note(f"at rest: {kept} are kept")
+        history = self.service.history
+        if self.service.steering.done() or history.decisions.total() != history.windows:
+            self._note(f"{history.windows} windows, decisions {history.decisions}: {self.service.steering!r}")
+        if history.last is None or history.last.by == "fallback":
+            self._note(f"at rest: the agent is not trusted: {history.last}")
         for replica in self.service.deployment.telemetry.replicas:
             if replica.error is not None or replica.stale(loop.time()):
                 self._note(f"at rest: no metrics of {replica.url}: {replica.error}")
@@ -168,8 +183,7 @@ class World:
             self._note(f"GET {path}: HTTP {response.status}: {error}")
 
     def _check_memory(self, requests: int, blocks: int) -> None:
-        gc.collect()
-        grown = (sys.getallocatedblocks() - blocks) / (self.requests - requests)
+        grown = (_blocks() - blocks) / (self.requests - requests)
         if grown > BLOCKS_A_REQUEST:
             self._note(f"memory grew by {grown:.0f} blocks a request")
 
@@ -178,6 +192,12 @@ class World:
         counts = Counts.read((await self.get("/gateway/metrics")).body.decode())
         for text in differences(counts, service.tallies, service.turned_away):
             self._note(text)
+
+
+def _blocks() -> int:
+    """Blocks of Python's allocator that are in use."""
+    gc.collect()
+    return sys.getallocatedblocks()
 
 
 def _fds() -> int:

@@ -88,8 +88,9 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path):
     state = json.loads(path.read_text())
     state["scores"][0] += 0.001
     path.write_text(json.dumps(state))
-    with pytest.raises(InputError, match="the agent or the simulator has changed"):
-        measure({"random": "random"}, [STATIC], SEEDS, tmp_path)
+    for seeds in (SEEDS, SEEDS[:3]):  # also where nothing is left to play
+        with pytest.raises(InputError, match="the agent or the simulator has changed"):
+            measure({"random": "random"}, [STATIC], seeds, tmp_path)
     state["scores"].pop()
     path.write_text(json.dumps(state))
     with pytest.raises(InputError, match="as many entries in every list as seeds"):

@@ -167,6 +167,25 @@ def test_what_is_within_the_bounds_passes():
     asyncio.run(main())
 
 
+def test_an_answer_of_unstated_length_ends_with_the_connection_for_who_knows_no_chunks():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"one ", b"", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def main():
+        async with standing(app) as here:
+            reader, writer = await opened(here, b"GET / HTTP/1.0\r\nHost: h\r\n\r\n")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert body == b"one two"
+            assert b"connection: close" in head
+            assert b"transfer-encoding" not in head
+
+    asyncio.run(main())
+
+
 def test_what_the_parser_refuses_is_refused_as_before():
     async def main():
         async with standing() as here:

@@ -159,12 +159,13 @@ def test_what_cannot_be_read_is_set_aside_with_the_reason(tmp_path, caplog, make
 
 
 @pytest.mark.parametrize("name", ["a b", "ä", "x\n", ".hidden", b"\xff", "a" * 249])
-def test_a_name_that_is_no_session_is_set_aside_or_restored(tmp_path, journal, name):
+def test_a_name_that_is_no_session_is_set_aside_or_restored(tmp_path, journal, caplog, name):
     path = os.path.join(os.fsencode(tmp_path / "journal"), os.fsencode(name) + b".jsonl")
     with open(path, "wb") as file:
         file.write(FIRST.encode().replace(b"VERSION", llmserve_env.__version__.encode()))
     found = [entry.session_id for entry in journal.entries()]
     assert found == ([name] if name == "a" * 249 else [])
+    assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 def test_what_is_recorded_can_be_read(tmp_path, journal):

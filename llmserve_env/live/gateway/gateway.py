@@ -395,8 +395,12 @@ class Gateway:
         if not passage.began:
             passage.began = True
             self._watch.first_bytes.add(now_s - passage.sent_s, now_s)
-        for step in range(steps):
-            self.ledger.step(passage, now_s, sequences[step] if sequences else 0)
+        if sequences:
+            for sequence in sequences:
+                self.ledger.step(passage, now_s, sequence)
+        else:
+            for _ in range(steps):
+                self.ledger.step(passage, now_s)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""

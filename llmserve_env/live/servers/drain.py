@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmserve_env.errors import InputError
+from llmserve_env.files import read_text
 from llmserve_env.live.servers.upstreams import Upstream
 from llmserve_env.net.urls import server_url, without_credentials
 
@@ -58,12 +60,7 @@ class DrainFile:
 
     def _named(self) -> tuple[set[str], list[str]]:
         """URLs in the file, without credentials; and lines that name no upstream."""
-        try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            lines = []
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot be read: {error}", file=str(self._path)) from error
+        lines = read_text(self._path).splitlines() if os.path.lexists(self._path) else []
         known = {without_credentials(each.url) for each in self._upstreams}
         named, unknown = set[str](), list[str]()
         for number, line in enumerate(lines, start=1):

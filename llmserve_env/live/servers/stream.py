@@ -99,8 +99,6 @@ def _is_plain(event: bytes) -> bool:
 
 def _is_text(data: bytes) -> bool:
     """Whether it is UTF-8."""
-    if data.isascii():
-        return True
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -177,7 +175,8 @@ class StreamReader:
         steps = 0
         self.sequences = []
         for data, name in events:
-            self.garbled = self.garbled or not _is_text(data)
+            if not (data.isascii() or _is_text(data)):
+                self.garbled = True
             if whole and not name and _is_plain(data):
                 self.events += 1
                 steps += 1

@@ -87,10 +87,8 @@ class Answer:
         if response.status != 200:
             raise _refusal(self._passage, response, await self._body(response, b"", most))
         headers = passed_on(_raw(response), b"content-length")
-        if response.content_type == "text/event-stream":
-            await self._stream(response, b"", headers)
-            return
-        first, streamed = b"", None
+        first = b""
+        streamed = True if response.content_type == "text/event-stream" else None
         while streamed is None and len(first) <= _MAX_COMMENTS_BYTES:
             chunk = await self._read(response)
             if not chunk:
@@ -98,7 +96,11 @@ class Answer:
             first += chunk
             streamed = begins_as_events(first)
         if streamed:  # some proxies send it under another content type
-            await self._stream(response, first, headers)
+            try:
+                await self._stream(response, first, headers)
+            except RequestFailed:
+                said = Refused(502, "An event of the upstream is too long", "event too long")
+                raise UpstreamFailed(said) from None
         else:
             packed = response.headers.get("content-encoding", "identity").lower() != "identity"
             await self._whole(await self._body(response, first, most), headers, packed=packed)
@@ -114,61 +116,64 @@ class Answer:
     async def _stream(self, response: aiohttp.ClientResponse, first: bytes, headers: Headers) -> None:
         """Pass a stream on, whole events only, each when it comes."""
         gateway, passage, reader = self._gateway, self._passage, self._reader
+        if await self._begin(response, first, headers):
+            read, got, part = response.content.readany, gateway.got, self._part
+            while chunk := await read():  # here nearly all of a gateway's time goes
+                events = reader.events
+                if came := reader.feed(chunk):
+                    got(passage, came, reader.sequences)
+                elif reader.events > events or reader.within_event:
+                    got(passage)
+                if reader.garbled and reader.error is None:
+                    raise _no_completion()
+                if whole := reader.whole:
+                    await part(whole)
+            got(passage, reader.finish(), reader.sequences)
+            if reader.whole:
+                await part(reader.whole)
+        if reader.error is not None:
+            gateway.fail(passage, "error in the stream")
+        elif not reader.ended:
+            raise UpstreamFailed(Refused(502, "The upstream broke its answer off", "stream broken off"))
+        elif passage.steps or reader.finished:
+            gateway.complete(passage, _count(reader.usage))
+        else:
+            gateway.fail(passage, "empty answer")
+        await self._end()
+
+    async def _begin(self, response: aiohttp.ClientResponse, first: bytes, headers: Headers) -> bool:
+        """Pass the beginning of a stream on, once it is known to be one; whether more may come."""
+        gateway, passage, reader = self._gateway, self._passage, self._reader
         proving = gateway.held_back(passage)  # nothing is passed on yet: another upstream can still answer
-        held, more = b"", True  # what is not passed on
-        untold, of = 0, list[int]()  # pieces of the answer that are not counted, and their sequences
+        held, more = b"", True
+        untold, of = 0, list[int]()  # pieces of the answer that are not counted yet, and their sequences
         while more:
             chunk = first or await response.content.readany()
             first, more, events = b"", bool(chunk), reader.events
-            try:
-                untold += reader.feed(chunk) if chunk else reader.finish()
-                of += reader.sequences
-            except RequestFailed:
-                raise UpstreamFailed(
-                    Refused(502, "An event of the upstream is too long", "event too long")
-                ) from None
-            came = reader.events > events or reader.within_event  # comments are sent while an engine hangs
+            untold += reader.feed(chunk) if chunk else reader.finish()
+            of += reader.sequences
             if more and reader.garbled and reader.error is None:
                 raise _no_completion()
-            if self._started:
-                if came:
-                    gateway.got(passage, untold, of)
-                    untold, of = 0, []
-                if reader.whole:
-                    await self._part(reader.whole)
-                continue
-            self.began = self.began or more
             held += reader.whole
+            self.began = self.began or more
+            if reader.events > events or reader.within_event:  # comments are sent while an engine hangs
+                gateway.got(passage)
             self._check(untold, proving)
             if proving and (untold >= _PROOF_PIECES or len(held) >= _PROOF_BYTES):
                 gateway.proven(passage)
                 proving = False
             # Of a single event nothing is known if it is no piece of an answer.
             known = untold or reader.finished or reader.events > 1 or len(held) > _MAX_COMMENTS_BYTES
-            if known and not proving and more:
-                gateway.got(passage, untold, of)
-                untold, of = 0, []
-                await self._start(200, headers)
-                await self._part(held)
-                held = b""
-            elif came:
-                gateway.got(passage)
-        if reader.error is None and not reader.ended:
+            if known and not proving:
+                break
+        if reader.error is None and not (more or reader.ended):
             raise UpstreamFailed(Refused(502, "The upstream broke its answer off", "stream broken off"))
-        empty = not (passage.steps or untold or reader.finished)
-        if empty and not self._started:
+        if not (more or untold or reader.finished):
             raise _no_completion()
         gateway.got(passage, untold, of)
-        if reader.error is not None:
-            gateway.fail(passage, "error in the stream")
-        elif empty:
-            gateway.fail(passage, "empty answer")
-        else:
-            gateway.complete(passage, _count(reader.usage))
-        if not self._started:
-            await self._start(200, headers)
-            await self._part(held)
-        await self._end()
+        await self._start(200, headers)
+        await self._part(held)
+        return more
 
     def _check(self, steps: int, proving: bool) -> None:
         """Whether a stream of which nothing was passed on yet goes well, with so many pieces of an answer."""

@@ -1,4 +1,4 @@
-"""A good upstream beside a bad one, of every kind."""
+"""Each kind of upstream by itself: what is unusual serves, and what is bad leaves those beside it alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from .answers import Asked
-from .clients import Connection
+from .connection import Connection
 from .faults import SERVING
 from .schedule import KINDS
 from .service import Service
@@ -54,5 +54,15 @@ def test_the_good_one_goes_on_serving_and_the_bad_one_comes_back(kind, beside):
                 assert all(await served(service, 4, at_once=2))
                 await asyncio.sleep(0.5)
             assert bad.met
+
+    run(main())
+
+
+@pytest.mark.parametrize("kind", sorted(SERVING))
+def test_what_is_unusual_and_right_is_served(kind):
+    async def main():
+        async with Service(1) as service:
+            await service.upstreams[0].become(kind)
+            assert all(await served(service, 16, at_once=2))
 
     run(main())

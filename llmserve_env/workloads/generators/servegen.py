@@ -26,7 +26,7 @@ from llmserve_env.workloads.loaders.times import LATE_S
 from llmserve_env.workloads.parameters import parameter
 from llmserve_env.workloads.workload import Workload
 
-_LAWS = ("Gamma", "Weibull")
+LAWS = ("Gamma", "Weibull")
 _QUANTILE_FIELDS = ("model", "client", "field", "p10", "p50", "p90", "p99", "max")
 _PROBABILITY = np.array([0.10, 0.50, 0.90, 0.99, 0.9999])  # the maximum is that of some 10^4 requests
 
@@ -146,7 +146,7 @@ def read_windows(path: str, skip_bad_rows: bool = False) -> ClientWindows:
     records.mark(shape == 0, "expected a number > 0", "shape")
     law = np.array(records.texts("pattern"), dtype=object)
     records.mark(
-        ~np.isin(law, _LAWS), lambda row: f"expected {' or '.join(_LAWS)}, found {law[row]!r}", "pattern"
+        ~np.isin(law, LAWS), lambda row: f"expected {' or '.join(LAWS)}, found {law[row]!r}", "pattern"
     )
     keep = records.usable(skip_bad_rows)
     if not keep.any():

@@ -72,7 +72,7 @@ UV_COMPILE := build/lock/bin/uv pip compile pyproject.toml --extra server --univ
 lock: ## write requirements-dev.lock and requirements-server.lock anew
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv --clear build/lock && build/lock/bin/python $(PIP) install uv; }
 	$(UV_COMPILE) --group dev --upgrade --output-file build/lock/all.txt
-	awk '/^[a-z]/ { left = /^(torch|triton|nvidia-|cuda-)/ } !left' build/lock/all.txt > requirements-dev.lock
+	awk '/^[a-z]/ { left = /^(torch==|triton|nvidia-|cuda-)/ } !left' build/lock/all.txt > requirements-dev.lock
 	rm -f build/lock/server.txt
 	$(UV_COMPILE) --group build --constraint requirements-dev.lock --output-file build/lock/server.txt
 	cp build/lock/server.txt requirements-server.lock

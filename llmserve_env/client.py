@@ -96,15 +96,17 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
     connection that breaks raises `ConnectionError`; the next call opens another one, whose session is new.
 
     Args:
-        base_url: URL of the server, http(s):// or ws(s)://.
+        base_url: URL of the server, http(s):// or ws(s)://; that of its WebSocket, with /ws, is as good.
         session_id: an open session to play in, which is left open; by default one of its own, which ends with
             the connection.
         options: those of `openenv.core.env_client.EnvClient`, such as `message_timeout_s` and `headers`.
+            Pings have no timeout unless `websocket_ping_timeout_s` gives them one.
     """
 
     def __init__(self, base_url: str | None = None, *, session_id: str | None = None, **options: Any) -> None:
         self._session_id = session_id
-        super().__init__(base_url, **options)
+        # A caller may compute his next action in the thread of the event loop, which answers no pings then.
+        super().__init__(base_url, **{"websocket_ping_timeout_s": None, **options})
 
     @classmethod
     def from_url(cls, url: str, *, session_id: str | None = None, **options: Any) -> LLMServeEnv:
@@ -191,6 +193,7 @@ class LLMServeEnv(EnvClient[ServeAction, ServeObservation, ServeState]):
         return [TaskInfo.model_validate(task) for task in (await self._asked("tasks"))["tasks"]]
 
     def _set_base_url(self, base_url: str) -> None:
+        base_url = base_url.rstrip("/").removesuffix("/ws")
         super()._set_base_url(base_url)
         if self._session_id is not None:
             query = urlencode({"session_id": self._session_id})

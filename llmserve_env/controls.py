@@ -200,6 +200,20 @@ _SPAN = (_MOST - _LEAST).astype(np.uint64)
 _INF = np.array([_code_bits(name, math.inf if spec.optional else spec.low) for name, spec in SPECS.items()])
 
 
+def as_actions(actions: Any) -> NDArray[Any]:
+    """What a step was given as an array.
+
+    Raises:
+        InputError: its rows are of different lengths.
+    """
+    try:
+        return np.asarray(actions)
+    except ValueError as error:
+        raise InputError(
+            f"expected whole numbers, as many for each environment: {error}", field="action"
+        ) from error
+
+
 def check_records(records: NDArray[np.void]) -> NDArray[np.void]:
     """ACTION records, if every code is one.
 
@@ -289,7 +303,7 @@ class ActionGrid:
         Raises:
             InputError: neither of the two, or an index or a value out of its range.
         """
-        actions = np.asarray(actions)
+        actions = as_actions(actions)
         if actions.dtype == ACTION:
             return check_records(actions)
         if actions.dtype.kind not in "iu" or actions.ndim != 2 or actions.shape[1] != len(self.nvec):
@@ -388,10 +402,24 @@ class BoxActions:
         Raises:
             InputError: of another shape, or an entry is not a number.
         """
-        box = np.asarray(box, np.float64)
-        if box.ndim != 2 or box.shape[1] != len(self._columns) or np.isnan(box).any():
+        columns = len(self._columns)
+        try:
+            box = np.asarray(box)
+            number = np.can_cast(box.dtype, np.float64)
+        except ValueError as error:
+            raise InputError(f"expected {columns} numbers in [-1, 1]: {error}", field="action") from error
+        if not number or box.ndim != 2 or box.shape[1] != columns:
             raise InputError(
-                f"expected {len(self._columns)} numbers in [-1, 1], found {box.tolist()}", field="action"
+                f"expected {columns} numbers in [-1, 1] for each environment, "
+                f"found {box.dtype}{list(box.shape)}",
+                field="action",
+            )
+        box = box.astype(np.float64)
+        if np.isnan(box).any():
+            column = np.argwhere(np.isnan(box))[0, 1]
+            raise InputError(
+                "expected a number in [-1, 1], found nan",
+                field=f"action[{column}] ({self._columns[column][0]})",
             )
         shares = (np.clip(box, -1.0, 1.0) + 1.0) / 2.0
         actions = self._grid.first(len(box))

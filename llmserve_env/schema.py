@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 _MODEL = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -109,6 +110,14 @@ class ServeAction(BaseModel):
     """Requests per second of the whole cell that are let into the queue; the others are refused at once.
     None lets all in.
     """
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unset(cls, value: Any, info: ValidationInfo) -> Any:
+        """None for infinity, which stands for it in ACTION records and in Gymnasium's infos."""
+        if value == math.inf and type(None) in get_args(cls.model_fields[str(info.field_name)].annotation):
+            return None
+        return value
 
 
 def bounds(control: str) -> dict[str, Any]:

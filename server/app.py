@@ -24,6 +24,7 @@ from server.settings import Settings
 
 # What takes seconds to import is imported where it is used: the guard's process imports this module, too.
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from server.service import Service
@@ -128,9 +129,8 @@ def main() -> None:
             _check_key(settings)
         import uvicorn
 
-        from llmserve_env.net.protocols import bounded
-
         app = create_app(settings)
+        config = server_config(app, settings)
         prepare()  # who is told that the server listens is not to wait for a compilation
         sockets = [listen(settings.host, port) for port in settings.ports]
     except InputError as error:
@@ -139,15 +139,6 @@ def main() -> None:
         raise SystemExit(f"error: {missing_package(error)}") from None
     for listening in sockets:
         print("listening on http://{}:{}".format(*listening.getsockname()[:2]), flush=True)
-    limits = settings.connections
-    config = uvicorn.Config(
-        app,
-        **bounded(replace(limits, max_connections=room_for(limits.max_connections))),
-        log_level="warning",
-        ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,  # costs more than it spares on one machine
-        timeout_graceful_shutdown=_DRAIN_S,
-    )
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -165,6 +156,31 @@ def main() -> None:
         signal.signal(number, lambda *_: sys.exit(0))
     gc.freeze()  # what is loaded stays: to look for garbage among it would hold up everybody
     Server(config).run(sockets=sockets)
+
+
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How connections are served.
+
+    Args:
+        app: the application.
+        settings: bounds.
+    """
+    import uvicorn
+
+    from llmserve_env.net.protocols import bounded
+
+    limits = settings.connections
+    return uvicorn.Config(
+        app,
+        **bounded(replace(limits, max_connections=room_for(limits.max_connections))),
+        log_level="warning",
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # costs more than it spares on one machine
+        # Pings keep proxies' connections open. Who does not answer them may be computing his next action: how
+        # long he may is for the session's timeout to say.
+        ws_ping_timeout=None,
+        timeout_graceful_shutdown=_DRAIN_S,
+    )
 
 
 def _check_key(settings: Settings) -> None:

@@ -37,6 +37,9 @@ class Settings:
     allowed_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name that clients may ask the service by, *.NAME for all below one; give it again for more (default:
     any, and none where only this machine can connect). Addresses and names without a dot are always good."""
+    root_path: str = ""
+    """Path below which a proxy has the service, as /llmserve (default: what a request's X-Forwarded-Prefix
+    says). Requests may have it or not."""
     api_key: str | None = field(default=None, repr=False)
     """Key for what costs the owner: /baseline?mode=openai, and in mode real all that plays (default:
     LLMSERVE_API_KEY; without one the first is off, and the second only for who is on this machine)."""

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from pydantic import ValidationError
 
+from llmserve_env.controls import SPECS
 from llmserve_env.schema import QuantizationTier, ServeAction
 from tests.strategies import actions
 
@@ -47,6 +48,17 @@ def test_tiers_are_named():
     for value in ("int8", "FP8", 1):
         with pytest.raises(ValidationError, match="quantization_tier"):
             ServeAction(quantization_tier=value)
+
+
+def test_infinity_is_none_where_that_may_be():
+    for name, spec in SPECS.items():
+        if spec.optional:
+            assert ServeAction(**{name: float("inf")}) == ServeAction(**{name: None})
+        else:
+            with pytest.raises(ValidationError, match=name):
+                ServeAction(**{name: float("inf")})
+    with pytest.raises(ValidationError, match="admission_rate"):
+        ServeAction(admission_rate=-float("inf"))
 
 
 def test_unknown_fields_are_refused():

@@ -132,7 +132,8 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: a control folder cannot be used.
         """
-        super().reset(seed=check_seed(seed))
+        seed = check_seed(seed)
+        super().reset(seed=seed)
         check_options(options)
         self.episode.reset(draw_seed(self.np_random) if seed is None else seed)
         return self.episode.batch.observed[0], self._info()
@@ -151,7 +152,7 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        result = self.episode.batch.step(np.asarray(action)[None])
+        result = self.episode.batch.step(spaces.single_action(self.task.grid, action))
         return (
             result.observations[0],
             result.rewards.item(),
@@ -185,4 +186,4 @@ class LLMServeLiveEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.episode.close()
 
     def _info(self) -> dict[str, Any]:
-        return self.episode.batch.info()
+        return spaces.to_info(self.episode.batch.info())

@@ -107,7 +107,7 @@ class LLMServeMOVectorEnv(LLMServeVectorEnv):
         self, num_envs: int = 1, task_id: str | Path | Task = "static_workload", **arguments: Any
     ) -> None:
         super().__init__(num_envs, task_id, **arguments)
-        self.batch: ObjectiveBatch = ObjectiveBatch(self.task, num_envs, threads=self.threads)
+        self.batch: ObjectiveBatch = ObjectiveBatch(self.task, self.num_envs, threads=self.threads)
         self.reward_space = reward_space(self.task)
         self.reward_dim = len(OBJECTIVES)
 

@@ -97,9 +97,10 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: the server cannot play the workload or the horizon; names it.
         """
-        super().reset(seed=check_seed(seed))
+        seed = check_seed(seed)
+        super().reset(seed=seed)
         check_options(options)
-        drawn = draw_seed(self.np_random) if seed is None else int(seed)
+        drawn = draw_seed(self.np_random) if seed is None else seed
         self._last = None
         self._last = self._client.reset(seed=drawn, **self._arguments).observation
         return self._vector(self._last), self._info(self._last)
@@ -118,7 +119,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        chosen = to_action(self.grid.records(np.asarray(action)[None])[0])
+        chosen = to_action(self.grid.records(spaces.single_action(self.grid, action))[0])
         if self._last is None:
             raise InputError("call reset before step")
         try:
@@ -170,7 +171,7 @@ class LLMServeRemoteEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     @staticmethod
     def _info(observation: ServeObservation) -> dict[str, Any]:
-        return {name: observation.metadata[name] for name in _INFO}
+        return spaces.to_info({name: observation.metadata[name] for name in _INFO})
 
 
 def _task(tasks: list[TaskInfo], task_id: str) -> TaskInfo:

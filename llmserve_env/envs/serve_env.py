@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -75,7 +77,8 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
 
     The same keys after every reset and step: `reward_components` (float by name, they sum to the reward),
     `cost` (weight of requests that missed their SLO, in the reward's unit), `score` (so far), `seed` (of the
-    episode), `action` (values in force by name), `not_applied` (controls without effect, with the reason).
+    episode), `action` (values in force by name, infinite where none is set), `not_applied` (controls without
+    effect, with the reason).
 
     ## Arguments
 
@@ -150,7 +153,8 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Returns:
             float32[features], and the info.
         """
-        super().reset(seed=check_seed(seed))
+        seed = check_seed(seed)
+        super().reset(seed=seed)
         check_options(options)
         observations = self.batch.reset([draw_seed(self.np_random) if seed is None else seed])
         return observations[0], self._info()
@@ -169,7 +173,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         Raises:
             InputError: an index out of its range; no episode has begun, or it is over.
         """
-        result = self.batch.step(np.asarray(action)[None])
+        result = self.batch.step(spaces.single_action(self.task.grid, action))
         return (
             result.observations[0],
             result.rewards.item(),
@@ -223,7 +227,7 @@ class LLMServeEnv(gym.Env["NDArray[np.float32]", "NDArray[np.int64]"]):
         self.np_random = generator
 
     def _info(self) -> dict[str, Any]:
-        return self.batch.info()
+        return spaces.to_info(self.batch.info())
 
 
 def _control_table() -> str:
@@ -261,20 +265,44 @@ def open_task(task_id: str | Path | Task, **changes: Any) -> Task:
 
 
 def check_seed(seed: int | None) -> int | None:
-    """The seed, if it can be an episode's.
+    """The seed as a plain int, if it can be an episode's.
 
     Raises:
-        InputError: negative, or too large.
+        InputError: no whole number, negative, or too large.
     """
-    if seed is not None and not 0 <= seed < 2**63:
-        raise InputError(f"expected 0..2**63 - 1, found {seed}", field="seed")
-    return seed
+    return None if seed is None else whole_number(seed, "seed", 0, 2**63 - 1)
 
 
-def check_options(options: dict[str, Any] | None) -> None:
-    """Raise InputError if a reset was given any option."""
+def check_options(options: dict[str, Any] | None, takes: tuple[str, ...] = ()) -> None:
+    """Raise InputError if a reset was given other options than it takes."""
+    if not isinstance(options, Mapping | None):
+        raise InputError(f"expected a dictionary, found {options!r}", field="options")
     for name in options or {}:
-        raise InputError("reset takes no options; seed=n plays the episode of seed n", field=name)
+        if name not in takes:
+            known = f"expected {', '.join(takes)}" if takes else "reset takes no options"
+            raise InputError(f"{known}; seed=n plays the episode of seed n", field=name)
+
+
+def whole_number(value: Any, field: str, low: int, high: int | None = None) -> int:
+    """An argument that is a whole number, as a plain int.
+
+    Args:
+        value: value that was given, which may be one of NumPy's.
+        field: name of the argument.
+        low: least value.
+        high: greatest value.
+
+    Raises:
+        InputError: it is none, or out of its range.
+    """
+    try:
+        number = int(operator.index(value))
+    except TypeError as error:
+        raise InputError(f"expected a whole number, found {value!r}", field=field) from error
+    if number < low or (high is not None and number > high):
+        bound = f"{low} or more" if high is None else f"{low}..{high}"
+        raise InputError(f"expected {bound}, found {number}", field=field)
+    return number
 
 
 def draw_seed(generator: np.random.Generator) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import spaces
 
+from llmserve_env.controls import ACTION, as_actions
 from llmserve_env.errors import InputError
 from llmserve_env.observation import TENANT_SLOTS, features
 from llmserve_env.schema import ServeAction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection
 
     from numpy.typing import NDArray
 
@@ -50,6 +54,28 @@ def action_space(grid: ActionGrid) -> spaces.Space[NDArray[np.int64]]:
     return spaces.MultiDiscrete(grid.nvec)
 
 
+def single_action(grid: ActionGrid, action: Any) -> NDArray[Any]:
+    """What the step of one environment was given, as that of an episode takes it.
+
+    Args:
+        grid: the values from which indices choose.
+        action: int[controls] indices into the grid, or an ACTION record with any values.
+
+    Returns:
+        int[1, controls], or ACTION[1].
+
+    Raises:
+        InputError: neither of the two.
+    """
+    action, controls = as_actions(action), len(grid.nvec)
+    if action.dtype != ACTION and (action.dtype.kind not in "iu" or action.shape != (controls,)):
+        raise InputError(
+            f"expected {controls} whole numbers, found {action.dtype}{list(action.shape)}", field="action"
+        )
+    single: NDArray[Any] = action[None]
+    return single
+
+
 def box_space(grid: ActionGrid) -> spaces.Space[NDArray[np.float32]]:
     """Box [-1, 1] float32[controls]; `controls.BoxActions` says what each entry means."""
     return spaces.Box(-1.0, 1.0, (len(grid.nvec),), np.float32)
@@ -64,11 +90,13 @@ def from_dict(grid: ActionGrid, action: Mapping[str, Any]) -> NDArray[np.int64]:
     """int64[controls], indices of a dictionary of them; all controls of `action_dict_space` must be there.
 
     Raises:
-        InputError: a control is missing, or is not the agent's.
+        InputError: a control is missing, or is not the agent's; a value is no index.
     """
-    for name in sorted(set(grid.granted) ^ set(action)):
+    if not isinstance(action, Mapping):
+        raise InputError(f"expected an index for each of {', '.join(grid.granted)}", field="action")
+    for name in sorted(set(grid.granted) ^ set(action), key=str):
         raise InputError(f"expected {', '.join(grid.granted)}", field=f"action['{name}']")
-    return np.array([action.get(name, 0) for name in grid.values])
+    return np.array([_index(name, action[name]) if name in action else 0 for name in grid.values])
 
 
 def observation_dict_space(task: Task) -> spaces.Dict:
@@ -114,3 +142,24 @@ def action_mask(
             mask if any(mask) else [True] * len(mask)
         )  # a choice is needed, even where none has an effect
     return np.array(masks)
+
+
+def to_info(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of an episode, as an environment's info.
+
+    A control that is not set is infinite, as in an ACTION record: libraries stack infos of many environments,
+    which takes numbers of one type.
+
+    Args:
+        told: as `EpisodeBatch.info` has it, with None for a control that is not set.
+    """
+    action = {name: math.inf if value is None else value for name, value in told["action"].items()}
+    return {**told, "action": action}
+
+
+def _index(name: str, value: Any) -> int:
+    """An entry of a dictionary of indices."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"expected a whole number, found {value!r}", field=f"action['{name}']") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from llmserve_env.envs import spaces
-from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed, open_task
+from llmserve_env.envs.serve_env import check_options, check_seed, draw_seed, open_task, whole_number
 from llmserve_env.episode import EpisodeBatch
 from llmserve_env.errors import InputError
 from llmserve_env.rewards import COMPONENTS
@@ -58,13 +59,12 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
         render_mode: None = None,
         max_episode_steps: None = None,
     ) -> None:
-        if num_envs < 1:
-            raise InputError(f"expected 1 or more, found {num_envs}", field="num_envs")
+        num_envs = whole_number(num_envs, "num_envs", 1)
         if render_mode is not None:
             raise InputError("only a single environment is rendered: gym.make", field="render_mode")
         if max_episode_steps is not None:
             raise InputError("horizon_s sets the length of an episode", field="max_episode_steps")
-        self.threads = checked_threads(threads)
+        self.threads = checked_threads(None if threads is None else whole_number(threads, "threads", 1))
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError as error:
@@ -104,9 +104,8 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
             float32[n, features], and the info of those that were reset.
         """
         seeds = self._seeds(seed)
-        options = dict(options or {})
-        mask = self._mask(options.pop("reset_mask", None))
-        check_options(options)
+        check_options(options, takes=("reset_mask",))
+        mask = self._mask(({} if options is None else options).get("reset_mask"))
         for i in np.flatnonzero(mask):
             if seeds[i] is not None:
                 self._generators[i] = seeding.np_random(seeds[i])[0]
@@ -172,7 +171,11 @@ class LLMServeVectorEnv(VectorEnv["NDArray[np.float32]", "NDArray[np.int64]", "N
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        if not isinstance(seed, Iterable):
+            first = whole_number(seed, "seed", 0)
+            seeds: list[int | None] = [first + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise InputError(f"expected {self.num_envs} seeds, found {len(seeds)}", field="seed")
         return [check_seed(each) for each in seeds]

@@ -38,7 +38,7 @@ class ContinuousActions(
 
     def action(self, action: NDArray[np.float32]) -> Any:
         """The ACTION record of float32[controls]."""
-        return self._box.records(np.asarray(action)[None])[0]
+        return self._box.records([action])[0]
 
 
 class DictActions(
@@ -91,10 +91,16 @@ class ContinuousVectorActions(gym.vector.VectorActionWrapper):
 
     Args:
         env: environment of `gym.make_vec("LLMServe-v0", ...)`.
+
+    Attributes:
+        autoreset_mode: Gymnasium's, of the environment.
     """
 
     def __init__(self, env: LLMServeVectorEnv) -> None:
         super().__init__(env)
+        self.autoreset_mode = (
+            env.unwrapped.autoreset_mode
+        )  # libraries ask for it; Gymnasium's wrappers have none
         self._box = BoxActions(env.unwrapped.task.grid)
         self.single_action_space = spaces.box_space(env.unwrapped.task.grid)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -268,6 +269,8 @@ def load_task(source: str | Path, **changes: Any) -> Task:
     Raises:
         InputError: names the file and field, and what was expected.
     """
+    if not isinstance(source, str | PathLike):
+        raise InputError(f"expected the id or the file of a task, found {source!r}", field="task_id")
     path = Path(source)
     if path.suffix != ".toml":
         path = _FOLDER / f"{source}.toml"

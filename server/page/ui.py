@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 from gradio.route_utils import CustomCORSMiddleware
 from openenv.core.env_server.web_interface import create_web_interface_app
-from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.responses import PlainTextResponse
 from starlette.routing import Mount
 
 from server.page.ui_playground import Playground
 from server.page.ui_tab import PlayTab
 from server.page.ui_visitors import Visitors
+from server.wire.prefix import redirect
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 _SHARED = ("/web/reset", "/web/step", "/web/state", "/ws/ui")
 """OpenEnv's routes to the one environment that all visitors of its page would share."""
+_LEADING = {"/": "web/", "/web": "web/", "/favicon.ico": "web/favicon.ico"}
+"""Routes that lead to the page. OpenEnv's own would lead out of a proxy's prefix."""
 _USED = ("/static/", "/assets/", "/gradio_api/heartbeat/")
 _USED_WHOLE = (
     *("", "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
@@ -91,10 +95,12 @@ def create_page_app(
         **options,
     )
     app.router.routes[:] = [
-        route for route in app.router.routes if getattr(route, "path", None) not in _SHARED
+        route
+        for route in app.router.routes
+        if isinstance(route, Mount) or getattr(route, "path", None) not in (*_SHARED, *_LEADING)
     ]
-    # Browsers ask for it there; and a missing one would be an error in their console.
-    app.add_api_route("/favicon.ico", lambda: RedirectResponse("/web/favicon.ico"), include_in_schema=False)
+    for path, to in _LEADING.items():
+        app.router.add_route(path, partial(redirect, path=to), include_in_schema=False)
     for mount in app.router.routes:
         if isinstance(mount, Mount) and mount.path == "/web":
             page: Any = mount.app

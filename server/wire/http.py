@@ -23,6 +23,7 @@ from server.messages.models import (
 from server.messages.refusals import Forbidden, NotFound, Unauthorized
 from server.messages.requests import GradeRequest, ResetRequest, StepRequest, StepsRequest
 from server.wire.keys import bears
+from server.wire.prefix import redirect
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -144,9 +145,9 @@ def router(service: Service) -> APIRouter:
         return await while_connected(request, service.baselines.content(mode, task_id, episodes))
 
     @routes.get("/demo", include_in_schema=False)
-    async def demo() -> RedirectResponse:
+    async def demo(request: Request) -> RedirectResponse:
         """The page."""
-        return RedirectResponse("/web/")
+        return redirect(request, "web/")
 
     return routes
 
@@ -196,7 +197,12 @@ def _set_cookie(request: Request, response: Response, session: Session) -> None:
     # A Space shows the service in a frame of another site, which only cookies like these reach.
     secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
     response.set_cookie(
-        COOKIE, session.id, httponly=True, secure=secure, samesite="none" if secure else "lax"
+        COOKIE,
+        session.id,
+        path=request.scope.get("root_path") or "/",
+        httponly=True,
+        secure=secure,
+        samesite="none" if secure else "lax",
     )
 
 

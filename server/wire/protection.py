@@ -1,4 +1,4 @@
-"""What stands before the application: bounds, the key, and rules for browsers."""
+"""What stands before the application: a proxy's prefix, bounds, the key, and rules for browsers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llmserve_env.net.browsers import BrowserRules, ResponseHeaders
 from server.wire.bodies import BodyLimit
 from server.wire.keys import KeyRequired
+from server.wire.prefix import PutPrefix, TakePrefix, checked_prefix
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -33,6 +34,7 @@ _DOCS = (
 def protect(app: FastAPI, service: Service) -> None:
     """Put before a service's application what its settings ask for; the last that is added comes first."""
     settings = service.settings
+    app.add_middleware(PutPrefix)
     app.add_middleware(
         BodyLimit, most=settings.max_body_bytes, other_json=("/mcp",), dropped=service.note_freed
     )
@@ -41,6 +43,7 @@ def protect(app: FastAPI, service: Service) -> None:
     hosts = settings.allowed_host or (() if settings.is_local else None)
     app.add_middleware(BrowserRules, hosts=hosts, guarded=_GUARDED)
     app.add_middleware(ResponseHeaders, policy=_policy)
+    app.add_middleware(TakePrefix, root_path=checked_prefix(settings.root_path))
 
 
 def _policy(path: str) -> str:

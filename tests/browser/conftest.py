@@ -63,11 +63,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
     """Opens the page as a visitor of its own; in the end nobody's console may have an error, nor a request
-    have gone to another host.
+    have gone to another host, or out of the path below which the page is.
     """
     contexts: list[Any] = []
     faults: list[str] = []
-    host = page_url.removesuffix("/web/")
 
     def open_page(url: str = page_url, **options: Any) -> Any:
         context = browser.new_context(**options)
@@ -76,7 +75,7 @@ def visit(browser: Any, page_url: str) -> Iterator[Callable[..., Any]]:
         page.set_default_timeout(60_000)
         page.on("console", lambda told: faults.append(told.text) if told.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        ours = (host, url.removesuffix("/web/"), "data:", "blob:")
+        ours = (url.removesuffix("/web/"), "data:", "blob:")
         page.on("request", lambda sent: None if sent.url.startswith(ours) else faults.append(sent.url))
         page.goto(url)
         page.locator("#play-one").wait_for()

@@ -83,6 +83,13 @@ def test_windows_are_played_with_the_form_s_configuration_and_the_plots_follow(v
     assert plots.locator(".now").all_inner_texts() == ["64", "1", "FP16", "off", "on"]
 
 
+def test_a_page_below_a_proxy_s_path_plays_and_asks_for_nothing_else(visit: Any, page_url: str) -> None:
+    below = page_url.replace("/web/", "/llmserve/web/")
+    page = visit(below, extra_http_headers={"X-Forwarded-Prefix": "/llmserve"})
+    page.locator("#play-one").click()
+    _shows(page, 1)
+
+
 def test_an_agent_s_grade_is_what_it_scores_here_and_its_log_replays(visit: Any, tmp_path: Path) -> None:
     task, seed = load_task("static_workload"), 2**31 + 5
     expected = play(load_agent("reactive", task), task, [seed]).scores[0]

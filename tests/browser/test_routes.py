@@ -57,3 +57,22 @@ def test_pages_of_other_sites_neither_read_nor_send(page_url):
     assert "frame-ancestors 'self' https://huggingface.co" in page.headers["content-security-policy"]
     assert page.headers["referrer-policy"] == "same-origin"
     assert httpx.get(f"{origin}/web/", timeout=60).headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_may_be_below_a_path(page_url):
+    origin, told = page_url.removesuffix("/web/"), {"X-Forwarded-Prefix": "/llmserve"}
+    for path in ("/", "/web", "/demo"):
+        assert httpx.get(f"{origin}{path}", timeout=60).headers["location"] == "web/"
+        assert httpx.get(f"{origin}{path}", headers=told, timeout=60).headers["location"] == "/llmserve/web/"
+    assert httpx.get(f"{origin}/favicon.ico", timeout=60).headers["location"] == "web/favicon.ico"
+    for url in (f"{origin}/web/config", f"{origin}/llmserve/web/config"):
+        assert httpx.get(url, headers=told, timeout=60).json()["root"] == f"{origin}/llmserve/web"
+        public = {**told, "X-Forwarded-Host": "llm.example", "X-Forwarded-Proto": "https"}
+        assert httpx.get(url, headers=public, timeout=60).json()["root"] == "https://llm.example/llmserve/web"
+    for path in ("upload", "file=/etc/hostname"):
+        assert (
+            httpx.get(f"{origin}/llmserve/web/gradio_api/{path}", headers=told, timeout=60).status_code == 404
+        )
+    other = {**told, "Sec-Fetch-Site": "cross-site"}
+    read = httpx.get(f"{origin}/llmserve/web/gradio_api/heartbeat/abc", headers=other, timeout=60)
+    assert read.status_code == 403

@@ -59,6 +59,7 @@ def test_an_episode_of_every_task(task_id):
         assert sum(info["reward_components"].values()) == pytest.approx(reward)
         assert tuple(info["reward_components"]) == COMPONENTS
         assert tuple(info["action"]) == CONTROLS
+        assert all(isinstance(value, (int, float, str)) for value in info["action"].values())
         assert to_array([ServeAction(**info["action"])]) == env.task.grid.actions(action[None])
         total += reward
         assert info["score"] == pytest.approx(total / env.task.windows)
@@ -239,6 +240,10 @@ def coded(**codes):
         ([0, 0, 0, 0, 0], "expected 7 whole numbers"),
         ([0.0] * 7, "expected 7 whole numbers"),
         (3, "expected 7 whole numbers"),
+        ([0] * 6 + [None], "expected 7 whole numbers, found object"),
+        ([[0] * 7], r"expected 7 whole numbers, found int64\[1, 7\]"),
+        ([[0], [0, 0]], "expected whole numbers"),
+        ({"batch_cap": 0}, "expected 7 whole numbers"),
         (coded(batch_cap=0), "batch_cap': expected 1..512"),
         (coded(kv_budget_fraction=np.nan), r"kv_budget_fraction': expected 0.1..1.0"),
         (coded(quantization_tier=3), "quantization_tier': expected 0..2"),
@@ -251,8 +256,23 @@ def test_actions_out_of_range_are_refused_and_change_nothing(action, message):
     env.reset(seed=0)
     before = env.snapshot()
     with pytest.raises(InputError, match=message):
-        env.step(np.asarray(action))
+        env.step(action)
     assert env.snapshot() == before
+
+
+def test_seeds_and_options_of_other_types_are_refused():
+    env = short(2)
+    assert env.reset(seed=np.int64(5))[1]["seed"] == 5
+    for arguments, field in (
+        ({"seed": "5"}, "seed"),
+        ({"seed": 5.0}, "seed"),
+        ({"seed": [5]}, "seed"),
+        ({"options": 3}, "options"),
+        ({"options": {"seed": 5}}, "seed"),
+    ):
+        with pytest.raises(InputError) as refused:
+            env.reset(**arguments)
+        assert refused.value.field == field
 
 
 def test_steps_outside_an_episode_are_refused():

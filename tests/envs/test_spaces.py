@@ -86,7 +86,7 @@ def test_the_mapping_control_by_control():
 def test_a_box_is_clipped_and_must_be_numbers():
     assert one(batch_cap=9.0)["batch_cap"] == 512
     assert one(batch_cap=-np.inf)["batch_cap"] == 8
-    with pytest.raises(InputError, match="7 numbers"):
+    with pytest.raises(InputError, match=r"action\[0\] \(batch_cap\)': expected a number"):
         one(batch_cap=np.nan)
     with pytest.raises(InputError, match="7 numbers"):
         BOX.records(np.zeros((1, 5)))
@@ -107,6 +107,15 @@ def test_a_dictionary_names_the_granted_controls():
 def test_a_dictionary_with_other_controls_is_refused(action):
     with pytest.raises(InputError, match="batch_cap"):
         spaces.from_dict(GRID, action)
+
+
+@pytest.mark.parametrize("value", [1.5, "1", None, [1, 2]])
+def test_a_dictionary_with_what_is_no_index_is_refused(value):
+    action = {**dict.fromkeys(GRID.granted, 0), "batch_cap": value}
+    with pytest.raises(InputError, match=r"action\['batch_cap'\]': expected a whole number"):
+        spaces.from_dict(GRID, action)
+    with pytest.raises(InputError, match="field 'action': expected an index for each of batch_cap"):
+        spaces.from_dict(GRID, value)
 
 
 def test_an_observation_in_parts_loses_nothing():

@@ -174,15 +174,26 @@ def test_make_vec_gives_it():
     assert (info["episode"]["l"] == 5).all()
 
 
+@pytest.mark.parametrize("env_id", ["LLMServe-v0", "LLMServeContinuous-v0", "LLMServeMO-v0"])
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_every_vector_environment_says_how_it_resets(env_id, mode):
+    env = gym.make_vec(env_id, num_envs=2, autoreset_mode=mode.value)
+    assert env.autoreset_mode is env.metadata["autoreset_mode"] is mode
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"num_envs": 0}, "num_envs"),
+        ({"num_envs": "2"}, "num_envs': expected a whole number, found '2'"),
+        ({"num_envs": 2.5}, "num_envs': expected a whole number, found 2.5"),
         ({"threads": 0}, "threads"),
+        ({"threads": "all"}, "threads"),
         ({"autoreset_mode": "Never"}, "NextStep, SameStep, Disabled"),
         ({"render_mode": "ansi"}, "render_mode"),
         ({"max_episode_steps": 10}, "horizon_s"),
         ({"task_id": "no_such_task"}, "static_workload"),
+        ({"task_id": None}, "task_id': expected the id or the file of a task, found None"),
     ],
 )
 def test_bad_arguments_are_refused(given, message):
@@ -194,6 +205,10 @@ def test_bad_arguments_are_refused(given, message):
     "given",
     [
         {"seed": [1]},
+        {"seed": 1.0},
+        {"seed": "12"},
+        {"seed": [1, "2"]},
+        {"options": 3},
         {"seed": -3},
         {"seed": [0, -1]},
         {"options": {"reset_mask": np.zeros(2, bool)}},
@@ -209,7 +224,10 @@ def test_bad_resets_are_refused(given):
         env.reset(**given)
 
 
-@pytest.mark.parametrize("actions", [np.zeros((3, 7), int), np.zeros(7, int), np.full((2, 7), 99)])
+@pytest.mark.parametrize(
+    "actions",
+    [np.zeros((3, 7), int), np.zeros(7, int), np.full((2, 7), 99), np.zeros((2, 7)), [[0] * 7, [0]], None],
+)
 def test_bad_actions_are_refused(actions):
     env = LLMServeVectorEnv(2, **arguments())
     with pytest.raises(InputError):
@@ -217,3 +235,28 @@ def test_bad_actions_are_refused(actions):
     env.reset(seed=0)
     with pytest.raises(InputError):
         env.step(actions)
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        np.zeros((3, 7)),
+        np.zeros(7),
+        np.full((2, 7), np.nan),
+        np.zeros((2, 7), complex),
+        [["0"] * 7] * 2,
+        [[0] * 7, [0]],
+        None,
+    ],
+)
+def test_bad_boxes_are_refused(actions):
+    env = gym.make_vec("LLMServeContinuous-v0", num_envs=2)
+    env.reset(seed=0)
+    with pytest.raises(InputError):
+        env.step(actions)
+
+
+def test_seeds_may_be_of_numpy():
+    env = LLMServeVectorEnv(2, **arguments())
+    assert env.reset(seed=np.int64(3))[1]["seed"].tolist() == [3, 4]
+    assert env.reset(seed=np.array([7, 5]))[1]["seed"].tolist() == [7, 5]

@@ -30,6 +30,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:rich is experimental"
+)  # its progress bar, ignored only at the first import
 def test_stable_baselines_learns_from_whole_episodes():
     from examples import sb3_ppo
 

@@ -149,4 +149,4 @@ def test_openenv_finds_what_it_asks_for(http):
     assert ok(http.get("/health")) == {"status": "healthy"}
     assert ok(http.get("/metadata"))["version"] == llmserve_env.__version__
     assert ok(http.get("/schema")).keys() >= {"action", "observation", "state"}
-    assert http.get("/demo").headers["location"] == "/web/"
+    assert http.get("/demo").headers["location"] == "web/"

@@ -68,6 +68,11 @@ _LONGEST_S = 4e6
 """Last arrival that leaves room to serve out before NEVER_PS."""
 
 
+def _longest(max_model_len: int | None, profile: Profile) -> int:
+    """Tokens of the longest context; whatever is more than the kernel counts is no limit."""
+    return min(max_model_len or profile.model.max_model_len or NEVER_PS, NEVER_PS)
+
+
 class SimulatorBatch:
     """Independent episodes on like cells, served together by one call of the kernel: a `backend.Backend`.
 
@@ -158,7 +163,7 @@ class SimulatorBatch:
         self.cells["ranks"] = self.tenants["rank"].max() + 1
         self.cells["prefix_cache"] = prefix_cache
         self.cells["most_blocks"] = self._cost.blocks.min()
-        self.cells["longest"] = self.longest = max_model_len or profile.model.max_model_len or NEVER_PS
+        self.cells["longest"] = self.longest = _longest(max_model_len, profile)
         self.cells["sequences"] = max_num_seqs or 0
         self.cells["prefill_engines"] = engines // 2 if prefill_engines is None else prefill_engines
         self.cells["draft_layers"] = drafting[0] * compile_latency(profile).draft_layer_fraction

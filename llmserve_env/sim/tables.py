@@ -138,7 +138,12 @@ def prefix_tokens_of(workloads: Sequence[Workload]) -> int:
     """Tokens in a prefix block of the workloads, 0 if no prompts share any."""
     tokens = workloads[0].prefix_block_tokens
     if tokens % BLOCK_TOKENS:
-        raise InputError(f"expected a multiple of {BLOCK_TOKENS}", field="prefix_block_tokens")
+        raise InputError(
+            f"prefix blocks of {tokens} tokens: expected a multiple of {BLOCK_TOKENS}, vLLM's own. "
+            "block_tokens=N in a trace's address says another size",
+            file=workloads[0].source or None,
+            field="prefix_block_tokens",
+        )
     return tokens
 
 

@@ -24,6 +24,9 @@ BURSTY_DISPERSION = 10.0
 
 _CLASS_SCALE_S = 10.0
 
+MOST_WINDOWS = 2**24
+"""Windows of which each is counted: more than half a year of seconds takes memory, and says nothing."""
+
 
 @dataclass(frozen=True)
 class LengthStatistics:
@@ -42,8 +45,9 @@ class ScaleStatistics:
 
     Attributes:
         window_s: the width (s).
-        dispersion: variance over mean of the counts (Poisson: 1); None with fewer than two windows.
-        peak_to_mean: largest count over the mean; None with fewer than two windows.
+        dispersion: variance over mean of the counts (Poisson: 1); None with fewer than two windows, or more
+            than `MOST_WINDOWS`.
+        peak_to_mean: largest count over the mean; None as `dispersion`.
     """
 
     window_s: float
@@ -195,6 +199,8 @@ def prefix_reuse(workload: Workload) -> PrefixReuse | None:
 
 
 def _scale(arrival_s: NDArray[np.float64], window_s: float) -> ScaleStatistics:
+    if (arrival_s[-1] - arrival_s[0]) / window_s > MOST_WINDOWS:
+        return ScaleStatistics(window_s, None, None)
     counts = window_counts(arrival_s, window_s)
     if len(counts) < 2:
         return ScaleStatistics(window_s, None, None)
@@ -202,6 +208,8 @@ def _scale(arrival_s: NDArray[np.float64], window_s: float) -> ScaleStatistics:
 
 
 def _traffic(arrival_s: NDArray[np.float64], gap_cv: float | None, scale: ScaleStatistics) -> str:
+    if len(arrival_s) < SPARSE_SILENT_SHARE * ((arrival_s[-1] - arrival_s[0]) // scale.window_s):
+        return "sparse"
     if scale.dispersion is None or gap_cv is None:
         return "undetermined"
     silent = (window_counts(arrival_s, scale.window_s) == 0).mean()

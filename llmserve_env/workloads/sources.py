@@ -29,7 +29,7 @@ from llmserve_env.workloads.generators.generate import MAX_REQUESTS
 from llmserve_env.workloads.lengths import DEFAULT_LENGTHS, length_law
 from llmserve_env.workloads.loaders import Hints, LoadReport, load
 from llmserve_env.workloads.loaders.hints import parse_columns
-from llmserve_env.workloads.overlay import overlaid
+from llmserve_env.workloads.overlay import MAX_STRETCHES, overlaid
 from llmserve_env.workloads.parameters import Parameters, parameter
 from llmserve_env.workloads.presets import preset, presets
 from llmserve_env.workloads.scenario import parse_scenario
@@ -94,7 +94,11 @@ class TraceOptions(Parameters):
     tenants: str | None = parameter("tenants", None, "mix of tenants: a preset or a .toml file")
     assign: str = parameter("assign", SHARES, ASSIGN)
     overlay: int | None = parameter(
-        "overlay", None, "play so many stretches at once, from places that the seed draws", at_least=1
+        "overlay",
+        None,
+        "play so many stretches at once, from places that the seed draws",
+        at_least=1,
+        at_most=MAX_STRETCHES,
     )
 
 
@@ -177,7 +181,8 @@ def _open_trace(uri: WorkloadURI, skip_bad_rows: bool, silent: bool) -> tuple[Wo
             raise InputError(f"no request arrives in {options.duration_s:g} s", field="duration")
     if options.limit is not None:
         workload = workload.take(np.arange(min(options.limit, len(workload))))
-    return replace(workload, source=str(uri) if uri.query else uri.path), report
+    plain = not uri.query and "://" not in uri.path
+    return replace(workload, source=uri.path if plain else str(uri)), report
 
 
 def _open_scenario(uri: WorkloadURI, silent: bool) -> Workload:
@@ -232,6 +237,8 @@ def _with_tenants(
     if options.assign not in {SHARES, LENGTHS}:
         raise InputError(f"expected {SHARES} or {LENGTHS}, found {options.assign!r}", field="assign")
     if options.tenants is None:
+        if options.assign == LENGTHS:
+            raise InputError("expected tenants, too, whose lengths are compared", field="assign")
         return workload
     mix = tenant_mix(options.tenants)
     if options.assign == LENGTHS:

@@ -39,14 +39,19 @@ def parse_uri(text: str) -> WorkloadURI:
     path, _, query = rest.partition("?")
     pairs: dict[str, str] = {}
     for part in query.split("&") if query else []:
-        name, equals, value = (unquote(piece) for piece in part.partition("="))
+        name, equals, value = (_unquoted(piece) for piece in part.partition("="))
         if not name or not equals or not value:
             raise InputError(f"expected NAME=VALUE, found {part!r} in {text!r}", field=name or None)
         if name in pairs:
             raise InputError(f"is given twice in {text!r}", field=name)
         pairs[name] = value
-    return WorkloadURI(scheme, unquote(path), pairs)
+    return WorkloadURI(scheme, _unquoted(path), pairs)
 
 
 def _quoted(text: str) -> str:
-    return quote(text, safe="/:,. ")
+    return quote(text, safe="/:,. ", errors="surrogateescape")
+
+
+def _unquoted(text: str) -> str:
+    """As `_quoted` had it, with bytes of file names that are no UTF-8."""
+    return unquote(text, errors="surrogateescape")

@@ -12,6 +12,9 @@ from llmserve_env.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+LATEST_S = 1e12
+"""Latest arrival: what comes later than in 30,000 years is no traffic, but times in another unit."""
+
 
 @dataclass(frozen=True)
 class Tenant:
@@ -92,6 +95,10 @@ class Workload:
             return
         if not np.isfinite(self.arrival_s).all() or self.arrival_s[0] < 0:
             raise InputError("expected finite seconds >= 0", field="arrival_s")
+        if self.arrival_s[-1] > LATEST_S:
+            raise InputError(
+                f"expected seconds up to {LATEST_S:g}, found {self.arrival_s[-1]:g}", field="arrival_s"
+            )
         if (np.diff(self.arrival_s) < 0).any():
             raise InputError("expected non-decreasing arrival times", field="arrival_s")
         for name in ("prompt_tokens", "output_tokens"):

@@ -206,6 +206,8 @@ def test_prompts_beyond_the_context_are_cancelled_and_answers_end_at_it(tmp_path
     assert told == {"completed": 3, "cancelled": 1, "beyond_context": 1, "cut_at_context": 2}
     assert found["output_tokens_per_s"] * found["duration_s"] == pytest.approx(1 + 10 + 9)
     assert "1 cancelled (prompt beyond the context of 1,000 tokens)" in capsys.readouterr().out
+    assert simulate(tmp_path, "--max-model-len", str(10**30), trace=trace) == 0
+    assert "4 of 4 completed" in capsys.readouterr().out
 
 
 def test_a_trace_of_two_months_is_told_how_to_be_served(tmp_path, capsys):

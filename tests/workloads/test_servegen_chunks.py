@@ -51,6 +51,8 @@ def test_the_tables_are_read_by_the_generator(tmp_path, capsys):
     [
         ({"chunk-3-trace.csv": "0,2.0,1.5,Gamma\n"}, "chunk-3-trace.csv", "found 4 fields"),
         ({"chunk-3-trace.csv": "0,x,1.5,Gamma,1,1\n"}, "chunk-3-trace.csv", "found 'x'"),
+        ({"chunk-3-trace.csv": "0,2,1,Pareto,1,1\n"}, "chunk-3-trace.csv:1", "expected Gamma or Weibull"),
+        ({"chunk-3-trace.csv": "0,2,1,Gamma,0,1\n"}, "chunk-3-trace.csv:1", "expected a number > 0"),
         ({"chunk-3-dataset.json": "[]"}, "chunk-3-dataset.json", "expected a JSON object"),
         (
             {"chunk-3-dataset.json": '{"0": {"input_tokens": "open(1)", "output_tokens": "{}"}}'},

@@ -30,7 +30,8 @@ def generate(
         seed: the same one gives the same requests, bit for bit.
         duration_s: time to cover (s); None: the generator's own default.
         requests: stop after this many; without `duration_s` cover as long as they take.
-        silent: whether a time in which nothing arrives is a workload, rather than refused.
+        silent: whether a time in which nothing arrives, or less than was asked for, is a workload, rather
+            than refused.
 
     Raises:
         InputError: nothing arrives in that time, or too much, or the generator ends before so many requests.
@@ -44,10 +45,13 @@ def generate(
             )
         workload = generator.sample(seed, duration_s, lengths)
     else:
-        duration_s = min((1.2 * requests + 20) / generator.mean_rate_rps, generator.longest_s)
+        rate_rps = generator.mean_rate_rps
+        duration_s = min((1.2 * requests + 20) / rate_rps if rate_rps else np.inf, generator.longest_s)
         workload = generator.sample(seed, duration_s, lengths)
         while len(workload) < requests:
             if duration_s >= generator.longest_s:
+                if silent:
+                    break
                 raise InputError(
                     f"expected at most {len(workload)}, which is all there are", field="requests"
                 )

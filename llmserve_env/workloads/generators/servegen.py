@@ -22,10 +22,11 @@ from llmserve_env.workloads.lengths.quantiles import QuantileCurve
 from llmserve_env.workloads.loaders.formats import SERVEGEN_FIELDS
 from llmserve_env.workloads.loaders.records import MAX_TOKENS, Records
 from llmserve_env.workloads.loaders.rows import read_records
+from llmserve_env.workloads.loaders.times import LATE_S
 from llmserve_env.workloads.parameters import parameter
 from llmserve_env.workloads.workload import Workload
 
-_LAWS = ("Gamma", "Weibull")
+LAWS = ("Gamma", "Weibull")
 _QUANTILE_FIELDS = ("model", "client", "field", "p10", "p50", "p90", "p99", "max")
 _PROBABILITY = np.array([0.10, 0.50, 0.90, 0.99, 0.9999])  # the maximum is that of some 10^4 requests
 
@@ -91,9 +92,11 @@ class ServeGenClients(Generator):
             )
             times.append(time)
             clients.append(table.client[rows[row]])
-        arrival_s = np.concatenate(times)
+        arrival_s, client = np.concatenate(times), np.concatenate(clients)
+        if (np.diff(arrival_s) < 0).any():  # clients' windows need not begin at the same times
+            order = np.argsort(arrival_s, kind="stable")
+            arrival_s, client = arrival_s[order], client[order]
         inside = (arrival_s >= 0) & (arrival_s < duration_s)
-        client = np.concatenate(clients)
         length_seed = np.random.SeedSequence(seed, spawn_key=(2**31,))
         if self.quantiles is None:
             pairs = lengths.sample(length_seed, len(arrival_s))
@@ -128,18 +131,22 @@ class ClientWindows:
 def read_windows(path: str, skip_bad_rows: bool = False) -> ClientWindows:
     """Read a client table. The published scales are not used: the rate sets the scale.
 
+    Windows on a clock of their own, as in Unix times, count from the first one.
+
     Raises:
         InputError: names file, line and field.
     """
     records = _read_with(path, SERVEGEN_FIELDS)
     client = records.whole("client", "a client number >= 0")
     start_s = records.numbers("window_start_s", "seconds >= 0")
+    if len(start_s) and start_s[~records.bad].min(initial=np.inf) >= LATE_S:
+        start_s = np.maximum(start_s - start_s[~records.bad].min(), 0.0)
     rate_rps = records.numbers("rate_rps", "requests/s >= 0")
     shape = records.numbers("shape", "a number > 0")
     records.mark(shape == 0, "expected a number > 0", "shape")
     law = np.array(records.texts("pattern"), dtype=object)
     records.mark(
-        ~np.isin(law, _LAWS), lambda row: f"expected {' or '.join(_LAWS)}, found {law[row]!r}", "pattern"
+        ~np.isin(law, LAWS), lambda row: f"expected {' or '.join(LAWS)}, found {law[row]!r}", "pattern"
     )
     keep = records.usable(skip_bad_rows)
     if not keep.any():

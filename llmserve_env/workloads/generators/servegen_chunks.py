@@ -15,11 +15,12 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from llmserve_env.errors import InputError
+from llmserve_env.workloads.generators.servegen import LAWS
 from llmserve_env.workloads.loaders.formats import SERVEGEN_FIELDS
 from llmserve_env.workloads.loaders.reading import read_text
 
@@ -52,7 +53,7 @@ def table(windows: list[Window]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(SERVEGEN_FIELDS)
-    writer.writerows([client, f"{start_s:g}", *rest] for client, start_s, *rest in windows)
+    writer.writerows([client, f"{start_s:.15g}", *rest] for client, start_s, *rest in windows)
     return text.getvalue()
 
 
@@ -109,8 +110,16 @@ def _windows(client: int, path: Path) -> list[Window]:
         if rate_rps == 0:
             continue  # silent: some have no law there
         cv, shape, scale = (_number(cells[at], path, line, SERVEGEN_FIELDS[1 + at]) for at in (2, 4, 5))
+        if cells[3] not in LAWS:
+            _refuse(f"expected {' or '.join(LAWS)}, found {cells[3]!r}", path, line, "pattern")
+        if shape == 0:
+            _refuse(f"expected a number > 0, found {cells[4]!r}", path, line, "shape")
         found.append((client, start_s, rate_rps, cv, cells[3], shape, scale))
     return found
+
+
+def _refuse(reason: str, path: Path, line: int, field: str) -> NoReturn:
+    raise InputError(reason, file=str(path), line=line, field=field)
 
 
 def _number(text: str, path: Path, line: int, field: str) -> float:
@@ -119,7 +128,7 @@ def _number(text: str, path: Path, line: int, field: str) -> float:
     except ValueError:
         value = np.nan
     if not np.isfinite(value) or value < 0:
-        raise InputError(f"expected a number >= 0, found {text!r}", file=str(path), line=line, field=field)
+        _refuse(f"expected a number >= 0, found {text!r}", path, line, field)
     return value
 
 

@@ -9,6 +9,10 @@ WINDOW_S = 600.0
 """ServeGen re-draws a client's rate and law every 10 minutes (Xiang et al., ServeGen, arXiv 2505.09999)."""
 
 
+_LONGEST_GAP = 1e290
+"""Weibull shapes near 0 draw infinite gaps, and a window of them has no length."""
+
+
 def fill_window(
     rng: np.random.Generator,
     start_s: float,
@@ -40,6 +44,7 @@ def fill_window(
         rng.weibull(shape[client]),
         rng.standard_gamma(shape[client]),
     )
+    gaps = np.minimum(gaps, _LONGEST_GAP)
     gaps += np.finfo(np.float64).tiny  # shapes near 0 draw exact zeros, and a window of them has no length
     first = np.cumsum(gaps_each) - gaps_each
     total = np.add.reduceat(gaps, first)

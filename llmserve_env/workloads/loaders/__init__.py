@@ -11,7 +11,14 @@ import numpy as np
 from llmserve_env.errors import InputError
 from llmserve_env.workloads.lengths.empirical import EmpiricalLengths
 from llmserve_env.workloads.loaders import columns
-from llmserve_env.workloads.loaders.formats import FORMATS, LENGTH_FIELDS, Format, recognise, sharegpt
+from llmserve_env.workloads.loaders.formats import (
+    FORMATS,
+    LENGTH_FIELDS,
+    WITH_FAILED,
+    Format,
+    recognise,
+    sharegpt,
+)
 from llmserve_env.workloads.loaders.hints import Hints
 from llmserve_env.workloads.loaders.parsed import to_workload
 from llmserve_env.workloads.loaders.report import LoadReport
@@ -86,8 +93,9 @@ def load_lengths(path: Path | str, *, skip_bad_rows: bool = False) -> EmpiricalL
         return found
     for prompt, output in LENGTH_FIELDS:
         if records.names.issuperset((prompt, output)) and not records.names & _TIMES:
-            prompt_tokens, output_tokens = records.tokens(prompt), records.tokens(output)
-            keep = records.usable(skip_bad_rows)
+            prompt_tokens = records.tokens(prompt)
+            output_tokens = records.tokens(output, at_least=0 if output in WITH_FAILED else 1)
+            keep = records.usable(skip_bad_rows) & (output_tokens > 0)
             if not keep.any():
                 raise InputError("holds no usable row", file=records.file)
             return EmpiricalLengths(prompt_tokens[keep], output_tokens[keep])

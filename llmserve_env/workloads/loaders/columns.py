@@ -8,6 +8,7 @@ from llmserve_env.workloads.loaders.parsed import Parsed
 from llmserve_env.workloads.loaders.prefixes import hashed_blocks, token_blocks
 from llmserve_env.workloads.loaders.records import Records
 from llmserve_env.workloads.loaders.times import seconds
+from llmserve_env.workloads.workload import Tenant
 
 DEFAULT_BLOCK_TOKENS = 16
 """vLLM's default block size."""
@@ -38,7 +39,7 @@ def parse(records: Records) -> Parsed:
         arrival_s=seconds(records, of["arrival_s"], said or "s", sure=said is not None),
         prompt_tokens=prompt_tokens,
         output_tokens=records.tokens(of["output_tokens"]),
-        tenants=records.texts(of["tenant"]) if "tenant" in of else None,
+        tenants=records.texts(of["tenant"], missing=Tenant().name) if "tenant" in of else None,
         request_ids=records.texts(of["request_id"]) if "request_id" in of else None,
         prefixes=prefixes,
     )

@@ -22,6 +22,12 @@ ROWS_AT = (
 )
 """Where known documents keep their rows: GuideLLM's, GenAI-Perf's. Lists on the way are walked through."""
 
+_ROW_LISTS = frozenset({"conversations", "messages", "sub_requests"})
+"""Lists of objects that are one row's, and no rows."""
+
+_RESULT = ("input_lens", "output_lens")
+"""What vLLM's and SGLang's benchmarks append to a file, a result a line: lists with an entry a request."""
+
 
 def read_json(text: str, file: str) -> Records:
     """Rows of a text that begins with a brace or a bracket.
@@ -40,11 +46,27 @@ def read_json(text: str, file: str) -> Records:
     except (ValueError, RecursionError):
         if "\n" not in text.strip():
             return _of_rows(*_lines(text), file)  # which says what is wrong
-        return _document(text, file)
+        try:
+            return _document(text, file)
+        except InputError:
+            if not _is_object(next(line for line in text.strip().split("\n")[1:] if line.strip())):
+                raise
+        return _of_rows(*_lines(text), file)  # of which the first is damaged
     alone = "\n" not in text.strip()
-    if alone and isinstance(row, dict) and (_columns(row) or any(path[0] in row for path in ROWS_AT)):
+    if (
+        alone
+        and isinstance(row, dict)
+        and (_columns(row) or any(path[0] in row for path in ROWS_AT) or (len(row) == 1 and _rows_of(row)))
+    ):
         return _document(text, file)
     return _of_rows(*_lines(text), file)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _lines(text: str) -> tuple[list[Row], list[int], dict[int, str]]:
@@ -120,6 +142,9 @@ def _document(text: str, file: str) -> Records:
             rows = [row if isinstance(row, dict) else {} for row in _walked(document, path)]
             if rows:
                 return _of_rows(rows, [1] * len(rows), {}, file)
+    rows = _rows_of(document)
+    if rows:
+        return _of_rows(rows, [1] * len(rows), {}, file)
     columns = _columns(document)
     if not columns:
         keys = list(document)
@@ -152,6 +177,16 @@ def _walked(value: Any, path: tuple[str, ...]) -> Iterator[Any]:
         yield from _walked(value[path[0]], path[1:])
 
 
+def _rows_of(document: Row) -> list[Row]:
+    """The list of objects that a document wraps, if it is its only list of them; conversations are a row."""
+    found = [
+        value
+        for name, value in document.items()
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    ]
+    return found[0] if len(found) == 1 and not _ROW_LISTS & document.keys() else []
+
+
 def _columns(document: Any) -> dict[str, list[Any]]:
     """An object's lists of one length, the commonest there: one for each column."""
     lists = {name: value for name, value in document.items() if isinstance(value, list) and value}
@@ -164,10 +199,12 @@ def _columns(document: Any) -> dict[str, list[Any]]:
 def _of_rows(rows: list[Row], lines: list[int], broken: dict[int, str], file: str) -> Records:
     if any(type(row.get("requests")) is list for row in rows):
         rows, lines, broken = _spread(rows, lines, broken)
-    first = next((row for i, row in enumerate(rows) if i not in broken), {})
+    elif any(type(row.get(name)) is list for row in rows for name in _RESULT):
+        rows, lines, broken = _appended(rows, lines, broken)
+    kinds = {_shape(row): row for at, row in enumerate(rows) if at not in broken}
     records = Records(
         file=file,
-        names=frozenset(_names(first)),
+        names=frozenset(name for row in kinds.values() for name in _names(row)),
         lines=np.array(lines, np.int64),
         values=lambda name: [_at(row, name) for row in rows],
         number_types=_NUMBERS,
@@ -195,6 +232,30 @@ def _spread(
             found.append({**row, "requests": each})
             found_lines.append(line)
     return found, found_lines, faults
+
+
+def _appended(
+    rows: list[Row], lines: list[int], broken: dict[int, str]
+) -> tuple[list[Row], list[int], dict[int, str]]:
+    """A row for each request of results that hold lists, one result after the other."""
+    found: list[Row] = []
+    found_lines: list[int] = []
+    faults: dict[int, str] = {}
+    for at, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        columns = {name: value for name, value in row.items() if isinstance(value, list)}
+        count = len(columns.get(_RESULT[0], ()))
+        columns = {name: value for name, value in columns.items() if len(value) == count}
+        if at in broken or not set(_RESULT) <= set(columns):
+            faults[len(found)] = broken.get(at, f"expected lists of one length, {' and '.join(_RESULT)}")
+            count, columns = 1, {}
+        found += [{name: value[i] for name, value in columns.items()} for i in range(count)]
+        found_lines += [line] * count
+    return found, found_lines, faults
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
+    """The same for rows with the same keys, those of nested objects included."""
+    return tuple((name, *value) if isinstance(value, dict) else name for name, value in row.items())
 
 
 def _names(row: Row, prefix: str = "", depth: int = 3) -> Iterator[str]:

@@ -11,7 +11,7 @@ from llmserve_env.errors import InputError
 from llmserve_env.workloads.loaders.prefixes import Prefixes
 from llmserve_env.workloads.loaders.records import Records
 from llmserve_env.workloads.loaders.report import LoadReport
-from llmserve_env.workloads.workload import Tenant, Workload
+from llmserve_env.workloads.workload import LATEST_S, Tenant, Workload
 
 _MAX_TENANTS = 2**15 - 1  # the workload's index is int16
 
@@ -71,13 +71,25 @@ def to_workload(
     arrival_s = parsed.arrival_s[rows]
     if parsed.starts_at_first or records.absolute:
         arrival_s = arrival_s - arrival_s.min()
-    notes = list(records.notes)
+    notes, guesses = list(records.notes), list(records.guesses)
+    if records.hints.block_tokens is not None and parsed.prefixes is None:
+        notes.append("block_tokens= is of no use: no prompt has blocks")
+    told = jitter_s is not None
     jitter_s = parsed.resolution_s if jitter_s is None else jitter_s
     if jitter_s > 0:
         arrival_s = _spread(arrival_s, jitter_s, seed)
-        notes.append(f"arrivals spread uniformly over {jitter_s:g} s, seed {seed}: jitter=0 leaves them")
+        text = f"arrivals spread uniformly over {jitter_s:g} s"
+        if told:
+            notes.append(f"{text}, seed {seed}")
+        else:
+            guesses.append(f"{text}, their step: jitter=0 leaves them")
     elif (np.diff(arrival_s) < 0).any():
         notes.append("arrivals were out of order and have been sorted")
+    if arrival_s.max() > LATEST_S:
+        raise InputError(
+            f"the last request arrives at {arrival_s.max():g} s: time_unit=ms|us|ns says another unit",
+            file=records.file,
+        )
     order = np.argsort(arrival_s, kind="stable")
     tenant, tenants = _tenant_index(parsed.tenants, rows, records.file)
     prefixes = Prefixes(0, [])
@@ -109,7 +121,7 @@ def to_workload(
         bad_rows=int((~keep).sum()),
         faults=tuple(str(fault) for _, fault in records.faults[:5]),
         notes=tuple(notes),
-        guesses=tuple(records.guesses),
+        guesses=tuple(guesses),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeGuard
@@ -48,9 +48,12 @@ def hashed_blocks(
             of two, that is taken, as a guess; what the reader was told goes before both.
         prompt_tokens: int64[n].
     """
-    lists = _integer_lists(records, name)
+    lists = _lists(records, name, _is_ids, "expected a list of integers, or of texts")
     if lists is None:
         return None
+    if not all(map(_is_integers, lists)):
+        numbers: dict[object, int] = {}
+        lists = [[numbers.setdefault(each, len(numbers)) for each in ids] for ids in lists]
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
     block_tokens = records.hints.block_tokens or _block_tokens(records, counts, prompt_tokens, block_tokens)
     most = -(-prompt_tokens // block_tokens)
@@ -82,6 +85,9 @@ def _block_tokens(
         return usual
     sizes = [size for size in (1 << power for power in range(17)) if fit(size)]
     if not sizes:
+        records.guesses.append(
+            f"blocks of {usual} tokens, which their number does not say: block_tokens=N says it"
+        )
         return usual
     records.guesses.append(
         f"blocks of {sizes[-1]} tokens, by their number (usually {usual}): block_tokens=N says it"
@@ -91,7 +97,7 @@ def _block_tokens(
 
 def token_blocks(records: Records, name: str, prompt_tokens: NDArray[np.int64]) -> Prefixes | None:
     """Blocks of 16 token ids, numbered by first appearance; no last, partial block, as in vLLM's cache."""
-    lists = _integer_lists(records, name)
+    lists = _lists(records, name, _is_integers, "expected a list of integers")
     if lists is None:
         return None
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
@@ -113,16 +119,18 @@ def token_blocks(records: Records, name: str, prompt_tokens: NDArray[np.int64]) 
     return Prefixes(size, blocks)
 
 
-def _integer_lists(records: Records, name: str) -> list[list[int]] | None:
-    """A column of integer lists, empty where a row has none; None if no row has one."""
+def _lists(
+    records: Records, name: str, good: Callable[[object], TypeGuard[Sequence[int]]], expected: str
+) -> list[list[int]] | None:
+    """A column of lists, empty where a row has none; None if no row has one."""
     raw = records.values(name)
     if records.kind == "table":
         raw = list(map(_list_of_cell, raw))
     if all(value is None for value in raw):
         return None
-    wrong = np.array([value is not None and not _is_integers(value) for value in raw], bool)
-    records.mark(wrong, "expected a list of integers", name)
-    return [list(value) if _is_integers(value) else [] for value in raw]
+    wrong = np.array([value is not None and not good(value) for value in raw], bool)
+    records.mark(wrong, expected, name)
+    return [list(value) if good(value) else [] for value in raw]
 
 
 def _list_of_cell(cell: object) -> object:
@@ -139,3 +147,8 @@ def _is_integers(value: object) -> TypeGuard[Sequence[int]]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return False
     return set(map(type, value)) <= {int} and (not value or (min(value) >= -(2**63) and max(value) < 2**63))
+
+
+def _is_ids(value: object) -> TypeGuard[Sequence[int]]:
+    """Names of blocks: integers of any size, as 64 bits without a sign, or hashes as text."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and set(map(type, value)) <= {int, str}

@@ -26,7 +26,7 @@ class Records:
 
     Attributes:
         file: name for messages.
-        names: columns of the header, or keys of the first JSON object.
+        names: columns of the header, or keys that some JSON object has.
         lines: int64[n], 1-based line of each row.
         values: the raw column of a name: str in tables, decoded JSON otherwise; None where there is none.
         number_types: types that a raw number may have.
@@ -108,9 +108,14 @@ class Records:
         self.mark(wrong, lambda row: f"expected {expected}, found {_shown(raw[row])}", name)
         return np.where(wrong, 1, found).astype(np.int64)
 
-    def texts(self, name: str) -> list[str]:
-        """A column as text; rows without a text or whole number are marked and hold ""."""
-        raw = self.values(name)
+    def texts(self, name: str, missing: str | None = None) -> list[str]:
+        """A column as text; rows without a text or whole number are marked and hold "".
+
+        Args:
+            name: the column.
+            missing: what a JSON row has that lacks the key, or has null there (default: it is marked).
+        """
+        raw = [missing if value is None else value for value in self.values(name)]
         texts = [str(value).strip() if type(value) in (str, int) else "" for value in raw]
         empty = np.fromiter((not text for text in texts), bool, len(texts))
         self.mark(empty, lambda row: f"expected a name, found {_shown(raw[row])}", name)

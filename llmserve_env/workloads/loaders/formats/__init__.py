@@ -47,9 +47,11 @@ FORMATS = (
     Format("plain CSV", plain.FIELDS, plain.parser(*plain.FIELDS)),
     Format("plain CSV, short names", plain.SHORT_FIELDS, plain.parser(*plain.SHORT_FIELDS)),
     Format("Vidur CSV", plain.VIDUR_FIELDS, plain.parser(*plain.VIDUR_FIELDS)),
+    Format("Vidur CSV", plain.VIDUR_DELAY_FIELDS, plain.parse_vidur_delays),
     Format("Vidur trace CSV", plain.VIDUR_TRACE_FIELDS, plain.parser(*plain.VIDUR_TRACE_FIELDS)),
     Format("splitwise-sim CSV", plain.SPLITWISE_FIELDS, plain.parser(*plain.SPLITWISE_FIELDS)),
     Format("AIBrix JSONL", plain.AIBRIX_FIELDS, plain.parser(*plain.AIBRIX_FIELDS, unit="ms")),
+    Format("AIBrix JSONL", plain.AIBRIX_KEY_FIELDS, plain.parser(*plain.AIBRIX_KEY_FIELDS, unit="ms")),
     Format("vLLM benchmark result", results.VLLM_FIELDS, results.parse_vllm),
     Format("AIPerf records JSONL", results.AIPERF_FIELDS, results.parse_aiperf),
     Format("GuideLLM report", results.GUIDELLM_FIELDS, results.parser_guidellm("request_start_time")),
@@ -57,6 +59,11 @@ FORMATS = (
         "GuideLLM report",
         results.GUIDELLM_TIMED_FIELDS,
         results.parser_guidellm("info.timings.request_start"),
+    ),
+    Format(
+        "GuideLLM report",
+        results.GUIDELLM_OLD_FIELDS,
+        results.parser_guidellm("start_time", sure=False),
     ),
     Format("GenAI-Perf export", results.GENAI_PERF_FIELDS, results.parse_genai_perf),
     Format("timed lengths", plain.BENCH_FIELDS, plain.parser(*plain.BENCH_FIELDS, sure=False)),
@@ -67,9 +74,15 @@ LENGTH_FIELDS = (
     ("prompt_tokens", "output_tokens"),
     ("input_lens", "output_lens"),
     ("number_input_tokens", "number_output_tokens"),
+    ("input_length", "output_length"),
 )
-"""Lengths without arrivals: Vidur's processed traces, the plain CSV without its times, results of
-`vllm bench serve` without `--save-detailed`'s start times, LLMPerf's responses."""
+"""Lengths without arrivals: Vidur's processed traces, the plain CSV without its times, detailed results of
+`vllm bench serve` (older ones) and of SGLang's benchmark, LLMPerf's responses, ServeGen's offline traces."""
+
+WITH_FAILED = frozenset({"output_lens", "number_output_tokens"})
+"""Lengths of answers in results, where a failed request has 0."""
+
+_SUMMARY = ("completed", "total_input_tokens", "total_output_tokens")
 
 SERVEGEN_FIELDS = ("client", "window_start_s", "rate_rps", "cv", "pattern", "shape", "scale")
 
@@ -82,6 +95,8 @@ def recognise(records: Records) -> Format:
     """
     if not records.names and records.faults:
         raise records.faults[0][1]
+    if not records.names:
+        raise InputError("holds no rows", file=records.file)
     for known in FORMATS:
         if records.names.issuperset(known.fields):
             return known
@@ -89,7 +104,15 @@ def recognise(records: Records) -> Format:
         raise InputError(f"a ServeGen client table: open it as servegen://{records.file}", file=records.file)
     if any(records.names.issuperset(fields) for fields in LENGTH_FIELDS):
         raise InputError(
-            f"has lengths but no arrival times: use it with a generator, as in poisson://?lengths={records.file}",
+            "has lengths but no arrival times: use it with a generator, as in "
+            f"poisson://?lengths={records.file}. Where it has times under another name, trace://FILE?columns=arrival_s:COLUMN,"
+            "prompt_tokens:COLUMN,output_tokens:COLUMN says so",
+            file=records.file,
+        )
+    if records.names.issuperset(_SUMMARY):
+        raise InputError(
+            "a benchmark's summary without its requests: `vllm bench serve` saves them with --save-detailed, "
+            "SGLang's with --output-details",
             file=records.file,
         )
     if sharegpt.FIELD in records.names:

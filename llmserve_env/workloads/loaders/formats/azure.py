@@ -18,7 +18,7 @@ def parse(records: Records) -> Parsed:
     Copies with Unix times, or with seconds since the start, are read, too.
     """
     return Parsed(
-        arrival_s=seconds(records, "TIMESTAMP"),
+        arrival_s=seconds(records, "TIMESTAMP", sure=False),
         prompt_tokens=records.tokens("ContextTokens"),
         output_tokens=records.tokens("GeneratedTokens"),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llmserve_env.workloads.loaders.formats.plain import tenants_of
 from llmserve_env.workloads.loaders.parsed import Parsed
 from llmserve_env.workloads.loaders.prefixes import hashed_blocks
 from llmserve_env.workloads.loaders.records import Records
@@ -47,7 +48,7 @@ def parse_bailian(records: Records) -> Parsed:
         arrival_s=seconds(records, "timestamp", "s"),
         prompt_tokens=prompt_tokens,
         output_tokens=records.tokens("output_length"),
-        tenants=records.texts("type") if "type" in records.names else None,
+        tenants=tenants_of(records, "type"),
         prefixes=hashed_blocks(records, "hash_ids", BAILIAN_BLOCK_TOKENS, prompt_tokens),
     )
 

@@ -24,6 +24,9 @@ AIPERF_FIELDS = ("metadata.request_start_ns", "metrics.input_sequence_length.val
 
 GUIDELLM_FIELDS = ("request_start_time", "prompt_tokens", "output_tokens")
 
+GUIDELLM_OLD_FIELDS = ("start_time", "prompt_tokens", "output_tokens")
+"""GuideLLM's until 0.3."""
+
 GUIDELLM_TIMED_FIELDS = ("info.timings.request_start", "prompt_tokens", "output_tokens")
 """GuideLLM's, where the computed fields were left out."""
 
@@ -38,8 +41,15 @@ def parse_vllm(records: Records) -> Parsed:
     errors = records.values("errors")
     output_tokens = records.tokens("output_lens", at_least=0)
     failed = np.array([bool(error) for error in errors], bool) | (output_tokens == 0)
+    start_s = seconds(records, "start_times")
+    records.mark(
+        (start_s == 0) & ~failed & (not records.absolute),
+        "expected the time at which it was sent, found 0: some of the benchmark's backends note none. As "
+        "lengths=FILE of a generator it can be used",
+        "start_times",
+    )
     return Parsed(
-        arrival_s=seconds(records, "start_times"),
+        arrival_s=start_s,
         prompt_tokens=records.tokens("input_lens"),
         output_tokens=output_tokens,
         failed=failed,
@@ -73,12 +83,12 @@ def parse_aiperf(records: Records) -> Parsed:
     )
 
 
-def parser_guidellm(start: str) -> Callable[[Records], Parsed]:
+def parser_guidellm(start: str, *, sure: bool = True) -> Callable[[Records], Parsed]:
     """A parser for GuideLLM's successful requests: start (Unix time, s), two lengths."""
 
     def parse(records: Records) -> Parsed:
         return Parsed(
-            arrival_s=seconds(records, start),
+            arrival_s=seconds(records, start, sure=sure),
             prompt_tokens=records.tokens("prompt_tokens"),
             output_tokens=records.tokens("output_tokens"),
             starts_at_first=True,
@@ -120,5 +130,13 @@ def _text_of(inputs: Any) -> str:
         return str(payload)
     messages = body.get("messages")
     if isinstance(messages, list):
-        return " ".join(str(each.get("content", "")) for each in messages if isinstance(each, dict))
+        return " ".join(_content_of(each) for each in messages if isinstance(each, dict))
     return str(body.get("prompt", payload))
+
+
+def _content_of(message: dict[str, Any]) -> str:
+    """A message's text: the content itself, or the texts of its parts."""
+    content = message.get("content", "")
+    if isinstance(content, list):
+        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return str(content)

@@ -22,7 +22,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 _READING = ("GET", "HEAD", "OPTIONS")
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
-_LOOKED_AT = (b"host", b"origin", b"sec-fetch-site", b"x-forwarded-host")
+_LOOKED_AT = frozenset({b"host", b"origin", b"sec-fetch-site", b"x-forwarded-host"})
 
 
 class BrowserRules:

@@ -184,6 +184,8 @@ def sent_on(headers: Headers, by_key: bool) -> Headers:
     """
     passed = passed_on(headers, *_OWN, *([b"authorization"] if by_key else []))
     for name, value in passed:
+        if name.isascii() and value.isascii():
+            continue
         try:
             name.decode("ascii"), value.decode()
         except UnicodeDecodeError:

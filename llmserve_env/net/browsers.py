@@ -22,7 +22,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 _READING = ("GET", "HEAD", "OPTIONS")
 _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
-_LOOKED_AT = (b"host", b"origin", b"sec-fetch-site", b"x-forwarded-host")
+_LOOKED_AT = frozenset({b"host", b"origin", b"sec-fetch-site", b"x-forwarded-host"})
 
 
 class BrowserRules:
@@ -64,7 +64,9 @@ class BrowserRules:
             if self._hosts is not None and not is_host(found.get(b"host", ""), self._hosts):
                 await self._refuse(scope, send, 400, "this is no name of this server: see --allowed-host")
                 return
-            if self._changes(scope) and is_cross_origin(found, self._origins):
+            # A program that is no browser says neither.
+            tells = b"origin" in found or b"sec-fetch-site" in found
+            if tells and self._changes(scope) and is_cross_origin(found, self._origins):
                 await self._refuse(scope, send, 403, "pages of other sites may not send this")
                 return
         await self._app(scope, receive, send)

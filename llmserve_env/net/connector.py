@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import select
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import aiohttp
 
@@ -14,6 +16,12 @@ if TYPE_CHECKING:
     from aiohttp.tracing import Trace
 
 
+WAS_KEPT: ContextVar[bool] = ContextVar("WAS_KEPT", default=False)
+"""Whether the last request of this task went over a connection that was kept.
+
+aiohttp's tracing would tell, too, but does much more for each request."""
+
+
 class QuietConnector(aiohttp.TCPConnector):
     """Keeps connections, and closes those over which something came while nobody waited for it.
 
@@ -21,11 +29,20 @@ class QuietConnector(aiohttp.TCPConnector):
     the next request, which may be another client's.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._used: WeakSet[Any] = WeakSet()  # protocols that have had a request
+
     async def connect(self, req: ClientRequest, traces: list[Trace], timeout: ClientTimeout) -> Connection:
         """A connection for a request, kept or new."""
+        WAS_KEPT.set(False)  # also if there is none
         while True:
             connection = await super().connect(req, traces, timeout)
             if _is_quiet(connection):
+                if connection.protocol in self._used:
+                    WAS_KEPT.set(True)
+                else:
+                    self._used.add(connection.protocol)
                 return connection
             connection.close()
 

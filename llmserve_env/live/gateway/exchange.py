@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import aiohttp
 from yarl import URL
@@ -17,6 +16,7 @@ from llmserve_env.live.gateway.relay.answer import Answer, UpstreamFailed
 from llmserve_env.live.gateway.relay.reply import Headers, Send, passed_on
 from llmserve_env.live.gateway.wire import RequestBody
 from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.net.connector import WAS_KEPT
 from llmserve_env.net.http import fetch, open_session, payload
 
 LOG = logging.getLogger(__name__)
@@ -69,7 +69,6 @@ class Exchange:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=("User-Agent", "Accept", "Content-Type"),
-                trace_configs=[_noting_kept_connections()],
             )
         return self._session
 
@@ -147,7 +146,6 @@ class Exchange:
             aiohttp.ClientError, OSError, asyncio.TimeoutError: it cannot be reached, or was lost.
         """
         for left in reversed(range(_KEPT_TRIES + 1)):
-            connection = SimpleNamespace(kept=False)
             try:
                 return await self.open().request(
                     method,
@@ -155,10 +153,9 @@ class Exchange:
                     headers=_headers(upstream, headers),
                     data=content and payload(content),
                     allow_redirects=False,
-                    trace_request_ctx=connection,
                 )
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
-                if not (left and connection.kept):
+                if not (left and WAS_KEPT.get()):
                     raise
         raise AssertionError("the last failure is raised")
 
@@ -187,6 +184,8 @@ def sent_on(headers: Headers, by_key: bool) -> Headers:
     """
     passed = passed_on(headers, *_OWN, *([b"authorization"] if by_key else []))
     for name, value in passed:
+        if name.isascii() and value.isascii():
+            continue
         try:
             name.decode("ascii"), value.decode()
         except UnicodeDecodeError:
@@ -200,18 +199,6 @@ def sent_to(path: str, query: bytes) -> str:
     return path + (
         "?" + _NO_ASCII.sub(lambda byte: b"%%%02X" % ord(byte[0]), query).decode() if query else ""
     )
-
-
-def _noting_kept_connections() -> aiohttp.TraceConfig:
-    """Notes in a request's `trace_request_ctx` whether it goes over a connection that was kept."""
-
-    async def note(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-        if context.trace_request_ctx is not None:
-            context.trace_request_ctx.kept = True
-
-    tracing = aiohttp.TraceConfig()
-    tracing.on_connection_reuseconn.append(note)
-    return tracing
 
 
 def _headers(upstream: Upstream, headers: Headers) -> list[tuple[str, str]]:

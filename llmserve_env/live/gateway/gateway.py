@@ -262,18 +262,20 @@ class Gateway:
         passage.places = places
         self._in_flight.add(passage)
         self.ledger.arrived(passage, prompt_tokens)
-        drawn = (self.action.admission_rate, sequences, priority, self.action.priority_routing, now_s)
+        by_priority = self.action.priority_routing
+        drawn = (self.action.admission_rate, sequences, priority, by_priority, now_s)
         wait_s = self._bucket.wait_s(*drawn)
         if wait_s > 0:
             raise self._refused(passage, "admission rate", "Too many requests: try again later", wait_s)
         passage.turn = asyncio.get_running_loop().create_future()
         self._room.join(passage)
         self.dispatch()
-        crowded_out = self._room.crowded_out(self.action.priority_routing, passage)
+        crowded_out = self._room.crowded_out(by_priority, passage)
         if passage in crowded_out:
             raise self._refused(passage, "queue full", "Too many requests wait here: try again later", 1.0)
         self._bucket.take(*drawn)
-        self._displace(crowded_out)
+        if crowded_out:
+            self._displace(crowded_out)
         return passage
 
     def displace(self, passage: Passage) -> None:
@@ -295,8 +297,11 @@ class Gateway:
 
     def dispatch(self) -> None:
         """Hand waiting requests over while there is room."""
+        if not self._room.sequences:  # mostly
+            return
         now_s = self.clock()
-        while self.waiting and (found := self._turn(now_s).next(self._room)) is not None:
+        turns = self._turn(now_s)
+        while self._room.sequences and (found := turns.next(self._room)) is not None:
             passage, upstream = found
             self._room.leave(passage)
             passage.upstream, passage.since_s, passage.sent_s = upstream, now_s, now_s
@@ -367,8 +372,10 @@ class Gateway:
 
     def held_back(self, passage: Passage) -> bool:
         """Whether its answer is held back until its upstream has proven itself: another one could answer."""
-        than, pool = (*passage.failed_at, passage.upstream), passage.pool(self._pool)
-        return passage.probe and not passage.retried and another(pool, than, self.clock())
+        if not passage.probe or passage.retried:
+            return False
+        than = (*passage.failed_at, passage.upstream)
+        return another(passage.pool(self._pool), than, self.clock())
 
     def proven(self, passage: Passage) -> None:
         """Its answer has come so far that its upstream is well."""
@@ -398,9 +405,8 @@ class Gateway:
         if sequences:
             for sequence in sequences:
                 self.ledger.step(passage, now_s, sequence)
-        else:
-            for _ in range(steps):
-                self.ledger.step(passage, now_s)
+        elif steps:
+            self.ledger.step(passage, now_s, count=steps)
 
     def complete(self, passage: Passage, tokens: int | None) -> None:
         """Its answer is complete; `tokens` as its upstream counts them, None where it does not."""

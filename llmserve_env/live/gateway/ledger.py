@@ -40,7 +40,20 @@ measure: what they hold.
 """
 
 
-@dataclass(eq=False)
+_BY_TENANT = (
+    "tenant_arrived",
+    "tenant_completed",
+    "tenant_failed",
+    "tenant_first_tokens",
+    "tenant_headroom",
+    "tenant_in_slo",
+    "tenant_output_tokens",
+    "tenant_ttft_s",
+)
+"""Figures of a window that are counted for each tenant."""
+
+
+@dataclass(eq=False, slots=True)
 class LiveRequest:
     """A request on its way. Times are of the event loop's clock (s).
 
@@ -114,6 +127,9 @@ class Ledger:
         self._mistaken = [0] * len(tenants)  # to be taken out of what arrived, and their prompts
         self._mistaken_tokens = 0
         self._window: Any = self.blank()
+        # Plain numbers until the window ends: every request adds to several of them.
+        self._counts: Counter[str] = Counter()
+        self._by_tenant = {name: [0.0] * len(tenants) for name in _BY_TENANT}
 
     def blank(self) -> NDArray[np.void]:
         """WINDOW of a cell that has done nothing."""
@@ -130,11 +146,12 @@ class Ledger:
     def arrived(self, request: LiveRequest, prompt_tokens: int) -> None:
         """A client sent a request."""
         request.prompt_tokens = prompt_tokens
-        self._window["arrived"] += request.sequences
-        self._window["arrived_prompt_tokens"] += prompt_tokens
-        self._window["tenant_arrived"][request.tenant] += request.sequences
-        self.totals[request.tenant].arrived += request.sequences
-        self.totals[request.tenant].prompt_tokens += prompt_tokens
+        totals, count = self.totals[request.tenant], request.sequences
+        self._counts["arrived"] += count
+        self._counts["arrived_prompt_tokens"] += prompt_tokens
+        self._by_tenant["tenant_arrived"][request.tenant] += count
+        totals.arrived += count
+        totals.prompt_tokens += prompt_tokens
 
     def sent(self, request: LiveRequest, now_s: float) -> None:
         """It went to the endpoint."""
@@ -148,16 +165,17 @@ class Ledger:
         request.at_endpoint = False
         self._running -= request.sequences
 
-    def step(self, request: LiveRequest, now_s: float, sequence: int = 0) -> None:
-        """A piece of its answer came.
+    def step(self, request: LiveRequest, now_s: float, sequence: int = 0, count: int = 1) -> None:
+        """A piece of its answer came, or several at once.
 
         Args:
             request: which.
             now_s: time of the loop's clock (s).
             sequence: index of the sequence that it belongs to; one that it has not is taken for the first.
+            count: pieces.
         """
         totals = self.totals[request.tenant]
-        totals.output_tokens += 1
+        totals.output_tokens += count
         if not 0 <= sequence < request.sequences:
             sequence = 0
         last_s = request.last_of.get(sequence)
@@ -167,18 +185,22 @@ class Ledger:
             request.begun_s = now_s
             self._first_tokens(request, now_s, 1)
         else:
-            self._gaps_s.append(now_s - last_s)
-            totals.itl_s.add(now_s - last_s)
+            gap_s = now_s - last_s
+            self._gaps_s.append(gap_s)
+            totals.itl_s.add(gap_s)
+        if count > 1:  # the others come with it
+            self._gaps_s += [0.0] * (count - 1)
+            totals.itl_s.add(0.0, count - 1)
         request.last_s = request.last_of[sequence] = now_s
-        request.steps += 1
-        self._steps += 1
+        request.steps += count
+        self._steps += count
 
     def _first_tokens(self, request: LiveRequest, now_s: float, count: int) -> None:
         """So many of its sequences had their first token."""
         totals, ttft_s = self.totals[request.tenant], now_s - request.arrival_s
         self._ttft_s.extend([ttft_s] * count)
-        self._window["tenant_first_tokens"][request.tenant] += count
-        self._window["tenant_ttft_s"][request.tenant] += ttft_s * count
+        self._by_tenant["tenant_first_tokens"][request.tenant] += count
+        self._by_tenant["tenant_ttft_s"][request.tenant] += ttft_s * count
         totals.ttft_s.add(ttft_s, count)
         totals.recent_ttft_s.extend([ttft_s] * count)
 
@@ -194,13 +216,14 @@ class Ledger:
         if not request.steps:
             request.first_s = request.begun_s = request.last_s = now_s
         # Of answers that are not streamed, all sequences come at once, and count as one piece.
-        self._first_tokens(request, request.first_s, request.sequences - len(request.last_of))
+        if missing := request.sequences - len(request.last_of):
+            self._first_tokens(request, request.first_s, missing)
         tokens = max(tokens or 0, request.steps)
         tenant, count = self._tenants[request.tenant], request.sequences
-        self._window["completed"] += count
-        self._window["tenant_completed"][request.tenant] += count
-        self._window["tenant_output_tokens"][request.tenant] += tokens
-        self._window["output_tokens"] += tokens - request.steps
+        self._counts["completed"] += count
+        self._counts["output_tokens"] += tokens - request.steps
+        self._by_tenant["tenant_completed"][request.tenant] += count
+        self._by_tenant["tenant_output_tokens"][request.tenant] += tokens
         tpot_s = (request.last_s - request.first_s) / max(tokens / count - 1, 1)
         totals = self.totals[request.tenant]
         totals.outcomes["completed"] += count
@@ -213,8 +236,8 @@ class Ledger:
         tpot = tpot_s / tenant.tpot_slo_s
         if max(ttft, tpot) <= 1:
             totals.in_slo += count
-            self._window["tenant_in_slo"][request.tenant] += count
-            self._window["tenant_headroom"][request.tenant] += count * (1 - max(ttft, tpot))
+            self._by_tenant["tenant_in_slo"][request.tenant] += count
+            self._by_tenant["tenant_headroom"][request.tenant] += count * (1 - max(ttft, tpot))
             if request.tier is not None:
                 self._window["tier_in_slo"][request.tier, request.tenant] += count
         elif request.excused:
@@ -226,13 +249,13 @@ class Ledger:
         count = request.sequences
         self.totals[request.tenant].outcomes[outcome] += count
         self.failures[reason] += count
-        self._window["failed"] += count
-        self._window["tenant_failed"][request.tenant] += count
+        self._counts["failed"] += count
+        self._by_tenant["tenant_failed"][request.tenant] += count
         self._excused += count * request.excused
 
     def refused(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """It was not let in."""
-        self._window["refused"] += request.sequences
+        self._counts["refused"] += request.sequences
         self.failed(request, now_s, reason, "refused")
 
     def rejected(self, request: LiveRequest, now_s: float, reason: str) -> None:
@@ -248,7 +271,7 @@ class Ledger:
 
     def given_up(self, request: LiveRequest, now_s: float, reason: str) -> None:
         """Its client went away."""
-        self._window["timeouts"] += request.sequences
+        self._counts["timeouts"] += request.sequences
         self.failed(request, now_s, reason, "given_up")
 
     def close(
@@ -267,7 +290,7 @@ class Ledger:
         """
         self._mark(now_s)
         self._marked_s = None
-        window, self._window = self._window, self.blank()
+        window = self._filled()
         self.excused, self._excused = self._excused, 0
         self._leave_out(window)
         window["start_s"], window["end_s"] = start_s, end_s
@@ -296,6 +319,17 @@ class Ledger:
         self._steps = 0
         self._ttft_s, self._gaps_s = [], []
         return window, ttft, gaps
+
+    def _filled(self) -> Any:
+        """The window with what has been counted; counts begin anew."""
+        window, self._window = self._window, self.blank()
+        for name, count in self._counts.items():
+            window[name] = count
+        self._counts.clear()
+        for name, counts in self._by_tenant.items():
+            window[name][: len(counts)] = counts
+            counts[:] = [0.0] * len(counts)
+        return window
 
     def _leave_out(self, window: Any) -> None:
         """Take requests with their clients' mistakes out of those that arrived."""

@@ -14,9 +14,7 @@ clients send or get is never logged.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterator
 from functools import partial
 
 from llmserve_env.errors import InputError
@@ -34,6 +32,7 @@ from llmserve_env.live.gateway.relay.reply import Headers, Message, Receive, Sen
 from llmserve_env.live.gateway.several.models import NoModel
 from llmserve_env.live.gateway.wire import RequestBody
 from llmserve_env.live.servers.upstreams import Upstream
+from llmserve_env.net.cutoff import Cutoff
 from llmserve_env.net.loops import forever
 
 LOG = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ class Proxy:
         self._about = about.About(self._exchange)
         self._aside = Aside(self._exchange, gateway.idle_timeout_s)
         self._tenants = tenants
+        self._turning_away = _TurningAway(self.history)
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._held = HeldBodies(
@@ -153,11 +153,11 @@ class Proxy:
 
     async def _complete(self, scope: Message, receive: Receive, send: Send) -> None:
         """A completion, from its arrival to its end."""
-        with self._turning_away():
+        with self._turning_away:
             tenant, by_key = self._tenant(scope["headers"])
             held = HeldBody(tenant)
         try:
-            with self._turning_away():
+            with self._turning_away:
                 content = await self._content(held, scope["headers"], receive)
                 if content is None:
                     return
@@ -206,11 +206,11 @@ class Proxy:
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
         """A request that takes no place in a batch, from its arrival to its end."""
-        with self._turning_away():
+        with self._turning_away:
             tenant, by_key = self._tenant(scope["headers"])
             held = HeldBody(tenant)
         try:
-            with self._turning_away():
+            with self._turning_away:
                 content = await self._content(held, scope["headers"], receive)
                 if content is None:
                     return
@@ -244,15 +244,6 @@ class Proxy:
         """Headers for upstreams: their models are for those who may send requests, the rest is for all."""
         return sent_on(headers, self._tenant(headers)[1]) if about.for_callers(path) else []
 
-    @contextlib.contextmanager
-    def _turning_away(self) -> Iterator[None]:
-        """Counts a request that is refused here, before it is one of a tenant's."""
-        try:
-            yield
-        except Refused as refused:
-            self.history.turned_away[refused.reason] += 1
-            raise
-
     def _tenant(self, headers: Headers) -> tuple[int, bool]:
         """Who sends a request, and whether the gateway's key told."""
         tenant, by_key = self._tenants.of(headers)
@@ -265,33 +256,25 @@ class Proxy:
         stated = next((value for name, value in headers if name == b"content-length"), b"0")
         self._check_size(int(stated) if stated.isdigit() else 0)
         parts: list[bytes] = []
-
-        async def read() -> bool:
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return False
-                part = message.get("body", b"")
-                parts.append(part)
-                self._check_size(held.size + len(part))
-                self._held.grow(held, len(part))
-                more = message.get("more_body", False)
-            return True
-
-        reading = asyncio.ensure_future(read())
-        held.give_way = reading.cancel
+        more = True
         try:
-            whole = await asyncio.wait_for(reading, self._body_timeout_s)
+            with Cutoff(self._body_timeout_s) as cutoff:
+                held.give_way = cutoff.cut
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    parts.append(part)
+                    self._check_size(held.size + len(part))
+                    self._held.grow(held, len(part))
+                    more = message.get("more_body", False)
         except asyncio.TimeoutError:
-            raise Refused(408, "The request's body did not come in time", "body timeout") from None
-        except asyncio.CancelledError:
             if not held.lost:
-                raise
-            raise _displaced() from None
+                raise Refused(408, "The request's body did not come in time", "body timeout") from None
         if held.lost:
             raise _displaced()
-        return b"".join(parts) if whole else None
+        return b"".join(parts)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:
@@ -326,6 +309,20 @@ class Proxy:
         """A request's answer has begun: it will not be sent again."""
         self._held.release(held)
         body.forget()
+
+
+class _TurningAway:
+    """Counts a request that is refused within it, before it is one of a tenant's."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Refused):
+            self._history.turned_away[error.reason] += 1
 
 
 def _only(method: str, expected: str) -> None:

@@ -74,8 +74,13 @@ def another(pool: Sequence[Upstream], than: Collection[Upstream | None], now_s: 
     return any(each not in than and not each.health.out and each.health.takes(now_s) for each in pool)
 
 
-def _order(upstream: Upstream) -> tuple[bool, float, int]:
-    return not upstream.health.out, upstream.running / upstream.engines, upstream.turn
+def by_load(upstream: Upstream) -> tuple[float, int]:
+    """Order of upstreams that are well: the least loaded first, ties in turn."""
+    return upstream.running / upstream.engines, upstream.turn
+
+
+def _order(upstream: Upstream) -> tuple[bool, tuple[float, int]]:
+    return not upstream.health.out, by_load(upstream)
 
 
 class RetryBudget:

@@ -69,17 +69,26 @@ class EventReader:
         Raises:
             EventTooLong: an event has more bytes than it may.
         """
-        if (  # a message of one line, as servers send them: for a tenth of the time
-            not self._held
-            and chunk.startswith(b"data:")
-            and chunk.endswith(b"\n\n")
-            and chunk.index(b"\n") == len(chunk) - 2
-            and b"\r" not in chunk
-            and len(chunk) <= self._max_event_bytes
-        ):
-            self.whole, self._begun, self._after_cr = chunk, True, False
+        if self.is_message(chunk):
             return (Event(chunk[6 if chunk.startswith(b"data: ") else 5 : -2]),)
         return self._read(chunk)
+
+    def is_message(self, chunk: bytes) -> bool:
+        """Whether what came is a message of one line, as servers send them; it is taken then, as by `feed`.
+
+        It tells so for a tenth of the time that any other chunk takes.
+        """
+        if (
+            self._held
+            or not chunk.startswith(b"data:")
+            or chunk.find(b"\n") != len(chunk) - 2
+            or chunk[-1] != 10  # a line feed
+            or b"\r" in chunk
+            or len(chunk) > self._max_event_bytes
+        ):
+            return False
+        self.whole, self._begun, self._after_cr = chunk, True, False
+        return True
 
     def finish(self) -> Sequence[Event]:
         """Take what is held as an event: the stream is over, and nothing will complete it.

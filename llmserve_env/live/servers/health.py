@@ -83,6 +83,11 @@ class Health:
         """Whether it was ejected and has not proven since that it is well."""
         return self._until_s is not None
 
+    @property
+    def well(self) -> bool:
+        """Whether it is neither out nor drains: it may get any request."""
+        return self._until_s is None and not self.draining
+
     def state(self, now_s: float) -> State:
         """What is to be expected of it."""
         if self.draining:

@@ -114,6 +114,7 @@ class StreamReader:
         apart: Whether sequences are told apart, of which the answer has several.
 
     Attributes:
+        whole: What the last `feed` or `finish` completed: whole events, and comments between them.
         sequences: Index of the sequence of each piece that came last, where they are told apart.
         events: Whole events with data so far. Comments, which keep connections open, are none.
         ended: Whether the answer said that it is complete: a finish reason, the end of a response, or [DONE].
@@ -125,19 +126,15 @@ class StreamReader:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES, *, apart: bool = False) -> None:
         self._apart = apart
-        self.sequences: list[int] = []
+        self.whole = b""
+        self.sequences: Sequence[int] = ()
         self.events = 0
         self.ended = self.finished = False
         self.usage: dict[str, Any] = {}
         self.error: dict[str, Any] | None = None
         self.garbled = False
         self._reader = EventReader(max_event_bytes)
-        self._whole = b""
-
-    @property
-    def whole(self) -> bytes:
-        """What the last `feed` or `finish` completed: whole events, and comments between them."""
-        return self._whole
+        self._indices: list[int] = []  # what `sequences` will be
 
     @property
     def within_event(self) -> bool:
@@ -150,11 +147,23 @@ class StreamReader:
         Raises:
             RequestFailed: an event has more bytes than it may.
         """
+        reader = self._reader
+        # Nearly all chunks are a piece of an answer each. What is found in such a chunk is in its data, as
+        # neither `data:` nor the line ends are looked for.
+        if (
+            not self._apart
+            and reader.is_message(chunk)
+            and _is_plain(chunk)
+            and (chunk.isascii() or _is_text(chunk))
+        ):
+            self.events += 1
+            self.sequences, self.whole = (), chunk
+            return 1
         try:
-            steps = self._take(self._reader.feed(chunk))
+            steps = self._take(reader.feed(chunk))
         except EventTooLong:
             raise RequestFailed("event too long") from None
-        self._whole = self._reader.whole
+        self.whole = self._reader.whole
         return steps
 
     def finish(self) -> int:
@@ -167,13 +176,13 @@ class StreamReader:
             steps = self._take(self._reader.finish(), whole=False)
         except EventTooLong:
             raise RequestFailed("event too long") from None
-        self._whole = b"" if self.garbled else self._reader.whole
+        self.whole = b"" if self.garbled else self._reader.whole
         self.garbled = self.garbled or garbled
         return steps
 
     def _take(self, events: Sequence[Event], whole: bool = True) -> int:
         steps = 0
-        self.sequences = []
+        self.sequences = self._indices = []
         for data, name in events:
             if not (data.isascii() or _is_text(data)):
                 self.garbled = True
@@ -182,7 +191,7 @@ class StreamReader:
                 steps += 1
                 if self._apart:
                     found = _INDEX.search(data)
-                    self.sequences.append(0 if found is None else int(found[1]))
+                    self._indices.append(0 if found is None else int(found[1]))
             elif stripped := data.strip():
                 self.events += 1
                 steps += self._event(stripped, name)
@@ -222,7 +231,7 @@ class StreamReader:
                 pieces, index = self._choice(choice), choice.get("index")
                 steps += pieces
                 if self._apart:
-                    self.sequences += [index if isinstance(index, int) else 0] * pieces
+                    self._indices += [index if isinstance(index, int) else 0] * pieces
         return steps
 
     def _choice(self, choice: dict[str, Any]) -> int:

@@ -21,6 +21,27 @@ def play(ledger, request, at_s, steps_s, end_s):
     ledger.completed(request, end_s, None)
 
 
+def test_pieces_that_come_together_count_as_each_by_itself():
+    together, by_itself = Ledger(TENANTS, 1), Ledger(TENANTS, 1)
+    told = []
+    for ledger in (together, by_itself):
+        ledger.open(0.0)
+        request = LiveRequest(0, 1, 0, 0.0)
+        ledger.arrived(request, 10)
+        ledger.sent(request, 0.0)
+        for now_s, count in ((0.5, 3), (0.75, 1), (1.25, 2)):
+            if ledger is together:
+                ledger.step(request, now_s, count=count)
+            else:
+                for _ in range(count):
+                    ledger.step(request, now_s)
+        ledger.completed(request, 1.25, 6)
+        window, ttft, gaps = ledger.close(2.0, 0.0, 2.0, [])
+        totals = ledger.totals[1]
+        told.append((window.tobytes(), ttft.tolist(), gaps.tolist(), totals.itl_s, totals.output_tokens))
+    assert told[0] == told[1]
+
+
 def test_promises_kept_and_headroom():
     ledger = Ledger(TENANTS, 1)
     ledger.open(100.0)

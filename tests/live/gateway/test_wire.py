@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmserve_env.errors import InputError
 from llmserve_env.live.gateway.callers import load_tenants
-from llmserve_env.live.gateway.wire import RequestBody, as_error
+from llmserve_env.live.gateway.wire import RequestBody, _members, _object, as_error
 from llmserve_env.live.servers.upstreams import parse_upstream
 from llmserve_env.schema import QuantizationTier
 
@@ -40,6 +42,30 @@ def test_nothing_but_the_priority_changes(came, priority, goes):
 def test_what_is_no_json_object_is_refused_without_being_quoted(body):
     with pytest.raises(InputError, match=r"^field 'body': expected a JSON object$"):
         RequestBody(body.encode())
+
+
+MEMBERS = st.dictionaries(
+    st.sampled_from(["prompt", "a", "priori", "Priority", ""]) | st.text(max_size=3),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda each: st.lists(each, max_size=2) | st.dictionaries(st.text(max_size=2), each, max_size=2),
+        max_leaves=4,
+    ),
+    max_size=3,
+)
+
+
+@given(MEMBERS, st.sampled_from(["", " ", "\n\t"]), st.sampled_from(["", "}", "{}", "\ufeff", "\x0b"]))
+def test_an_object_without_a_priority_is_read_the_short_way_as_the_long_one(members, space, more):
+    text = space + json.dumps(members) + space + more
+    try:
+        short = _object(text)
+    except ValueError:
+        with pytest.raises((ValueError, StopIteration)):
+            _members(text)
+    else:
+        spans, found = _members(text)
+        assert (spans, repr(found)) == ([], repr(short))  # what is no number is not equal to itself
 
 
 @pytest.mark.parametrize(

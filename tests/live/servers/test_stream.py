@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
 
@@ -54,6 +56,42 @@ def test_the_short_way_of_reading_finds_what_the_long_one_does(separators):
         short, long = StreamReader(), StreamReader()
         assert short.feed(b"data: " + data + b"\n\n") == long.feed(b"event: x\ndata: " + data + b"\n\n"), each
         assert all(getattr(short, name) == getattr(long, name) for name in TOLD), each
+
+
+TEXTS = ["", "a", "é", '"finish_reason": null', '"error"', "\n\n", "\r", '{"usage": {"n": 1}}']
+DATA = st.one_of(
+    st.builds(
+        lambda text, end, more: json.dumps(
+            {"choices": [{"text": text, "finish_reason": end}], **more}, ensure_ascii=False
+        ).encode(),
+        st.sampled_from(TEXTS),
+        st.sampled_from([None, None, "stop"]),
+        st.sampled_from([{}, {}, {"usage": {"completion_tokens": 1}}, {"error": {"message": "m"}}]),
+    ),
+    st.sampled_from(
+        [b"[DONE]", b"", b"no JSON", b"[1]", b'"finish_reason":null', b'"finish_reason":null\xff']
+    ),
+)
+CHUNKS = st.builds(
+    lambda before, data, after: before + data + after,
+    st.sampled_from([b"data: ", b"data: ", b"data:", b"data:  ", b"event: x\ndata: ", b": c\n\ndata: ", b""]),
+    DATA,
+    st.sampled_from([b"\n\n", b"\n\n", b"\r\n\r\n", b"\n", b"", b"\n\ndata: 1\n\n", b"\r\r"]),
+)
+
+
+@given(st.lists(CHUNKS, max_size=5))
+def test_chunks_that_are_an_event_are_read_as_the_same_bytes_in_pieces(chunks):
+    at_once, in_pieces = StreamReader(max_event_bytes=1000), StreamReader(max_event_bytes=1000)
+    for chunk in chunks:
+        steps, passed_on = 0, b""
+        for byte in chunk:
+            steps += in_pieces.feed(bytes([byte]))
+            passed_on += in_pieces.whole
+        assert at_once.feed(chunk) == steps
+        assert at_once.whole == passed_on
+        told = (*TOLD, "finished", "within_event")
+        assert [getattr(at_once, name) for name in told] == [getattr(in_pieces, name) for name in told]
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])

@@ -40,7 +40,7 @@ class Refused(Exception):
         self.param = param
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Passage(LiveRequest):
     """A request on its way through the gateway.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llmserve_env.live.servers.choice import choose, reachable
+from llmserve_env.live.servers.choice import by_load, choose, reachable
 
 if TYPE_CHECKING:
     from llmserve_env.live.gateway.admission.passage import Passage
@@ -52,7 +52,10 @@ class Turns:
             kind = (passage.sequences, passage.places, passage.failed_at, passage.priority)
             if kind in blocked:
                 continue
-            upstream = self._free(passage, kept)
+            if passage.sequences == 1 and not (kept or passage.failed_at) and passage.places is None:
+                upstream = self.free()
+            else:
+                upstream = self._free(passage, kept)
             if upstream is not None:
                 if upstream in kept:
                     kept[upstream].overtaken += passage.sequences
@@ -68,6 +71,10 @@ class Turns:
 
     def free(self, sequences: int = 1) -> Upstream | None:
         """The upstream that takes a request of so many sequences now, whatever its model."""
+        if sequences == 1 and all(each.health.well for each in self._pool):
+            # Then `choose` has all to choose from, finds none to probe and none that is out.
+            room = [each for each in self._pool if each.running < self._cap(each) and self._is_open(each)]
+            return room[0] if len(room) == 1 else min(room, key=by_load, default=None)
         need = self._need(sequences, self._pool)
         return self._choose(self._pool, lambda each: self._cap(each) - each.running >= need)
 

@@ -81,9 +81,11 @@ class WaitingRoom:
         Returns:
             The newest ones of the tenants that `gives_way` names, or the newcomer alone.
         """
+        excess, found = self.sequences - self._max_sequences, list[Passage]()
+        if excess <= 0:
+            return found
         ranks, held = self._ranks(by_priority), list(self._held)
         newest = [reversed(queue) for queue in self._queues]
-        excess, found = self.sequences - self._max_sequences, list[Passage]()
         while excess > 0:
             tenant = gives_way(held, ranks, newcomer.tenant)
             passage = next(newest[tenant])

@@ -117,7 +117,7 @@ class Answer:
         """Pass a stream on, whole events only, each when it comes."""
         gateway, passage, reader = self._gateway, self._passage, self._reader
         if await self._begin(response, first, headers):
-            read, got, part = response.content.readany, gateway.got, self._part
+            read, got, send = response.content.readany, gateway.got, self._send
             while chunk := await read():  # here nearly all of a gateway's time goes
                 events = reader.events
                 if came := reader.feed(chunk):
@@ -126,11 +126,13 @@ class Answer:
                     got(passage)
                 if reader.garbled and reader.error is None:
                     raise _no_completion()
-                if whole := reader.whole:
-                    await part(whole)
+                if whole := reader.whole:  # as `_part`, without a call
+                    passage.writing = True
+                    await send({"type": "http.response.body", "body": whole, "more_body": True})
+                    passage.writing = False
             got(passage, reader.finish(), reader.sequences)
             if reader.whole:
-                await part(reader.whole)
+                await self._part(reader.whole)
         if reader.error is not None:
             gateway.fail(passage, "error in the stream")
         elif not reader.ended:
@@ -296,9 +298,10 @@ def _no_completion() -> UpstreamFailed:
 
 def _count(usage: Any) -> int | None:
     """Tokens of an answer as its upstream counts them; None where it does not."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+    try:
         return int(usage["completion_tokens"])
-    return None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def _seconds(retry_after: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import cache
 from typing import Any
 
 from llmserve_env.live.gateway.admission.passage import Refused
@@ -44,10 +45,15 @@ def error_of(refused: Refused) -> bytes:
     return error_json(refused.message, _KINDS.get(refused.status, other), refused.status, refused.param)
 
 
+@cache  # nearly all requests and answers are alike in this
+def _dropped(without: tuple[bytes, ...]) -> frozenset[bytes]:
+    return _HOP_BY_HOP.union(without)
+
+
 def passed_on(headers: Headers, *without: bytes) -> Headers:
     """Headers (names in lower case) that are for the other side, too."""
-    named = {
-        each.strip().lower() for name, value in headers if name == b"connection" for each in value.split(b",")
-    }
-    dropped = _HOP_BY_HOP | named | set(without)
+    dropped = _dropped(without)
+    for name, value in headers:
+        if name == b"connection":
+            dropped = dropped.union(each.strip().lower() for each in value.split(b","))
     return [(name, value) for name, value in headers if name not in dropped]

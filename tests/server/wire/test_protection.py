@@ -153,4 +153,5 @@ def test_a_missing_package_is_named_in_a_line():
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
     )
     assert refused.returncode == 1
-    assert refused.stderr == "error: the uvicorn package is missing: pip install -e '.[server]' in the checkout\n"
+    how = "pip install -e '.[server]' in the checkout"
+    assert refused.stderr == f"error: the uvicorn package is missing: {how}\n"

@@ -105,6 +105,8 @@ def by_remote_environment(url, task, action):
     env = LLMServeRemoteEnv(url, task.id, horizon_s=task.horizon_s)
     env.reset(seed=SEED)
     told = [env.step(to_array([ServeAction(**action)])[0])[-1] for _ in range(WINDOWS)]
+    for info in told:  # numbers there, and None on the wire
+        info["action"] = ServeAction(**info["action"]).model_dump(mode="json")
     log, result = env.log(), env.grade()
     env.close()
     return told, log.model_dump(mode="json"), result.model_dump(mode="json")

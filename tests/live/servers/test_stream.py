@@ -70,6 +70,7 @@ DATA = st.one_of(
     ),
     st.sampled_from(
         [b"[DONE]", b"", b"no JSON", b"[1]", b'"finish_reason":null', b'"finish_reason":null\xff']
+        + [b'"finish_reason":null\rdata: 1', b'"finish_reason":null\r']
     ),
 )
 CHUNKS = st.builds(

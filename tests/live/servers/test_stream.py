@@ -59,6 +59,7 @@ def test_the_short_way_of_reading_finds_what_the_long_one_does(separators):
 
 
 TEXTS = ["", "a", "é", '"finish_reason": null', '"error"', "\n\n", "\r", '{"usage": {"n": 1}}']
+PLAIN = b'"finish_reason":null'
 DATA = st.one_of(
     st.builds(
         lambda text, end, more: json.dumps(
@@ -69,8 +70,7 @@ DATA = st.one_of(
         st.sampled_from([{}, {}, {"usage": {"completion_tokens": 1}}, {"error": {"message": "m"}}]),
     ),
     st.sampled_from(
-        [b"[DONE]", b"", b"no JSON", b"[1]", b'"finish_reason":null', b'"finish_reason":null\xff']
-        + [b'"finish_reason":null\rdata: 1', b'"finish_reason":null\r']
+        [b"[DONE]", b"", b"no JSON", b"[1]", PLAIN, PLAIN + b"\xff", PLAIN + b"\r", PLAIN + b"\r\rdata: 1"]
     ),
 )
 CHUNKS = st.builds(

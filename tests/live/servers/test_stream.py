@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
@@ -82,6 +82,8 @@ CHUNKS = st.builds(
 
 
 @given(st.lists(CHUNKS, max_size=5))
+@example([b"data: " + PLAIN + b"\r\rdata: 1\n\n"])
+@example([b"data: " + PLAIN + b"\xff\n\n"])
 def test_chunks_that_are_an_event_are_read_as_the_same_bytes_in_pieces(chunks):
     at_once, in_pieces = StreamReader(max_event_bytes=1000), StreamReader(max_event_bytes=1000)
     for chunk in chunks:

@@ -31,6 +31,7 @@ from server.messages.requests import ResetRequest
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".jsonl"
+_TO_JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 _LONGEST = 300  # characters of a reason
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,255}")
 _LEFT = re.compile(r"[A-Za-z0-9_-]{32}\.tmp")
@@ -296,4 +297,4 @@ def _reason(error: Exception) -> str:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, allow_nan=False, ensure_ascii=False).encode()
+    return _TO_JSON(record).encode()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import aiohttp
 
 if TYPE_CHECKING:
+    import asyncio
+
     from aiohttp import ClientTimeout
     from aiohttp.client_reqrep import ClientRequest
     from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
 
+
+_Unread = Callable[[int], list[tuple[int, int]]]
 
 WAS_KEPT: ContextVar[bool] = ContextVar("WAS_KEPT", default=False)
 """Whether the last request of this task went over a connection that was kept.
@@ -31,29 +36,29 @@ class QuietConnector(aiohttp.TCPConnector):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._used: WeakSet[Any] = WeakSet()  # protocols that have had a request
+        # Of connections that have had a request; by their protocols, which last as long as they do.
+        self._used: WeakKeyDictionary[Any, _Unread] = WeakKeyDictionary()
 
     async def connect(self, req: ClientRequest, traces: list[Trace], timeout: ClientTimeout) -> Connection:
         """A connection for a request, kept or new."""
         WAS_KEPT.set(False)  # also if there is none
         while True:
             connection = await super().connect(req, traces, timeout)
-            if _is_quiet(connection):
-                if connection.protocol in self._used:
-                    WAS_KEPT.set(True)
-                else:
-                    self._used.add(connection.protocol)
+            protocol = connection.protocol
+            unread = self._used.get(protocol)
+            kept = unread is not None
+            if not kept and connection.transport is not None:
+                self._used[protocol] = unread = _unread(connection.transport)
+            if protocol is not None and unread is not None and not (protocol.should_close or unread(0)):
+                WAS_KEPT.set(kept)
                 return connection
             connection.close()
 
 
-def _is_quiet(connection: Connection) -> bool:
-    """Whether nothing came, read or not."""
-    protocol, transport = connection.protocol, connection.transport
-    if protocol is None or transport is None or protocol.should_close:
-        return False
+def _unread(transport: asyncio.Transport) -> _Unread:
+    """What tells whether something has come over a connection that was not read yet."""
     if transport.get_extra_info("ssl_object") is not None:  # TLS has messages of its own, which mean nothing
-        return True
+        return lambda timeout_ms: []
     waiting = select.poll()
     waiting.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-    return not waiting.poll(0)
+    return waiting.poll

@@ -172,7 +172,7 @@ class Proxy:
             serving = asyncio.create_task(self._exchange.serve(Request(passage, url, headers, body), send))
             hung_up = asyncio.create_task(_hung_up(receive))
             try:
-                await asyncio.wait({serving, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+                await _first_of(serving, hung_up)
                 if hung_up.done():
                     passage.moving = passage.silent = False  # whatever it was taken from its upstream for
                 serving.cancel()  # does nothing where it is done
@@ -191,6 +191,7 @@ class Proxy:
                 hung_up.cancel()
         finally:
             self._held.release(held)
+            held.give_way = _nothing  # body and passage know each other: garbage would have to be looked for
 
     async def _places(self, model: str | None, held: HeldBody) -> frozenset[Upstream] | None:
         """Upstreams that serve the model of a request, whose body is held meanwhile; None for all."""
@@ -309,6 +310,23 @@ class Proxy:
         """A request's answer has begun: it will not be sent again."""
         self._held.release(held)
         body.forget()
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _first_of(*tasks: asyncio.Task[None]) -> None:
+    """Wait for one of several tasks; as `asyncio.wait`, for less."""
+    ended = asyncio.get_running_loop().create_future()
+
+    def end(_: object) -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    for task in tasks:
+        task.add_done_callback(end)
+    await ended
 
 
 class _TurningAway:

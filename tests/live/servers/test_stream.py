@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmserve_env.live.servers.stream import RequestFailed, StreamReader, error_status
@@ -59,6 +59,7 @@ def test_the_short_way_of_reading_finds_what_the_long_one_does(separators):
 
 
 TEXTS = ["", "a", "é", '"finish_reason": null', '"error"', "\n\n", "\r", '{"usage": {"n": 1}}']
+PLAIN = b'"finish_reason":null'
 DATA = st.one_of(
     st.builds(
         lambda text, end, more: json.dumps(
@@ -69,7 +70,7 @@ DATA = st.one_of(
         st.sampled_from([{}, {}, {"usage": {"completion_tokens": 1}}, {"error": {"message": "m"}}]),
     ),
     st.sampled_from(
-        [b"[DONE]", b"", b"no JSON", b"[1]", b'"finish_reason":null', b'"finish_reason":null\xff']
+        [b"[DONE]", b"", b"no JSON", b"[1]", PLAIN, PLAIN + b"\xff", PLAIN + b"\r", PLAIN + b"\r\rdata: 1"]
     ),
 )
 CHUNKS = st.builds(
@@ -81,6 +82,8 @@ CHUNKS = st.builds(
 
 
 @given(st.lists(CHUNKS, max_size=5))
+@example([b"data: " + PLAIN + b"\r\rdata: 1\n\n"])
+@example([b"data: " + PLAIN + b"\xff\n\n"])
 def test_chunks_that_are_an_event_are_read_as_the_same_bytes_in_pieces(chunks):
     at_once, in_pieces = StreamReader(max_event_bytes=1000), StreamReader(max_event_bytes=1000)
     for chunk in chunks:

@@ -151,7 +151,9 @@ class World:
             if count:
                 self._note(f"at rest: {count} {what}")
         gc.collect()
-        kept = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, OF_REQUESTS))
+        kept = Counter(
+            type(each).__name__ for each in gc.get_objects() if issubclass(type(each), OF_REQUESTS)
+        )
         if kept:
             self._note(f"at rest: {kept} are kept")
         history = self.service.history

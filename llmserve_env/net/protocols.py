@@ -28,6 +28,8 @@ ErrorBody = Callable[[str, int], bytes]
 """JSON of a refusal, from its message and status."""
 
 _BETWEEN, _HEAD, _BODY = range(3)  # where in a request the next byte will be
+_MOST_AHEAD = 16
+"""Requests that a client may send ahead of their answers; each of them takes some kilobytes and its time."""
 _LINGER_S = 2.0
 _LINGER_BYTES = 1 << 20
 """For how long, and how many bytes, a refused client may go on sending: hung up on before, it might not see
@@ -152,7 +154,8 @@ class _Bounded(Base):
 class BoundedHttp(_Bounded, HttpToolsProtocol):
     """A connection that speaks HTTP; see `bounded`."""
 
-    cycle: Any  # None before the first request
+    cycle: Any  # of the request that came last; None before the first
+    _answered: Any = None  # of the request that the application answers, or has answered last
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -241,6 +244,8 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         if self._unparsed_bytes + self._chunk_bytes > most and self._header_bytes() > most:
             self._too_large = True
             raise ValueError(self._header_bound)  # ends the parser
+        if len(self.pipeline) >= _MOST_AHEAD:
+            raise ValueError("too many requests ahead of their answers")
         self._unparsed_bytes = 0
         self._read_until = None
         self.pool.serve(self)
@@ -263,6 +268,22 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
             self._read_until = None
             self.pool.release(self)
         HttpToolsProtocol.on_message_complete(self)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed: the application hears of it, also where further requests have come."""
+        self._tell_of_the_end()
+        super().connection_lost(exc)
+
+    def _tell_of_the_end(self) -> None:
+        """What the application still says is heard by nobody, and it is asked nothing more."""
+        self.pipeline.clear()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def on_response_complete(self) -> None:
         """The application has answered."""
@@ -310,13 +331,11 @@ class BoundedHttp(_Bounded, HttpToolsProtocol):
         self._forget_deadlines()
         self._unset_keepalive_if_required()
         self.pool.end(self)
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True  # what the application still says is heard by nobody
-            cycle.message_event.set()
-            if cycle.response_started:
-                self.hang_up()
-                return
+        cycle, behind = self._answered, len(self.pipeline) > 0
+        self._tell_of_the_end()
+        if behind or (cycle is not None and not cycle.response_complete and cycle.response_started):
+            self.hang_up()  # a refusal would be taken for another request's, or for a part of its answer
+            return
         self._write_refusal(status, message)
         self.transport.write_eof()
         self.flow.resume_reading()

@@ -233,6 +233,44 @@ def test_who_sends_the_next_request_early_is_answered_first():
     asyncio.run(main())
 
 
+def test_requests_far_ahead_of_their_answers_are_hung_up_on_before_they_are_kept():
+    async def main():
+        app = App()
+        app.go.clear()
+        async with standing(app) as here:
+            connection = await opened(here, 10 * (GET + b"\r\n"))
+            await until(lambda: app.begun)
+            assert await sent(here, 3000 * (GET + b"\r\n")) == b""
+            app.go.set()
+            for _ in range(10):
+                assert await answer(connection, b"") == (200, b"0")
+            await until(lambda: app.begun >= 11)
+            assert app.begun == 11  # of the others, the application was told of the first alone
+            connection[1].close()
+
+    asyncio.run(main())
+
+
+def test_the_application_hears_of_a_client_that_left_with_further_requests_sent():
+    async def main():
+        left = asyncio.Event()
+        begun = asyncio.Event()
+
+        async def waiting(scope, receive, send):
+            while (message := await receive())["type"] != "http.disconnect":
+                assert not message["more_body"]
+                begun.set()
+            left.set()
+
+        async with standing(waiting) as here:
+            _, writer = await opened(here, 2 * (GET + b"\r\n"))
+            await asyncio.wait_for(begun.wait(), 60)
+            writer.close()
+            await asyncio.wait_for(left.wait(), 60)
+
+    asyncio.run(main())
+
+
 def test_a_body_that_does_not_end_is_hung_up_on_and_the_application_told():
     async def main():
         app = App()

@@ -17,6 +17,7 @@ from llmserve_env.live.gateway.ledger import UNMEASURED
 from llmserve_env.live.servers.control_folder import ControlFolder
 from llmserve_env.live.servers.engine_settings import EngineSettings, EngineStatus, read_statuses
 from llmserve_env.live.servers.fault import Cause
+from llmserve_env.live.servers.health import State
 from llmserve_env.live.servers.telemetry import Telemetry, merge
 from llmserve_env.schema import ServeAction
 
@@ -213,7 +214,8 @@ class Deployment:
         """
         now_s = time.monotonic()  # as telemetry's
         for upstream in self.gateway.upstreams:
-            if upstream.health.cause is Cause.SILENT:
+            silent = upstream.health.cause is Cause.SILENT
+            if silent and self.gateway.state(upstream) is not State.PROBING:
                 return f"{upstream.shown_url}: requests run, and nothing moves"
         lost = [each for each in self._replicas.values() if each.stale(now_s)]
         if not lost:

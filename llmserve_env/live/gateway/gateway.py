@@ -398,7 +398,7 @@ class Gateway:
             health = upstream.health
             health.came_s = now_s
             if health.cause is _SILENT:
-                health.moved(now_s)
+                health.came(now_s)
         if not passage.began:
             passage.began = True
             self._watch.first_bytes.add(now_s - passage.sent_s, now_s)

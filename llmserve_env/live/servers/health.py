@@ -171,7 +171,12 @@ class Health:
         self._seen(Cause.SILENT, now_s)
 
     def moved(self, now_s: float) -> None:
-        """Something moves there: it is not silent any more."""
+        """Its counters move, or nothing runs there any more: a request may find out if it is silent still."""
+        if self.cause is Cause.SILENT and self._until_s is not None:
+            self._until_s = min(self._until_s, now_s)
+
+    def came(self, now_s: float) -> None:
+        """A piece of an answer came from it: it is not silent any more."""
         if self.cause is Cause.SILENT and self._until_s is not None:
             self._recover(now_s)
 

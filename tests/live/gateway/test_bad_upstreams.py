@@ -203,7 +203,7 @@ def test_a_silent_upstream_gives_its_requests_back_and_gets_none_until_something
             assert here.servers[0].served == 2
             still[frozen.url] = 0.0
             pass_time(here, 0.1)
-            assert frozen.health.state(here.clock.now_s) is State.WELL
+            assert frozen.health.state(here.clock.now_s) is State.PROBING  # it may hang again
 
     asyncio.run(main())
 

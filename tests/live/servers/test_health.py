@@ -121,12 +121,17 @@ def test_silence_lasts_as_long_as_it_is_seen_and_ends_when_something_moves():
         health.silent(float(now_s))
         assert (health.state(now_s), health.cause) == (State.EJECTED, Cause.SILENT)
     assert health.ejections == {Cause.SILENT: 1}
-    health.moved(99.5)
-    assert health.state(99.5) is State.WELL
+    health.moved(99.5)  # as it does when all that it had was taken away: it may hang with the next, too
+    assert health.state(99.5) is State.PROBING
+    assert health.sent(99.6, idle=True)
+    assert not health.takes(99.7)
+    health.came(99.8)
+    assert health.state(99.8) is State.WELL
     health.silent(100.0)
     assert health.state(100.0 + HELD_S) is State.PROBING  # nobody has seen it since
     broken_now = broken()
     broken_now.moved(0.5)  # that something moves says nothing of failures
+    broken_now.came(0.5)
     assert broken_now.state(0.5) is State.EJECTED
 
 

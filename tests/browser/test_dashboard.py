@@ -93,7 +93,8 @@ def test_requests_windows_and_decisions_come_without_a_reload(look: Callable[...
     assert "1 requests turned away" in page.locator("#foot").inner_text()
     assert httpx.post(f"{steered}/v1/completions", json=_BODY, timeout=60).status_code == 200
     tenant.locator("td").nth(5).get_by_text(str(completed + 1), exact=True).wait_for()
-    page.locator('[data-chart="Time to first token"] circle').first.wait_for(state="attached")
+    line = page.locator('[data-chart="Time to first token"] path:not([d="M0 0"]):not([stroke-dasharray])')
+    line.first.wait_for(state="attached")
 
     for _ in range(1000):  # the agent may change it in between
         action = httpx.get(f"{steered}/dashboard/data", timeout=60).json()["action"]

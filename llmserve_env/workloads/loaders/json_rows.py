@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -198,9 +198,9 @@ def _columns(document: Any) -> dict[str, list[Any]]:
 
 def _of_rows(rows: list[Row], lines: list[int], broken: dict[int, str], file: str) -> Records:
     if any(type(row.get("requests")) is list for row in rows):
-        rows, lines, broken = _spread(rows, lines, broken)
+        rows, lines, broken = _divided(rows, lines, broken, _requests_of)
     elif any(type(row.get(name)) is list for row in rows for name in _RESULT):
-        rows, lines, broken = _appended(rows, lines, broken)
+        rows, lines, broken = _divided(rows, lines, broken, _results_of)
     kinds = {_shape(row): row for at, row in enumerate(rows) if at not in broken}
     records = Records(
         file=file,
@@ -215,42 +215,38 @@ def _of_rows(rows: list[Row], lines: list[int], broken: dict[int, str], file: st
     return records
 
 
-def _spread(
-    rows: list[Row], lines: list[int], broken: dict[int, str]
+def _divided(
+    rows: list[Row], lines: list[int], broken: dict[int, str], parts_of: Callable[[Row], list[Row] | str]
 ) -> tuple[list[Row], list[int], dict[int, str]]:
-    """A row for each of a row's `requests`."""
+    """A row for each part of a row, on its line; `parts_of` gives them, or what is wrong with the row."""
     found: list[Row] = []
     found_lines: list[int] = []
     faults: dict[int, str] = {}
     for at, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        inner = row.get("requests")
-        whole = isinstance(inner, list) and all(isinstance(each, dict) for each in inner)
-        if at in broken or not whole:
-            faults[len(found)] = broken.get(at, "expected a list of objects in 'requests'")
-            inner = [{}]
-        for each in inner or ():
-            found.append({**row, "requests": each})
-            found_lines.append(line)
+        parts = broken[at] if at in broken else parts_of(row)
+        if isinstance(parts, str):
+            faults[len(found)], parts = parts, [{}]
+        found += parts
+        found_lines += [line] * len(parts)
     return found, found_lines, faults
 
 
-def _appended(
-    rows: list[Row], lines: list[int], broken: dict[int, str]
-) -> tuple[list[Row], list[int], dict[int, str]]:
-    """A row for each request of results that hold lists, one result after the other."""
-    found: list[Row] = []
-    found_lines: list[int] = []
-    faults: dict[int, str] = {}
-    for at, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        columns = {name: value for name, value in row.items() if isinstance(value, list)}
-        count = len(columns.get(_RESULT[0], ()))
-        columns = {name: value for name, value in columns.items() if len(value) == count}
-        if at in broken or not set(_RESULT) <= set(columns):
-            faults[len(found)] = broken.get(at, f"expected lists of one length, {' and '.join(_RESULT)}")
-            count, columns = 1, {}
-        found += [{name: value[i] for name, value in columns.items()} for i in range(count)]
-        found_lines += [line] * count
-    return found, found_lines, faults
+def _requests_of(row: Row) -> list[Row] | str:
+    """A row for each of a row's `requests`, with the row's own keys."""
+    inner = row.get("requests")
+    if not isinstance(inner, list) or not all(isinstance(each, dict) for each in inner):
+        return "expected a list of objects in 'requests'"
+    return [{**row, "requests": each} for each in inner]
+
+
+def _results_of(row: Row) -> list[Row] | str:
+    """A row for each request of a result that holds a list for each column."""
+    columns = {name: value for name, value in row.items() if isinstance(value, list)}
+    count = len(columns.get(_RESULT[0], ()))
+    columns = {name: value for name, value in columns.items() if len(value) == count}
+    if not set(_RESULT) <= set(columns):
+        return f"expected lists of one length, {' and '.join(_RESULT)}"
+    return [{name: value[i] for name, value in columns.items()} for i in range(count)]
 
 
 def _shape(row: Row) -> tuple[Any, ...]:
